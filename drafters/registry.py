@@ -1,0 +1,48 @@
+"""From what a user passes as `drafter=` to a Drafter. Each drafter is imported when it is first named."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from transformers import PreTrainedModel
+
+from specdec.drafter import Drafter
+from specdec.errors import DrafterError
+
+# name -> (module, class, whether the name alone says enough to build it)
+DRAFTERS = {
+    "draft_model": ("specdec.drafters.draft_model", "DraftModel", False),
+    "prompt_lookup": ("specdec.drafters.prompt_lookup", "PromptLookup", True),
+    "synthetic": ("specdec.drafters.synthetic", "Synthetic", False),
+}
+
+
+def drafter_class(name: str) -> type[Drafter]:
+    """The class behind a drafter's name.
+
+    Raises DrafterError for an unknown name, listing the known ones.
+    """
+    if name not in DRAFTERS:
+        raise DrafterError(f"unknown drafter {name!r}; known are {', '.join(DRAFTERS)}")
+    module, attribute, _ = DRAFTERS[name]
+    return getattr(import_module(module), attribute)
+
+
+def resolve(drafter: Drafter | PreTrainedModel | str, **options) -> Drafter:
+    """A Drafter from a Drafter, a draft model or a name; `options` go to the named drafter's constructor."""
+    if isinstance(drafter, Drafter):
+        return drafter
+    if isinstance(drafter, PreTrainedModel):
+        return drafter_class("draft_model")(drafter)
+    if not isinstance(drafter, str):
+        raise DrafterError(
+            f"drafter={type(drafter).__name__} is none: pass a Drafter, a PreTrainedModel or one of "
+            f"{', '.join(DRAFTERS)}"
+        )
+    built = drafter_class(drafter)
+    if not DRAFTERS[drafter][2] and not options:
+        raise DrafterError(
+            f"drafter={drafter!r} needs arguments; pass {built.__module__}.{built.__name__}(...) "
+            "or, for a draft model, the model itself"
+        )
+    return built(**options)

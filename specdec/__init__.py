@@ -1,0 +1,34 @@
+"""specdec: batched speculative decoding for Hugging Face causal LMs that does not change a token."""
+
+from specdec.drafter import Draft, Drafter, Verified
+from specdec.errors import (
+    ConfigError,
+    DrafterError,
+    InputError,
+    NumericalError,
+    SpecDecError,
+    UnsupportedModelError,
+)
+from specdec.generate import SpeculativeOutput, generate, speculative
+from specdec.metrics import Speculation
+from specdec.rows import Rows, StepReport
+from specdec.version import __version__
+
+__all__ = [
+    "ConfigError",
+    "Draft",
+    "Drafter",
+    "DrafterError",
+    "InputError",
+    "NumericalError",
+    "Rows",
+    "SpecDecError",
+    "Speculation",
+    "SpeculativeOutput",
+    "StepReport",
+    "UnsupportedModelError",
+    "Verified",
+    "__version__",
+    "generate",
+    "speculative",
+]

@@ -1,0 +1,134 @@
+"""Attention and masks that let a transformers model run its own modules over a `RaggedCache`.
+
+Models that go through transformers' attention interface are switched to the implementation "specdec_ragged".
+The others choose their attention class by name, so there the stock "eager" and "sdpa" mask functions are wrapped to
+understand one query offset per row; for any other cache the wrapped functions are the stock ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+RAGGED = "specdec_ragged"
+
+
+def ragged_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Tensor | int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Tensor:
+    """Which slots each query sees, [rows, 1, q_length, kv_length] bool.
+
+    q_offset: [rows] int64, the position of each row's first query. `mask_function(row, head, query, key)` is
+    transformers' own (causal, sliding, chunked ...); its index arguments broadcast.
+    """
+    if not isinstance(q_offset, Tensor):
+        q_offset = torch.tensor(q_offset, device=device)
+    row = torch.arange(batch_size, device=device)[:, None, None, None]
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+    query = (q_offset.reshape(-1, 1) + torch.arange(q_length, device=device))[:, None, :, None]
+    key = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
+    return mask_function(row, head, query, key).expand(batch_size, 1, q_length, kv_length)
+
+
+def ragged_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """query [rows, heads, width, dim], key and value [rows, kv_heads, slots, dim], mask [rows, 1, width, slots] bool.
+
+    Returns [rows, width, heads, value_dim]. Soft-capping, attention sinks (`s_aux`, [heads]) and additive position
+    biases take the explicit path; everything else is one SDPA call with the queries of a key head packed together.
+    """
+    rows, num_heads, width, _ = query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    packed = query.reshape(rows, num_kv_heads, group * width, query.shape[-1])
+    if softcap is None and s_aux is None and position_bias is None:
+        mask = attention_mask.expand(rows, group, width, -1).reshape(rows, 1, group * width, -1)
+        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(rows, num_heads, width, -1).transpose(1, 2), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (packed @ key.transpose(-1, -2)).view(rows, num_heads, width, -1) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
+    scores = scores.masked_fill(~attention_mask, float("-inf"))
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(rows, -1, width, 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
+    # Scores in half precision are summed in float32, as the stock eager attention does.
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    weights = weights[..., : key.shape[2]].reshape(rows, num_kv_heads, group * width, -1)
+    return (weights @ value).view(rows, num_heads, width, -1).transpose(1, 2), None
+
+
+def _understand_row_offsets(stock: Callable, additive: bool) -> Callable:
+    @wraps(stock)
+    def mask(*args, **kwargs):
+        q_offset = kwargs.get("q_offset")
+        if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
+            return stock(*args, **kwargs)
+        visible = ragged_mask(*args, **kwargs)
+        if not additive:
+            return visible
+        dtype = kwargs.get("dtype", torch.float32)
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+    return mask
+
+
+@cache
+def register() -> None:
+    """Make transformers know the above; once a process."""
+    # The classmethods write the global mapping; assigning into ALL_* would only change the instance's local one.
+    AttentionInterface.register(RAGGED, ragged_attention)
+    AttentionMaskInterface.register(RAGGED, ragged_mask)
+    for name, additive in (("sdpa", False), ("eager", True)):
+        AttentionMaskInterface.register(name, _understand_row_offsets(ALL_MASK_ATTENTION_FUNCTIONS[name], additive))
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run `model` with the attention implementation `name` and restore each submodel's own afterwards.
+
+    Set on the configs directly: `set_attn_implementation` refuses models that choose their attention class once,
+    when they are built, and these must still read the new name when they make their masks.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    for config in list(configs.values()):
+        for key in config.sub_configs:
+            if (sub_config := getattr(config, key, None)) is not None:
+                configs[id(sub_config)] = sub_config
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]

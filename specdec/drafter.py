@@ -1,0 +1,100 @@
+"""What a drafter is: something that proposes tokens which the target then verifies.
+
+The core knows this file and no drafter by name. Everything a drafter may need arrives through four calls a step
+at most, and each has a default, so that the smallest drafter is one method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from specdec.rows import Rows
+
+NO_TOKEN = -1  # in a draft: nothing was proposed here; in committed tokens: nothing was committed here
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The proposal of one step.
+
+    token_ids: [rows, k] int64, `NO_TOKEN` where nothing is proposed; a row's proposals form a prefix, k may be 0.
+    probs: [rows, k, vocab] float, the distribution q that each token was sampled from; None means that the drafts
+        are deterministic (one-hot q).
+    parents: [rows, k] int64, the index of each token's parent in a draft tree, -1 for the root; None means a chain.
+    """
+
+    token_ids: Tensor
+    probs: Tensor | None = None
+    parents: Tensor | None = None
+
+    @staticmethod
+    def empty(num_rows: int, device: torch.device) -> Draft:
+        return Draft(torch.empty(num_rows, 0, dtype=torch.long, device=device))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the target made of one draft.
+
+    draft: the draft that was verified.
+    num_accepted: [rows] int64, draft tokens accepted and committed.
+    num_committed: [rows] int64, tokens committed: the accepted ones and the target's own next token, cut at the
+        end of sequence and at the length limit.
+    all_accepted: whether any row had its whole draft accepted (known on the host without another copy).
+    hidden_states: one [rows, k + 1, hidden] tensor per layer in `Drafter.target_layers`; position j holds the state
+        from which the target predicted the token after draft token j.
+    """
+
+    draft: Draft
+    num_accepted: Tensor
+    num_committed: Tensor
+    all_accepted: bool
+    hidden_states: tuple[Tensor, ...] = ()
+
+
+class Drafter(ABC):
+    """Proposes draft tokens for every row of a ragged batch.
+
+    One instance serves one `generate` call at a time. Greedy output never depends on what is proposed, so a drafter
+    may be wrong, late or random; it must only keep to the shapes.
+    """
+
+    name: str = "drafter"
+    target_layers: tuple[int, ...] = ()  # indices into the target's hidden states that `observe` wants to see
+    num_calls: int = 0  # forwards of the drafter's own network since `start`
+
+    def check(self, target: PreTrainedModel, max_length: int) -> None:  # noqa: B027 - optional hook
+        """Raise DrafterError if this drafter cannot serve `target` for sequences of `max_length` tokens."""
+
+    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
+        """Begin a generation: `rows` holds the prompts, and no token has been generated yet."""
+        self.num_calls = 0
+
+    @abstractmethod
+    def propose(self, rows: Rows, max_tokens: int) -> Draft:
+        """Propose up to `max_tokens` (>= 1) tokens to follow each row's committed tokens."""
+
+    def observe(self, verified: Verified) -> None:  # noqa: B027 - optional hook
+        """See what became of the last draft; `rows` given to the next `propose` already contains the result."""
+
+    def keep_rows(self, index: Tensor) -> None:  # noqa: B027 - optional hook
+        """Rows left the batch: the new row i is the old row index[i] (int64, [kept rows])."""
+
+    def finish(self) -> None:  # noqa: B027 - optional hook
+        """The generation is over, by success or by an exception; give back what `start` took."""
+
+
+class NoDrafts(Drafter):
+    """Plain decoding: every step commits the target's next token."""
+
+    name = "none"
+
+    def propose(self, rows: Rows, max_tokens: int) -> Draft:
+        return Draft.empty(len(rows), rows.device)

@@ -1,0 +1,240 @@
+"""A short forward for llama-, qwen2-, qwen3- and mistral-type models: few calls a layer, weights merged.
+
+The stock modules spend most of a small decode step in Python and in dispatching some forty small operations a layer.
+Here a layer is: norm, one qkv product, rotation, cache write, SDPA, one product with the residual, norm, one gate-up
+product, SiLU, one product with the residual. Masks are made once a step and shared by all layers; single rows and
+first prefill chunks need none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from specdec.cache import RaggedLayer
+from specdec.network import Network, NetworkOutput
+from specdec.packed_linear import MergedLinear, can_pack
+
+FUSED_CLASSES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+# Rotations that depend on the position alone; "dynamic" and "longrope" also depend on the longest sequence.
+STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def can_fuse(model: PreTrainedModel) -> bool:
+    """Whether `model` is exactly one of the known classes, with nothing attached that its own forward would honour."""
+    if type(model) not in FUSED_CLASSES or getattr(model.config, "hidden_act", None) != "silu":
+        return False
+    rotation = getattr(model.model.rotary_emb, "rope_type", None)
+    if rotation not in STATIC_ROTATIONS:
+        return False
+    if len({parameter.device for parameter in model.parameters()}) != 1:
+        return False
+    if len({parameter.dtype for parameter in model.parameters()}) != 1:
+        return False
+    return all(_is_plain(module) for module in model.modules())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """No hooks, no replaced forward (accelerate, PEFT, compile), no parametrisation, no Linear of another kind."""
+    if any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__:
+        return False
+    if module._compiled_call_impl is not None or hasattr(module, "parametrizations"):
+        return False
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return type(module) in (nn.Linear, nn.Embedding)
+    # Anything that is not transformers' or torch's own may do what this forward does not.
+    return type(module).__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
+
+
+class Attend(NamedTuple):
+    """What all layers of one forward share.
+
+    cos, sin: [rows * width, 1, head_dim], sin signed for the rotation of halves. masks: additive, per sliding window
+    (None = full attention), [rows, 1, width * group, slots] in the model's dtype; empty if none is needed.
+    """
+
+    num_rows: int
+    width: int
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor]
+    is_causal: bool
+
+
+class FusedLayer:
+    """One decoder layer."""
+
+    def __init__(self, layer: nn.Module, window: int | None, pack: bool):
+        block = layer.self_attn
+        self.window, self.scaling, self.head_dim = window, block.scaling, block.head_dim
+        self.num_heads = block.q_proj.out_features // block.head_dim
+        self.num_kv_heads = block.k_proj.out_features // block.head_dim
+        self.qkv = MergedLinear([block.q_proj, block.k_proj, block.v_proj], pack)
+        self.out = MergedLinear([block.o_proj], pack)
+        self.gate_up = MergedLinear([layer.mlp.gate_proj, layer.mlp.up_proj], pack)
+        self.down = MergedLinear([layer.mlp.down_proj], pack)
+        self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.head_norm = None
+        if hasattr(block, "q_norm"):
+            weights = [
+                block.q_norm.weight.expand(self.num_heads, -1),
+                block.k_norm.weight.expand(self.num_kv_heads, -1),
+            ]
+            self.head_norm = torch.cat(weights).detach()  # [heads + kv_heads, head_dim]
+            self.head_norm_eps = block.q_norm.variance_epsilon
+
+    def __call__(self, hidden: Tensor, cache: RaggedLayer, shared: Attend) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]"""
+        qkv = self.qkv(rms_norm(hidden, self.attention_norm.weight, self.attention_norm.variance_epsilon))
+        hidden = self.out.add_to(hidden, self._attention(qkv, cache, shared))
+        gate_up = self.gate_up(rms_norm(hidden, self.mlp_norm.weight, self.mlp_norm.variance_epsilon))
+        gate, up = gate_up.chunk(2, -1)
+        return self.down.add_to(hidden, F.silu(gate) * up)
+
+    def _attention(self, qkv: Tensor, cache: RaggedLayer, shared: Attend) -> Tensor:
+        """[tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]"""
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        rotated = heads[:, :num_rotated]
+        if self.head_norm is not None:
+            rotated = rms_norm(rotated, self.head_norm, self.head_norm_eps)
+        rotated = rotate(rotated, shared.cos, shared.sin)
+        query, key, value = rotated[:, : self.num_heads], rotated[:, self.num_heads :], heads[:, num_rotated:]
+        if not cache.is_initialized:
+            cache.lazy_initialization(key[:, :, None], value[:, :, None])
+        keys, values = cache.write(key, value)
+        rows, width = shared.num_rows, shared.width
+        if shared.is_causal:
+            query = query.view(rows, width, self.num_heads, -1).transpose(1, 2)
+            out = F.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=self.scaling, enable_gqa=True
+            )
+            return out.transpose(1, 2).reshape(len(qkv), -1)
+        # All queries of a key head in one block: each key is read once for the group.
+        group = self.num_heads // self.num_kv_heads
+        query = query.view(rows, width, self.num_kv_heads, group, -1).transpose(1, 2).flatten(2, 3)
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=shared.masks.get(self.window), scale=self.scaling
+        )
+        return out.unflatten(2, (width, group)).transpose(1, 2).reshape(len(qkv), -1)
+
+
+class FusedWeights:
+    """The merged and packed weights of one model, made once and kept while the model lives and does not change."""
+
+    def __init__(self, model: PreTrainedModel):
+        layers = model.model.layers[: model.config.num_hidden_layers]
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        pack = can_pack([linear.weight for linear in linears])
+        self.layers = [FusedLayer(layer, window, pack) for layer, window in zip(layers, windows(model), strict=True)]
+        self.head = MergedLinear([model.lm_head], pack)
+        self.fingerprint = fingerprint(model)
+
+
+def windows(model: PreTrainedModel) -> list[int | None]:
+    """Each layer's sliding window, None for full attention."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    if type(model) is MistralForCausalLM:
+        return [window] * config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def fingerprint(model: PreTrainedModel) -> list[tuple]:
+    """Changes when any weight is replaced or written to, also through `.data`, which bumps no version."""
+    return [
+        (parameter.data_ptr(), parameter._version, parameter.detach().sum(dtype=torch.float32).item())
+        for parameter in model.parameters()
+    ]
+
+
+_weights: WeakKeyDictionary[PreTrainedModel, FusedWeights] = WeakKeyDictionary()
+
+
+def fused_weights(model: PreTrainedModel) -> FusedWeights:
+    known = _weights.get(model)
+    if known is None or known.fingerprint != fingerprint(model):
+        known = _weights[model] = FusedWeights(model)
+    return known
+
+
+class FusedNetwork(Network):
+    """Runs the merged weights; the model's own modules are not touched."""
+
+    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int):
+        super().__init__(model, model.config.num_hidden_layers, max_rows, num_slots)
+        self.weights = fused_weights(model)
+        self.embedding, self.norm = model.model.embed_tokens, model.model.norm
+        with torch.no_grad():
+            positions = torch.arange(num_slots, device=model.device)[None]
+            cos, sin = model.model.rotary_emb(self.embedding.weight[:1], positions)
+        self.cos, self.sin = cos[0], torch.cat(sin[0].chunk(2, -1), -1)
+        half = self.sin.shape[-1] // 2
+        self.sin[:, :half] *= -1
+
+    @torch.inference_mode()
+    def _run(
+        self, token_ids: Tensor, positions: Tensor, logits_at: Tensor | None, layers: tuple[int, ...]
+    ) -> NetworkOutput:
+        rows, width = token_ids.shape
+        shared = self._shared(positions)
+        hidden = F.embedding(token_ids.flatten(), self.embedding.weight)
+        states = [hidden]
+        for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
+            hidden = layer(hidden, cache, shared)
+            if layers:
+                states.append(hidden)
+        if logits_at is not None:
+            hidden = hidden.view(rows, width, -1)[torch.arange(rows, device=hidden.device), logits_at]
+        hidden = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
+        states[-1] = hidden
+        logits = self.weights.head(hidden).view(rows, -1, self.model.lm_head.out_features)
+        return NetworkOutput(logits, tuple(states[i].view(rows, width, -1) for i in layers))
+
+    def _shared(self, positions: Tensor) -> Attend:
+        rows, width = positions.shape
+        used = self.cache.used_slots
+        flat = positions.flatten()
+        windowed = any(layer.window is not None and layer.window < used for layer in self.weights.layers)
+        # used == starts + width for the longest row, so used == width says that every row starts at 0.
+        is_causal = used == width and not windowed
+        masks = {}
+        if not is_causal and (rows > 1 or width > 1 or windowed):
+            for layer in self.weights.layers:
+                if layer.window not in masks:
+                    masks[layer.window] = self._mask(positions, layer)
+        return Attend(rows, width, self.cos[flat, None], self.sin[flat, None], masks, is_causal)
+
+    def _mask(self, positions: Tensor, layer: FusedLayer) -> Tensor:
+        key = torch.arange(self.cache.used_slots, device=positions.device)
+        hidden = key > positions[..., None]  # [rows, width, slots]
+        if layer.window is not None:
+            hidden |= key <= positions[..., None] - layer.window
+        mask = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=hidden.device)
+        mask = mask.masked_fill(hidden, float("-inf"))
+        return mask.repeat_interleave(layer.num_heads // layer.num_kv_heads, 1)[:, None]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., dim], normalised in float32 and rounded before the weight, as transformers does."""
+    if x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+    return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: x cos + rotate_half(x) sin, the half's sign being folded into `sin`. x: [tokens, heads, dim]"""
+    return torch.addcmul(x * cos, x.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin)

@@ -1,0 +1,288 @@
+"""The Hugging Face face: `generate()` like transformers' own, and `speculative()` for its `custom_generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation import (
+    BaseStreamer,
+    GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
+
+from specdec.compatibility import check_architecture, check_lengths
+from specdec.decode import OnCommit, decode
+from specdec.drafter import Drafter, NoDrafts
+from specdec.errors import ConfigError, DrafterError, InputError, UnsupportedModelError
+from specdec.inputs import check_input_ids, split_prompts
+from specdec.metrics import Speculation
+from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
+from specdec.rows import Rows, StepReport
+from specdec.stopping import Stopping
+from specdec.target import GreedyRule, Target
+
+DEFAULT_SPECULATIVE_TOKENS = 5
+MAX_SPECULATIVE_TOKENS = 32
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """transformers' output with the statistics of the speculation."""
+
+    speculation: Speculation | None = None
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    drafter: Drafter | PreTrainedModel | str | None = None,
+    num_speculative_tokens: int | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: BaseStreamer | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_commit: OnCommit | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    **options: Any,
+) -> Tensor | SpeculativeOutput:
+    """Greedy decoding of a batch of prompts, token for token what `model.generate` writes for each of them alone.
+
+    input_ids: [rows, columns] integers, padded on the left. attention_mask: the same shape, 0 for padding; without it
+        every token is part of its prompt.
+    drafter: a Drafter, a draft model with the target's tokenizer, or a name ("prompt_lookup"); None is plain decoding.
+        transformers' `assistant_model=` and `prompt_lookup_num_tokens=` mean the same.
+    num_speculative_tokens: tokens drafted per row and step, 1 to 32, by default 5. `num_assistant_tokens=` is the same.
+    streamer: as in transformers, for one prompt. stopping_criteria, and stop_strings with `tokenizer=`: asked after
+        every token of every row.
+    on_commit: called with a `StepReport` after each step.
+    options: the fields of GenerationConfig, over `generation_config` over the model's own; those that would need
+        sampling, beams or changed logits are refused.
+
+    Returns [rows, columns + new tokens] int64, each row padded behind its end; with `return_dict_in_generate=True` a
+    `SpeculativeOutput` with `.sequences` and `.speculation`.
+
+    Raises SpecDecError (a ValueError) before any token is generated if something cannot be served exactly, and
+    NumericalError if the target's logits become NaN.
+    """
+    check_model(model)
+    explicit = set(options)
+    config = merge_config(model, generation_config, options)
+    check_served(config, explicit)
+    drafter, num_speculative_tokens = choose_drafter(drafter, assistant_model, num_speculative_tokens, config, explicit)
+    return _generate(
+        model,
+        input_ids,
+        attention_mask,
+        drafter,
+        num_speculative_tokens,
+        config,
+        streamer,
+        stopping_criteria,
+        tokenizer,
+        on_commit,
+    )
+
+
+def speculative(
+    drafter: Drafter | PreTrainedModel | str,
+    num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS,
+    *,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Callable[..., Tensor | SpeculativeOutput]:
+    """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.
+
+    Everything else is configured on `model.generate` as usual. streamer, tokenizer: transformers does not pass these
+    two on to a custom loop, so they are given here.
+    """
+    chosen, k = choose_drafter(drafter, None, num_speculative_tokens, None, set())
+
+    def custom_generate(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        **model_kwargs: Any,
+    ):
+        check_model(model)
+        config = model.generation_config if generation_config is None else generation_config
+        check_served(config, set(), model.generation_config._get_default_generation_params())
+        refuse_processors(logits_processor)
+        refuse_model_inputs(model_kwargs)
+        # transformers has turned max_new_tokens into the max_length it goes with.
+        return _generate(
+            model,
+            input_ids,
+            model_kwargs.get("attention_mask"),
+            chosen,
+            k,
+            config,
+            streamer,
+            stopping_criteria,
+            tokenizer,
+            None,
+            mask_is_known=True,
+        )
+
+    return custom_generate
+
+
+def _generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    drafter: Drafter | None,
+    num_speculative_tokens: int,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    stopping_criteria: StoppingCriteriaList | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    on_commit: OnCommit | None,
+    mask_is_known: bool = False,
+) -> Tensor | SpeculativeOutput:
+    check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    options = resolve_options(config, input_ids.shape[1], positions)
+    prompts = split_prompts(input_ids, attention_mask, None if mask_is_known else config.pad_token_id)
+    if streamer is not None and len(prompts) > 1:
+        raise ConfigError(f"a streamer prints one prompt, not {len(prompts)}; pass one row, or on_commit= for batches")
+    stopping = Stopping(stopping_criteria, options, tokenizer)
+    max_length = max(len(prompt) for prompt in prompts) + options.max_new_tokens
+    check_architecture(model)
+    check_lengths(model, max_length, "target")
+    drafter.check(model, max_length)
+    rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, num_speculative_tokens + 1, model.device)
+    rule = GreedyRule(options.eos_token_ids, options.min_new_tokens)
+    target = Target(model, rule, len(rows), rows.capacity, drafter.target_layers)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    statistics = decode(target, drafter, rows, num_speculative_tokens, stopping, _fan_out(streamer, on_commit))
+    if streamer is not None:
+        streamer.end()
+    sequences = assemble(rows, input_ids, [len(prompt) for prompt in prompts], options)
+    return SpeculativeOutput(sequences=sequences, speculation=statistics) if options.return_dict else sequences
+
+
+def assemble(rows: Rows, input_ids: Tensor, prompt_lengths: list[int], options: GenerationOptions) -> Tensor:
+    """The prompts as they came in, each followed by its new tokens, padded on the right: [rows, columns + longest]."""
+    starts = torch.tensor(prompt_lengths)
+    lengths = torch.from_numpy(rows.output_lengths) - starts
+    place = torch.arange(int(lengths.max()))
+    index = (starts[:, None] + place).clamp(max=rows.output_ids.shape[1] - 1).to(rows.device)
+    behind = (place >= lengths[:, None]).to(rows.device)
+    new_ids = rows.output_ids.gather(1, index).masked_fill(behind, options.pad_token_id)
+    return torch.cat([input_ids.long(), new_ids.to(input_ids.device)], 1)
+
+
+def _fan_out(streamer: BaseStreamer | None, on_commit: OnCommit | None) -> OnCommit | None:
+    if streamer is None:
+        return on_commit
+
+    def report_step(report: StepReport) -> None:
+        for token in report.token_ids[0, : report.num_committed[0]]:
+            streamer.put(torch.tensor([token]))
+        if on_commit is not None:
+            on_commit(report)
+
+    return report_step
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless `model` is a transformers model with a generation config."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}; pass a transformers PreTrainedModel "
+            "(of a wrapped model, the one inside)"
+        )
+    if getattr(model, "generation_config", None) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot generate; load it with AutoModelForCausalLM")
+
+
+def choose_drafter(
+    drafter: Drafter | PreTrainedModel | str | None,
+    assistant_model: PreTrainedModel | None,
+    num_speculative_tokens: int | None,
+    config: GenerationConfig | None,
+    explicit: set[str],
+) -> tuple[Drafter, int]:
+    """The drafter and the number of tokens it drafts, from our names and transformers'.
+
+    Raises DrafterError or ConfigError for contradictions and for numbers outside 1 .. 32.
+    """
+    from specdec.drafters.registry import resolve
+
+    lookup = config.prompt_lookup_num_tokens if config is not None else None
+    named = [
+        name
+        for name, value in (
+            ("drafter", drafter),
+            ("assistant_model", assistant_model),
+            ("prompt_lookup_num_tokens", lookup),
+        )
+        if value is not None
+    ]
+    if len(named) > 1:
+        raise DrafterError(f"{' and '.join(named)} both choose a drafter; pass one of them")
+    tokens = {"num_speculative_tokens": num_speculative_tokens, "prompt_lookup_num_tokens": lookup}
+    if config is not None and "num_assistant_tokens" in explicit:
+        tokens["num_assistant_tokens"] = config.num_assistant_tokens
+    given = {name: value for name, value in tokens.items() if value is not None}
+    if len(set(given.values())) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'{name}={value}' for name, value in given.items())} contradict each other; "
+            "pass one of them"
+        )
+    name, k = next(iter(given.items()), ("num_speculative_tokens", DEFAULT_SPECULATIVE_TOKENS))
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ConfigError(
+            f"{name}={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for plain decoding pass "
+            "drafter=None"
+        )
+    if k > MAX_SPECULATIVE_TOKENS:
+        raise ConfigError(f"{name}={k} exceeds {MAX_SPECULATIVE_TOKENS}; lower it")
+    ngram = getattr(config, "max_matching_ngram_size", None) if "max_matching_ngram_size" in explicit else None
+    if lookup is not None:
+        drafter = "prompt_lookup"
+    elif assistant_model is not None:
+        drafter = assistant_model
+    if ngram is not None and drafter != "prompt_lookup":
+        raise ConfigError(
+            f"max_matching_ngram_size={ngram} belongs to prompt lookup; pass drafter='prompt_lookup' with it"
+        )
+    if drafter is None:
+        if given:
+            raise DrafterError(
+                f"{name}={k} without a drafter; pass drafter=, or leave the number out for plain decoding"
+            )
+        return NoDrafts(), 1
+    return resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram})), k
+
+
+def refuse_processors(processors: LogitsProcessorList | None) -> None:
+    """Raise ConfigError for logits processors other than the minimum lengths, which the commit takes care of."""
+    for processor in processors or ():
+        if not isinstance(processor, MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor):
+            raise ConfigError(f"logits processor {type(processor).__name__} is not served; remove it")
+
+
+def refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:
+    """Raise InputError for model inputs that are not text (images, embeddings) or a cache that is already filled."""
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise InputError(
+            f"past_key_values already holds {cache.get_seq_length()} tokens; pass the whole prompt instead"
+        )
+    served = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "position_ids", "cache_position"}
+    for name, value in model_kwargs.items():
+        if name not in served and value is not None and value is not False:
+            raise InputError(f"model input {name!r} is not served; pass input_ids and attention_mask only")

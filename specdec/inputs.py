@@ -1,0 +1,73 @@
+"""From what `generate` is given to prompts without padding, or an error that says what is wrong with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.errors import InputError
+
+
+def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise InputError unless `input_ids` is a [rows, columns] integer tensor within the vocabulary."""
+    if not isinstance(input_ids, Tensor):
+        raise InputError(
+            f"input_ids is a {type(input_ids).__name__}; pass a [rows, columns] integer tensor, as a tokenizer "
+            "returns with return_tensors='pt'"
+        )
+    if input_ids.dim() != 2:
+        raise InputError(
+            f"input_ids has shape {list(input_ids.shape)}; it must be two-dimensional, [rows, columns] "
+            "(for one prompt: input_ids[None])"
+        )
+    if input_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise InputError(f"input_ids has dtype {input_ids.dtype}; token ids are integers (torch.long)")
+    if input_ids.numel() == 0:
+        raise InputError(
+            f"input_ids has shape {list(input_ids.shape)}: an empty prompt; pass at least one token per row"
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"input_ids contains {low if low < 0 else high}, outside the target's vocabulary "
+            f"0..{vocab_size - 1}; was the prompt made by another tokenizer?"
+        )
+
+
+def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> list[Tensor]:
+    """The rows of a left-padded batch without their padding, [length] int64 each.
+
+    Only the mask says what is padding: a prompt may itself contain the pad or the end-of-sequence token. Without a
+    mask every token is part of the prompt.
+    """
+    if attention_mask is None:
+        if pad_token_id is not None and len(input_ids) > 1 and (input_ids[:, 0] == pad_token_id).any():
+            row = int((input_ids[:, 0] == pad_token_id).long().argmax())
+            raise InputError(
+                f"row {row} begins with pad_token_id={pad_token_id} and there is no attention_mask to tell "
+                "padding from prompt; pass the tokenizer's attention_mask (all ones if it is prompt)"
+            )
+        return list(input_ids.long())
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise InputError(f"attention_mask is {shape}; it must have the shape of input_ids, {list(input_ids.shape)}")
+    if attention_mask.device != input_ids.device:
+        raise InputError(
+            f"attention_mask is on {attention_mask.device}, input_ids on {input_ids.device}; move them to one device"
+        )
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise InputError("attention_mask holds values other than 0 and 1; pass 1 for prompt tokens and 0 for padding")
+    visible = attention_mask.bool()
+    if not visible.any(1).all():
+        row = int((~visible.any(1)).long().argmax())
+        raise InputError(f"row {row} is all padding; remove it or give it at least one prompt token")
+    if not visible[:, -1].all():
+        row = int((~visible[:, -1]).long().argmax())
+        raise InputError(
+            f"row {row} is padded on the right; decoder-only models continue the last column, so pad on the "
+            "left (tokenizer.padding_side = 'left')"
+        )
+    if (visible[:, 1:] < visible[:, :-1]).any():
+        row = int((visible[:, 1:] < visible[:, :-1]).any(1).long().argmax())
+        raise InputError(f"row {row}'s attention_mask has a gap; only padding on the left can be masked")
+    return [ids[mask].long() for ids, mask in zip(input_ids, visible, strict=True)]

@@ -1,0 +1,95 @@
+"""What a generation did, counted per row from the steps' reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from specdec.rows import StepReport
+
+
+@dataclass
+class Speculation:
+    """Statistics of one `generate` call.
+
+    A row takes part in a step of the batch from its first verify forward until it ends; steps are counted per row,
+    calls per batch. The token that prefill yields belongs to no step.
+
+    num_target_calls: batched target forwards, prefill apart. num_draft_calls: forwards of the drafter's network,
+        its prefill apart. num_new_tokens: committed tokens of all rows.
+    num_spec_steps: row-steps. num_draft_tokens, num_accepted_draft_tokens: over all row-steps.
+    acceptance_histogram: entry i counts the row-steps that accepted i draft tokens.
+    tried_histogram: entry i counts the row-steps that drafted token i and accepted all before it.
+    """
+
+    num_target_calls: int = 0
+    num_draft_calls: int = 0
+    num_new_tokens: int = 0
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    acceptance_histogram: list[int] = field(default_factory=list)
+    tried_histogram: list[int] = field(default_factory=list)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """1 + accepted / steps: tokens that a row gains per step, bonus included; 1.0 is plain decoding."""
+        return 1.0 + self.num_accepted_draft_tokens / max(self.num_spec_steps, 1)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """accepted / drafted."""
+        return self.num_accepted_draft_tokens / max(self.num_draft_tokens, 1)
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Entry i: the share of all row-steps that accepted draft token i."""
+        reached = np.cumsum(self.acceptance_histogram[::-1])[::-1]
+        return [float(count) / max(self.num_spec_steps, 1) for count in reached[1:]]
+
+    @property
+    def conditional_acceptance_by_position(self) -> list[float]:
+        """Entry i: the share accepted among row-steps that drafted token i and accepted all before it."""
+        reached = np.cumsum(self.acceptance_histogram[::-1])[::-1]
+        return [
+            float(accepted) / max(tried, 1) for accepted, tried in zip(reached[1:], self.tried_histogram, strict=True)
+        ]
+
+    def add(self, report: StepReport) -> None:
+        """Count one report; prefill's token counts, its call does not."""
+        self.num_new_tokens += int(report.num_committed.sum())
+        if report.is_prefill:
+            return
+        width = report.token_ids.shape[1]
+        accepted = np.bincount(report.num_accepted, minlength=width)
+        place = np.arange(width - 1)[:, None]
+        tried = ((report.num_drafted > place) & (report.num_accepted >= place)).sum(1)
+        self.num_target_calls += 1
+        self.num_spec_steps += len(report.num_committed)
+        self.num_draft_tokens += int(report.num_drafted.sum())
+        self.num_accepted_draft_tokens += int(report.num_accepted.sum())
+        self.acceptance_histogram = _add(self.acceptance_histogram, accepted)
+        self.tried_histogram = _add(self.tried_histogram, tried)
+
+    def to_dict(self) -> dict:
+        """Counts and rates, for JSON."""
+        names = (
+            "mean_acceptance_length",
+            "draft_acceptance_rate",
+            "acceptance_by_position",
+            "conditional_acceptance_by_position",
+        )
+        return {**self.__dict__, **{name: getattr(self, name) for name in names}}
+
+
+def _add(total: list[int], counts: np.ndarray) -> list[int]:
+    size = max(len(total), len(counts))
+    return [
+        int(a + b)
+        for a, b in zip(
+            np.pad(np.array(total, dtype=np.int64), (0, size - len(total))),
+            np.pad(counts, (0, size - len(counts))),
+            strict=True,
+        )
+    ]

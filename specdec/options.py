@@ -1,0 +1,208 @@
+"""Which of transformers' generation options are served, and what the others must be left at.
+
+Every field of GenerationConfig is in exactly one of the tables below (a test walks them), so that no option is
+silently ignored.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from specdec.errors import ConfigError
+
+DEFAULT_NEW_TOKENS = 20  # transformers' own default
+
+SERVED = frozenset(
+    {
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "max_time",
+        "stop_strings",
+        "eos_token_id",
+        "pad_token_id",
+        "bos_token_id",
+        "return_dict_in_generate",
+        "num_assistant_tokens",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
+    }
+)
+# Have no effect in transformers either: sampling warpers without sampling, beam options without beams, options of
+# encoder-decoder models, of draft models with another tokenizer, of compilation.
+WITHOUT_EFFECT = frozenset(
+    {
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "top_h",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "length_penalty",
+        "early_stopping",
+        "decoder_start_token_id",
+        "is_assistant",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "disable_compile",
+        "compile_config",
+        "transformers_version",
+    }
+)
+# Refused unless they have one of these values.
+NEUTRAL: dict[str, tuple] = {
+    "do_sample": (None, False),
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "use_cache": (None, True),
+    "use_mtp": (None, False),
+    "cache_implementation": (None, "dynamic"),
+    "cache_config": (None,),
+    "max_cache_len": (None,),
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "renormalize_logits": (None, False),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "remove_invalid_values": (None, False),
+    "exponential_decay_length_penalty": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None,),
+    "token_healing": (None, False),
+    "guidance_scale": (None, 1.0),
+    "watermarking_config": (None,),
+    "num_return_sequences": (None, 1),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "num_assistant_tokens_schedule": (None, "constant"),
+    "assistant_confidence_threshold": (None, 0),
+    "assistant_early_exit": (None,),
+    "assistant_ensemble_weight": (None,),
+    "speculation_type": (None,),
+    "continuous_batching_config": (None,),
+    "low_memory": (None, False),
+    "penalty_alpha": (None,),
+    "dola_layers": (None,),
+    "diversity_penalty": (None, 0.0),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "prefill_chunk_size": (None,),
+}
+REMEDY = {
+    "do_sample": "specdec decodes greedily; pass do_sample=False",
+    "num_beams": "beams are not served; pass num_beams=1",
+    "num_return_sequences": "greedy decoding has one result per prompt; pass num_return_sequences=1",
+}
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """max_new_tokens: >= 1. min_new_tokens: >= 0. eos_token_ids: may be empty. pad_token_id: fills rows that ended."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    return_dict: bool
+    max_time: float | None
+    stop_strings: tuple[str, ...]
+
+
+def merge_config(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, overrides: dict[str, Any]
+) -> GenerationConfig:
+    """`overrides` over `generation_config` over the model's own generation config, as in transformers.
+
+    Raises ConfigError for keywords that are no generation options.
+    """
+    unknown = [name for name in overrides if not hasattr(model.generation_config, name)]
+    if unknown:
+        raise ConfigError(
+            f"unknown keyword {unknown[0]!r}; specdec.generate takes input_ids, attention_mask, drafter, "
+            "num_speculative_tokens, streamer, stopping_criteria and the fields of GenerationConfig"
+        )
+    config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+    for name, value in model.generation_config.to_dict().items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    return config
+
+
+def check_served(config: GenerationConfig, explicit: set[str], defaults: dict[str, Any] | None = None) -> None:
+    """Raise ConfigError for the first option that would have to change what is generated and is not served.
+
+    explicit: the names that the caller set; for others the message says where the value comes from.
+    defaults: transformers' own defaults where they have been filled in already; nobody asked for these values.
+    """
+    defaults = defaults or {}
+    if config.do_sample and config.temperature is not None and config.temperature <= 0:
+        raise ConfigError(
+            f"temperature={config.temperature} with do_sample=True; it must be above 0 "
+            "(pass do_sample=False for greedy decoding)"
+        )
+    for name, neutral in NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value in neutral or (name in defaults and value == defaults[name] and name not in explicit):
+            continue
+        origin = "" if name in explicit else " (from the generation config)"
+        remedy = REMEDY.get(name, f"leave it at {neutral[-1]!r}")
+        raise ConfigError(f"{name}={value!r}{origin} is not served: {remedy}")
+
+
+def resolve_options(config: GenerationConfig, num_columns: int, max_positions: int | None) -> GenerationOptions:
+    """Numbers out of a merged config; `num_columns` is the padded prompt length that max_length counts from."""
+    if config.max_new_tokens is not None:
+        max_new_tokens, said = config.max_new_tokens, f"max_new_tokens={config.max_new_tokens}"
+    elif config.max_length is not None:
+        max_new_tokens = config.max_length - num_columns
+        said = f"max_length={config.max_length} with {num_columns} prompt tokens"
+    else:
+        room = DEFAULT_NEW_TOKENS if max_positions is None else max_positions - num_columns
+        max_new_tokens, said = (
+            min(DEFAULT_NEW_TOKENS, room),
+            f"{num_columns} prompt tokens of {max_positions} positions",
+        )
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens <= 0:
+        raise ConfigError(
+            f"{said} leaves {max_new_tokens!r} tokens to generate; it must be a whole number of at least 1"
+        )
+    if config.min_new_tokens is not None:
+        min_new_tokens = config.min_new_tokens
+    else:
+        min_new_tokens = max((config.min_length or 0) - num_columns, 0)
+    if min_new_tokens < 0 or min_new_tokens > max_new_tokens:
+        raise ConfigError(f"min_new_tokens={min_new_tokens} is not between 0 and max_new_tokens={max_new_tokens}")
+    eos = config.eos_token_id
+    eos = eos.tolist() if isinstance(eos, Tensor) else eos
+    eos_token_ids = () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    if config.max_time is not None and config.max_time <= 0:
+        raise ConfigError(f"max_time={config.max_time} seconds; it must be above 0")
+    pad = config.pad_token_id
+    if pad is None:
+        pad = eos_token_ids[0] if eos_token_ids else 0
+    strings = config.stop_strings or ()
+    return GenerationOptions(
+        max_new_tokens,
+        min_new_tokens,
+        eos_token_ids,
+        pad,
+        bool(config.return_dict_in_generate),
+        config.max_time,
+        (strings,) if isinstance(strings, str) else tuple(strings),
+    )

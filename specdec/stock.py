@@ -1,0 +1,67 @@
+"""Any causal language model, run through its own modules over a ragged cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec import attention
+from specdec.network import Network, NetworkOutput
+
+
+class StockNetwork(Network):
+    """Switches the model to ragged attention while it runs and back afterwards."""
+
+    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int):
+        config = model.config.get_text_config(decoder=True)
+        super().__init__(model, config.num_hidden_layers, max_rows, num_slots)
+        attention.register()
+        uses_interface = type(model)._supports_attention_backend
+        stock_name = model.config._attn_implementation
+        self.attention = attention.RAGGED if uses_interface else "sdpa" if stock_name == "sdpa" else "eager"
+        parameters = inspect.signature(model.forward).parameters
+        self.accepts_positions = "position_ids" in parameters
+        self.accepts_logits_to_keep = "logits_to_keep" in parameters
+        self.max_position = (getattr(config, "max_position_embeddings", None) or num_slots) - 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(attention.attention_implementation(self.model, self.attention))
+            stack.enter_context(evaluating(self.model))
+            yield
+
+    def _run(
+        self, token_ids: Tensor, positions: Tensor, logits_at: Tensor | None, layers: tuple[int, ...]
+    ) -> NetworkOutput:
+        options: dict = {"use_cache": True, "return_dict": True, "output_hidden_states": bool(layers)}
+        if self.accepts_positions:
+            # Only drafts beyond a row's length limit are clamped; they are never committed.
+            options["position_ids"] = positions.clamp(max=self.max_position)
+        if logits_at is not None and self.accepts_logits_to_keep:
+            # One set of columns serves all rows; each row then picks its own.
+            columns, logits_at = torch.unique(logits_at, return_inverse=True)
+            options["logits_to_keep"] = columns
+        output = self.model(input_ids=token_ids, past_key_values=self.cache, **options)
+        logits = output.logits
+        if logits_at is not None:
+            logits = logits[torch.arange(len(logits), device=logits.device), logits_at][:, None]
+        return NetworkOutput(logits, tuple(output.hidden_states[i] for i in layers))
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off, as decoding needs it; each module's own mode is restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

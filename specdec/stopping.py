@@ -1,0 +1,53 @@
+"""transformers' stopping criteria inside the batch: asked after every committed token, so nothing is emitted beyond."""
+
+from __future__ import annotations
+
+import time
+
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+from specdec.errors import ConfigError
+from specdec.options import GenerationOptions
+from specdec.rows import Rows, StepReport
+
+BUILT_IN = (EosTokenCriteria, MaxLengthCriteria)  # the commit itself takes care of these
+
+
+class Stopping:
+    """Ends a row behind the first token for which any criterion says so.
+
+    The criteria see each row alone, without padding. This is the one place where the host walks through rows and
+    tokens; without criteria it is not entered.
+    """
+
+    def __init__(
+        self,
+        criteria: StoppingCriteriaList | None,
+        options: GenerationOptions,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ):
+        self.criteria = StoppingCriteriaList(c for c in criteria or () if not isinstance(c, BUILT_IN))
+        if options.stop_strings and not any(isinstance(c, StopStringCriteria) for c in self.criteria):
+            if tokenizer is None:
+                raise ConfigError(f"stop_strings={list(options.stop_strings)} needs the tokenizer; pass tokenizer=")
+            self.criteria.append(StopStringCriteria(tokenizer, list(options.stop_strings)))
+        if options.max_time is not None and not any(isinstance(c, MaxTimeCriteria) for c in self.criteria):
+            self.criteria.append(MaxTimeCriteria(options.max_time, time.time()))
+
+    def __bool__(self) -> bool:
+        return len(self.criteria) > 0
+
+    def apply(self, rows: Rows, report: StepReport) -> StepReport:
+        """The report of what remains committed; `rows` is cut accordingly."""
+        num_committed = report.num_committed.copy()
+        for slot, count in enumerate(report.num_committed):
+            begin = int(rows.host_lengths[slot] - count)
+            for kept in range(1, int(count) + 1):
+                if bool(self.criteria(rows.token_ids[slot : slot + 1, : begin + kept], None).all()):
+                    num_committed[slot] = kept
+                    report.finished[slot] = True
+                    break
+        if (num_committed < report.num_committed).any():
+            report = rows.cut(report, num_committed)
+        return report
