@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ DRAFTERS = {
 }
 
 
-def drafter_class(name: str) -> type[Drafter]:
+def drafter_class(name: str) -> Callable[..., Drafter]:
     """The class behind a drafter's name.
 
     Raises DrafterError for an unknown name, listing the known ones.
@@ -35,9 +36,9 @@ def resolve(drafter: Drafter | PreTrainedModel | str, **options) -> Drafter:
     if isinstance(drafter, PreTrainedModel):
         return drafter_class("draft_model")(drafter)
     if not isinstance(drafter, str):
+        what = f"the class {drafter.__name__}" if isinstance(drafter, type) else f"a {type(drafter).__name__}"
         raise DrafterError(
-            f"drafter={type(drafter).__name__} is none: pass a Drafter, a PreTrainedModel or one of "
-            f"{', '.join(DRAFTERS)}"
+            f"drafter is {what}; pass a Drafter instance, a PreTrainedModel or one of the names {', '.join(DRAFTERS)}"
         )
     built = drafter_class(drafter)
     if not DRAFTERS[drafter][2] and not options:

@@ -77,13 +77,13 @@ def generate(
     explicit = set(options)
     config = merge_config(model, generation_config, options)
     check_served(config, explicit)
-    drafter, num_speculative_tokens = choose_drafter(drafter, assistant_model, num_speculative_tokens, config, explicit)
+    chosen, k = choose_drafter(drafter, assistant_model, num_speculative_tokens, config, explicit)
     return _generate(
         model,
         input_ids,
         attention_mask,
-        drafter,
-        num_speculative_tokens,
+        chosen,
+        k,
         config,
         streamer,
         stopping_criteria,
@@ -141,7 +141,7 @@ def _generate(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    drafter: Drafter | None,
+    drafter: Drafter,
     num_speculative_tokens: int,
     config: GenerationConfig,
     streamer: BaseStreamer | None,
@@ -150,7 +150,8 @@ def _generate(
     on_commit: OnCommit | None,
     mask_is_known: bool = False,
 ) -> Tensor | SpeculativeOutput:
-    check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
+    embeddings: Any = model.get_input_embeddings()
+    check_input_ids(input_ids, embeddings.weight.shape[0])
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     options = resolve_options(config, input_ids.shape[1], positions)
     prompts = split_prompts(input_ids, attention_mask, None if mask_is_known else config.pad_token_id)
@@ -169,7 +170,7 @@ def _generate(
     statistics = decode(target, drafter, rows, num_speculative_tokens, stopping, _fan_out(streamer, on_commit))
     if streamer is not None:
         streamer.end()
-    sequences = assemble(rows, input_ids, [len(prompt) for prompt in prompts], options)
+    sequences: Any = assemble(rows, input_ids, [len(prompt) for prompt in prompts], options)
     return SpeculativeOutput(sequences=sequences, speculation=statistics) if options.return_dict else sequences
 
 

@@ -55,7 +55,8 @@ class Network(ABC):
 
     def prefill(self, rows: Rows) -> Tensor:
         """Cache all committed tokens of every row; returns the logits behind each row's last one, [rows, vocab]."""
-        out, longest = None, rows.max_length
+        longest = rows.max_length
+        out = torch.empty(0)
         for begin in range(0, longest, PREFILL_CHUNK):
             # Rows are sorted by falling length: those that reach into this chunk come first.
             num_rows = int((rows.host_lengths > begin).sum())
@@ -64,7 +65,7 @@ class Network(ABC):
             positions = self.cache.begin(starts, end - begin, end)
             last = (rows.lengths[:num_rows] - 1 - begin).clamp(max=end - begin - 1)
             logits = self._run(rows.token_ids[:num_rows, begin:end], positions, last, ()).logits[:, 0]
-            out = logits if out is None else torch.cat([logits, out[num_rows:]])
+            out = logits if begin == 0 else torch.cat([logits, out[num_rows:]])
         return out
 
     def keep_rows(self, index: Tensor) -> None:

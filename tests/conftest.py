@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).parent.parent
 
 transformers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
@@ -60,3 +64,16 @@ def _no_leftovers():
     torch.manual_seed(0)
     yield
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture
+def run_in_subprocess():
+    """Run a part of the suite in a process with other environment variables; it must pass and must run something."""
+
+    def run(*arguments: str, **environment: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
+
+    return run

@@ -1,0 +1,48 @@
+# One command each. `make demo` and `make test` start from nothing; everything else assumes nothing more.
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first and pinned, because a bare range lets pip choose a build of several gigabytes.
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers>=5.17,<6
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-slow test-oldest check lint types bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TRANSFORMERS)" --editable ".[bench,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/specdec demo
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The equality suites in full: every held-out prompt, every batch size, K from 1 to 8.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The same tests on the oldest transformers that the package admits.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS="transformers==5.17.0"
+
+check: lint types test
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/decode.py --device cpu $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

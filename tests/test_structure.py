@@ -1,0 +1,90 @@
+"""The shape of the package: imports go one way, public names are pinned."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import specdec
+
+ROOT = Path(__file__).parent.parent
+# What a layer may import of the project; generate, infill and the CLI may also name drafters (lazily, below).
+MAY_IMPORT = {
+    "kernels": ("specdec.kernels",),
+    "specdec": ("specdec",),
+    "drafters": ("specdec",),
+}
+MAY_NAME_DRAFTERS = {"specdec/generate.py", "specdec/infill.py"}
+
+
+def sources(layer):
+    for path in sorted((ROOT / layer).rglob("*.py")):
+        if layer != "specdec" or path.relative_to(ROOT).parts[1] not in ("kernels", "drafters"):
+            yield path
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node, node.module
+
+
+@pytest.mark.parametrize("layer", sorted(MAY_IMPORT))
+def test_imports_go_one_way(layer):
+    paths = list(sources(layer))
+    assert paths
+    for path in paths:
+        name = path.relative_to(ROOT).as_posix()
+        tree = ast.parse(path.read_text())
+        top_level = set(tree.body)
+        for node, module in imports(tree):
+            if not module.startswith(("specdec", "kernels", "drafters", "benchmarks", "tests")):
+                continue
+            assert module.startswith(MAY_IMPORT[layer]), f"{name} imports {module}"
+            if layer == "specdec" and module.startswith("specdec.drafters") and not name.startswith("specdec/cli/"):
+                assert name in MAY_NAME_DRAFTERS and node not in top_level, f"{name} imports {module}"
+
+
+def test_public_names():
+    assert specdec.__all__ == [
+        "ConfigError",
+        "Draft",
+        "Drafter",
+        "DrafterError",
+        "EquivalenceReport",
+        "InputError",
+        "NumericalError",
+        "Rows",
+        "SpecDecError",
+        "Speculation",
+        "SpeculativeOutput",
+        "StepReport",
+        "UnsupportedModelError",
+        "Verified",
+        "__version__",
+        "check_equivalence",
+        "generate",
+        "speculative",
+    ]
+    for name in specdec.__all__:
+        assert hasattr(specdec, name)
+
+
+def test_importing_specdec_imports_no_drafter():
+    code = "import specdec, sys; print([m for m in sys.modules if m.startswith('specdec.drafters.')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_shipped_files_stay_small():
+    assets = ROOT / "specdec" / "assets"
+    pair = sum(path.stat().st_size for path in (assets / "demo_pair").rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file())
+    assert 0 < pair <= 9_000_000 and total <= 15_000_000
