@@ -1,6 +1,7 @@
 """Attention and masks that let a transformers model run its own modules over a `RaggedCache`.
 
-Models that go through transformers' attention interface are switched to the implementation "specdec_ragged".
+Models that go through transformers' attention interface are switched to the implementation "specdec_ragged", or to
+"specdec_ragged_sdpa" where their own is "sdpa".
 The others choose their attention class by name, so there the stock "eager" and "sdpa" mask functions are wrapped to
 understand one query offset per row; for any other cache the wrapped functions are the stock ones.
 """
@@ -14,11 +15,12 @@ from functools import cache, wraps
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 RAGGED = "specdec_ragged"
+RAGGED_SDPA = "specdec_ragged_sdpa"
 
 
 def ragged_mask(
@@ -70,7 +72,7 @@ def ragged_attention(
     if softcap is None and s_aux is None and position_bias is None:
         mask = attention_mask.expand(rows, group, width, -1).reshape(rows, 1, group * width, -1)
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-        return out.reshape(rows, num_heads, width, -1).transpose(1, 2), None
+        return _heads_last(out.reshape(rows, num_heads, width, -1)), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (packed @ key.transpose(-1, -2)).view(rows, num_heads, width, -1) * scaling
     if softcap is not None:
@@ -84,7 +86,17 @@ def ragged_attention(
     # Scores in half precision are summed in float32, as the stock eager attention does.
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     weights = weights[..., : key.shape[2]].reshape(rows, num_kv_heads, group * width, -1)
-    return (weights @ value).view(rows, num_heads, width, -1).transpose(1, 2), None
+    return _heads_last((weights @ value).view(rows, num_heads, width, -1)), None
+
+
+def ragged_sdpa_attention(*args, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+    """`ragged_attention` without what transformers' own "sdpa" leaves out, as Gemma 2 runs in transformers 5.17."""
+    return ragged_attention(*args, **kwargs)
+
+
+def _heads_last(out: Tensor) -> Tensor:
+    """[rows, heads, width, dim] -> [rows, width, heads, dim], contiguous because some models `view` it."""
+    return out.transpose(1, 2).contiguous()
 
 
 def _understand_row_offsets(stock: Callable, additive: bool) -> Callable:
@@ -106,8 +118,9 @@ def _understand_row_offsets(stock: Callable, additive: bool) -> Callable:
 def register() -> None:
     """Make transformers know the above; once a process."""
     # The classmethods write the global mapping; assigning into ALL_* would only change the instance's local one.
-    AttentionInterface.register(RAGGED, ragged_attention)
-    AttentionMaskInterface.register(RAGGED, ragged_mask)
+    for name, function in ((RAGGED, ragged_attention), (RAGGED_SDPA, ragged_sdpa_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, ragged_mask)
     for name, additive in (("sdpa", False), ("eager", True)):
         AttentionMaskInterface.register(name, _understand_row_offsets(ALL_MASK_ATTENTION_FUNCTIONS[name], additive))
 
@@ -119,7 +132,9 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
     Set on the configs directly: `set_attn_implementation` refuses models that choose their attention class once,
     when they are built, and these must still read the new name when they make their masks.
     """
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    # Of all modules, because some give their layers a copy of the model's config.
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     for config in list(configs.values()):
         for key in config.sub_configs:
             if (sub_config := getattr(config, key, None)) is not None:

@@ -59,8 +59,9 @@ class RaggedLayer(CacheLayerMixin):
         return self.owner.used_slots, 0
 
     def get_seq_length(self) -> int:
-        # Models that derive masks or positions from it need an int; ours are passed explicitly.
-        return self.owner.used_slots - self.owner.width
+        # Models that derive masks or positions from it need an int; ours are passed explicitly. Others ask whether a
+        # layer holds anything at all (Mllama skips its cross attention without images).
+        return self.owner.used_slots - self.owner.width if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         return self.owner.num_slots

@@ -21,10 +21,13 @@ class StockNetwork(Network):
         config = model.config.get_text_config(decoder=True)
         super().__init__(model, config.num_hidden_layers, max_rows, num_slots)
         attention.register()
-        uses_interface = type(model)._supports_attention_backend
-        stock_name = model.config._attn_implementation
-        self.attention = attention.RAGGED if uses_interface else "sdpa" if stock_name == "sdpa" else "eager"
-        parameters = inspect.signature(model.forward).parameters
+        is_sdpa = config._attn_implementation == "sdpa"
+        if type(model)._supports_attention_backend:
+            self.attention = attention.RAGGED_SDPA if is_sdpa else attention.RAGGED
+        else:
+            self.attention = "sdpa" if is_sdpa else "eager"
+        # The class's own forward: the instance's may be wrapped (accelerate, PEFT) and take anything.
+        parameters = inspect.signature(type(model).forward).parameters
         self.accepts_positions = "position_ids" in parameters
         self.accepts_logits_to_keep = "logits_to_keep" in parameters
         self.max_position = (getattr(config, "max_position_embeddings", None) or num_slots) - 1
