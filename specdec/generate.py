@@ -13,8 +13,6 @@ from transformers.generation import (
     BaseStreamer,
     GenerateDecoderOnlyOutput,
     LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
 )
 
 from specdec.compatibility import check_architecture, check_lengths
@@ -24,6 +22,7 @@ from specdec.errors import ConfigError, DrafterError, InputError, UnsupportedMod
 from specdec.inputs import check_input_ids, split_prompts
 from specdec.metrics import Speculation
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
+from specdec.processors import processors_of
 from specdec.rows import Rows, StepReport
 from specdec.stopping import Stopping
 from specdec.target import GreedyRule, Target
@@ -48,6 +47,8 @@ def generate(
     num_speculative_tokens: int | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: BaseStreamer | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     on_commit: OnCommit | None = None,
@@ -63,9 +64,11 @@ def generate(
     num_speculative_tokens: tokens drafted per row and step, 1 to 32, by default 5. `num_assistant_tokens=` is the same.
     streamer: as in transformers, for one prompt. stopping_criteria, and stop_strings with `tokenizer=`: asked after
         every token of every row.
+    logits_processor, prefix_allowed_tokens_fn, and the options that transformers makes processors of: applied at every
+        verified position to that row's own tokens, as if the row were alone.
     on_commit: called with a `StepReport` after each step.
     options: the fields of GenerationConfig, over `generation_config` over the model's own; those that would need
-        sampling, beams or changed logits are refused.
+        sampling or beams are refused.
 
     Returns [rows, columns + new tokens] int64, each row padded behind its end; with `return_dict_in_generate=True` a
     `SpeculativeOutput` with `.sequences` and `.speculation`.
@@ -78,18 +81,8 @@ def generate(
     config = merge_config(model, generation_config, options)
     check_served(config, explicit)
     chosen, k = choose_drafter(drafter, assistant_model, num_speculative_tokens, config, explicit)
-    return _generate(
-        model,
-        input_ids,
-        attention_mask,
-        chosen,
-        k,
-        config,
-        streamer,
-        stopping_criteria,
-        tokenizer,
-        on_commit,
-    )
+    callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
+    return _generate(model, input_ids, attention_mask, chosen, k, config, callbacks)
 
 
 def speculative(
@@ -117,24 +110,33 @@ def speculative(
         check_model(model)
         config = model.generation_config if generation_config is None else generation_config
         check_served(config, set(), model.generation_config._get_default_generation_params())
-        refuse_processors(logits_processor)
         refuse_model_inputs(model_kwargs)
-        # transformers has turned max_new_tokens into the max_length it goes with.
-        return _generate(
-            model,
-            input_ids,
-            model_kwargs.get("attention_mask"),
-            chosen,
-            k,
-            config,
-            streamer,
-            stopping_criteria,
-            tokenizer,
-            None,
-            mask_is_known=True,
-        )
+        callbacks = Callbacks(streamer, logits_processor, None, stopping_criteria, tokenizer)
+        mask = model_kwargs.get("attention_mask")
+        # transformers has turned max_new_tokens into the max_length it goes with, and knows what is padding.
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        return _generate(model, input_ids, mask, chosen, k, config, callbacks)
 
     return custom_generate
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What the caller wants to be asked or told while the rows are decoded."""
+
+    streamer: BaseStreamer | None = None
+    logits_processor: LogitsProcessorList | None = None
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
+    stopping_criteria: StoppingCriteriaList | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    on_commit: OnCommit | None = None
+
+    def after_step(self, report: StepReport) -> None:
+        if self.streamer is not None:
+            for token in report.token_ids[0, : report.num_committed[0]]:
+                self.streamer.put(torch.tensor([token]))
+        if self.on_commit is not None:
+            self.on_commit(report)
 
 
 def _generate(
@@ -144,33 +146,38 @@ def _generate(
     drafter: Drafter,
     num_speculative_tokens: int,
     config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    stopping_criteria: StoppingCriteriaList | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    on_commit: OnCommit | None,
-    mask_is_known: bool = False,
+    callbacks: Callbacks,
 ) -> Tensor | SpeculativeOutput:
     embeddings: Any = model.get_input_embeddings()
     check_input_ids(input_ids, embeddings.weight.shape[0])
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     options = resolve_options(config, input_ids.shape[1], positions)
-    prompts = split_prompts(input_ids, attention_mask, None if mask_is_known else config.pad_token_id)
+    prompts = split_prompts(input_ids, attention_mask, config.pad_token_id)
+    streamer = callbacks.streamer
     if streamer is not None and len(prompts) > 1:
         raise ConfigError(f"a streamer prints one prompt, not {len(prompts)}; pass one row, or on_commit= for batches")
-    stopping = Stopping(stopping_criteria, options, tokenizer)
-    max_length = max(len(prompt) for prompt in prompts) + options.max_new_tokens
+    stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
+    lengths = [len(prompt) for prompt in prompts]
     check_architecture(model)
-    check_lengths(model, max_length, "target")
-    drafter.check(model, max_length)
+    check_lengths(model, max(lengths) + options.max_new_tokens, "target")
+    drafter.check(model, max(lengths) + options.max_new_tokens)
+    processors = processors_of(
+        model,
+        config,
+        set(lengths),
+        options.max_new_tokens,
+        callbacks.logits_processor,
+        callbacks.prefix_allowed_tokens_fn,
+    )
     rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, num_speculative_tokens + 1, model.device)
     rule = GreedyRule(options.eos_token_ids, options.min_new_tokens)
-    target = Target(model, rule, len(rows), rows.capacity, drafter.target_layers)
+    target = Target(model, rule, processors, len(rows), rows.capacity, drafter.target_layers)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    statistics = decode(target, drafter, rows, num_speculative_tokens, stopping, _fan_out(streamer, on_commit))
+    statistics = decode(target, drafter, rows, num_speculative_tokens, stopping, callbacks.after_step)
     if streamer is not None:
         streamer.end()
-    sequences: Any = assemble(rows, input_ids, [len(prompt) for prompt in prompts], options)
+    sequences: Any = assemble(rows, input_ids, lengths, options)
     return SpeculativeOutput(sequences=sequences, speculation=statistics) if options.return_dict else sequences
 
 
@@ -183,19 +190,6 @@ def assemble(rows: Rows, input_ids: Tensor, prompt_lengths: list[int], options: 
     behind = (place >= lengths[:, None]).to(rows.device)
     new_ids = rows.output_ids.gather(1, index).masked_fill(behind, options.pad_token_id)
     return torch.cat([input_ids.long(), new_ids.to(input_ids.device)], 1)
-
-
-def _fan_out(streamer: BaseStreamer | None, on_commit: OnCommit | None) -> OnCommit | None:
-    if streamer is None:
-        return on_commit
-
-    def report_step(report: StepReport) -> None:
-        for token in report.token_ids[0, : report.num_committed[0]]:
-            streamer.put(torch.tensor([token]))
-        if on_commit is not None:
-            on_commit(report)
-
-    return report_step
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -267,13 +261,6 @@ def choose_drafter(
             )
         return NoDrafts(), 1
     return resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram})), k
-
-
-def refuse_processors(processors: LogitsProcessorList | None) -> None:
-    """Raise ConfigError for logits processors other than the minimum lengths, which the commit takes care of."""
-    for processor in processors or ():
-        if not isinstance(processor, MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor):
-            raise ConfigError(f"logits processor {type(processor).__name__} is not served; remove it")
 
 
 def refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from specdec.compatibility import build_network
 from specdec.drafter import NO_TOKEN, Draft, Verified
 from specdec.errors import NumericalError
 from specdec.kernels.greedy_commit import greedy_commit
+from specdec.processors import Processors
 from specdec.rows import Rows, StepReport
 
 
@@ -27,11 +28,17 @@ class Target:
     """Runs the target model and commits what it would itself have written."""
 
     def __init__(
-        self, model: PreTrainedModel, rule: GreedyRule, max_rows: int, num_slots: int, layers: tuple[int, ...] = ()
+        self,
+        model: PreTrainedModel,
+        rule: GreedyRule,
+        processors: Processors,
+        max_rows: int,
+        num_slots: int,
+        layers: tuple[int, ...] = (),
     ):
         """layers: the hidden states that the drafter wants to observe."""
         self.network = build_network(model, max_rows, num_slots)
-        self.rule, self.layers = rule, layers
+        self.rule, self.processors, self.layers = rule, processors, layers
         vocab_size = model.get_output_embeddings().weight.shape[0]
         # Ids outside the vocabulary (-1 is in use) mean that there is no such token.
         eos_ids = [token for token in rule.eos_token_ids if 0 <= token < vocab_size]
@@ -58,7 +65,8 @@ class Target:
         self, rows: Rows, draft: Draft, logits: Tensor, hidden_states: tuple[Tensor, ...]
     ) -> tuple[StepReport, Verified]:
         """logits: [rows, k + 1, vocab]"""
-        logits = self._forbid_early_end(rows, logits)
+        # transformers' order: the minimum length before whatever ranks or counts the remaining tokens.
+        logits = self.processors(rows, draft.token_ids, self._forbid_early_end(rows, logits))
         best, target_ids = logits.max(-1)  # a NaN anywhere in a row of logits is its maximum
         nan = torch.isnan(best).any(1)
         done = greedy_commit(target_ids, draft.token_ids, self.eos_ids, rows.token_ids, rows.lengths, rows.limits)

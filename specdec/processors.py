@@ -1,0 +1,157 @@
+"""transformers' logits processors at every verified position, each seeing that row's own tokens up to there.
+
+A processor was written for one new position per row and rows of one length. Here it meets [rows, k + 1] positions of
+rows of any length. Processors that do not look at the tokens take all positions at once; those that only ask which
+tokens occur, or how the text ends, take all positions with suitable padding; every other one, custom ones included, is
+asked once per position with the unpadded tokens of the row, as if it were alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from specdec.rows import Rows
+
+# Scores of a position depend on that position's scores alone.
+BLIND = (
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+    hf.SuppressTokensLogitsProcessor,
+)
+OCCURRENCE = (hf.RepetitionPenaltyLogitsProcessor,)  # which tokens occur: padding by repeating one of them is harmless
+ENDING = (hf.NoRepeatNGramLogitsProcessor, hf.NoBadWordsLogitsProcessor, hf.SequenceBiasLogitsProcessor)
+NO_TOKEN = -1  # pads on the left for processors that compare n-grams: equals no token of the text
+MINIMUM_LENGTHS = (hf.MinLengthLogitsProcessor, hf.MinNewTokensLengthLogitsProcessor)
+WARPERS = (*BLIND[:7], hf.TopHLogitsWarper, hf.WatermarkLogitsProcessor, hf.LogitNormalization)
+
+
+class Processors:
+    """The processors of one `generate` call."""
+
+    def __init__(self, build: Callable[[int], LogitsProcessorList], prompt_lengths: set[int]):
+        """build: prompt length -> its processors; some count from the end of the prompt."""
+        self.by_prompt_length = {length: build(length) for length in prompt_lengths}
+
+    def __bool__(self) -> bool:
+        return any(self.by_prompt_length.values())
+
+    def __call__(self, rows: Rows, draft_ids: Tensor, logits: Tensor) -> Tensor:
+        """Processed scores, [rows, width, vocab], of raw logits behind 0 .. width - 1 draft tokens.
+
+        draft_ids: [rows, at least width - 1] int64; what a row did not draft has scores without meaning.
+        Scores are float32 if there is anything to process, as in transformers, and otherwise the logits themselves.
+        """
+        if not self:
+            return logits
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        width = logits.shape[1]
+        texts = torch.cat([rows.token_ids[:, : rows.max_length], torch.zeros_like(draft_ids)], 1)
+        place = rows.lengths[:, None] + torch.arange(draft_ids.shape[1], device=rows.device)
+        texts.scatter_(1, place, draft_ids.clamp(min=0))
+        for prompt_length, processors in self.by_prompt_length.items():
+            slots = np.flatnonzero(rows.host_prompt_lengths == prompt_length)
+            if len(slots):
+                index = torch.from_numpy(slots).to(rows.device)
+                positions = Positions(
+                    texts[index].repeat_interleave(width, 0),
+                    (rows.host_lengths[slots, None] + np.arange(width)).flatten(),
+                    rows.row_ids[slots].repeat(width),
+                )
+                flat = logits[index].float().flatten(0, 1)
+                for processor in processors:
+                    flat = apply_processor(processor, positions, flat)
+                scores[index] = flat.unflatten(0, (len(slots), width))
+        return scores
+
+
+class Positions(NamedTuple):
+    """Where scores are asked for. texts: [positions, columns] int64. ends: [positions], position i follows the first
+    ends[i] tokens of texts[i]. row_ids: [positions], rows of the caller's batch."""
+
+    texts: Tensor
+    ends: np.ndarray
+    row_ids: np.ndarray
+
+    def padded(self, pad_with: int | None) -> Tensor:
+        """The texts at equal length: padded on the left with `pad_with`, or on the right with their own first token."""
+        longest = int(self.ends.max())
+        ends = torch.from_numpy(self.ends).to(self.texts.device)[:, None]
+        place = torch.arange(longest, device=self.texts.device)
+        if pad_with is None:
+            return torch.where(place < ends, self.texts[:, :longest], self.texts[:, :1])
+        source = place - (longest - ends)
+        return self.texts.gather(1, source.clamp(min=0)).masked_fill(source < 0, pad_with)
+
+
+def apply_processor(processor: LogitsProcessor, positions: Positions, scores: Tensor) -> Tensor:
+    """scores: [positions, vocab] float32, as the processors before left them."""
+    kind = type(processor)
+    if kind in BLIND:
+        return processor(positions.texts, scores)
+    if kind in OCCURRENCE and processor.prompt_ignore_length is None:
+        return processor(positions.padded(None), scores)
+    if kind in ENDING and getattr(processor, "ngram_size", 2) > 1:
+        return processor(positions.padded(NO_TOKEN), scores)
+    one_by_one = []
+    for place, (end, row) in enumerate(zip(positions.ends, positions.row_ids, strict=True)):
+        text = positions.texts[place : place + 1, :end]
+        own = for_row(processor, int(row)) if kind is hf.PrefixConstrainedLogitsProcessor else processor
+        one_by_one.append(own(text, scores[place : place + 1]))
+    return torch.cat(one_by_one)
+
+
+def for_row(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> LogitsProcessor:
+    """The one processor that is told which row it sees; alone, every row would be number 0."""
+    allowed = processor._prefix_allowed_tokens_fn
+    return hf.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+
+
+def processors_of(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    prompt_lengths: set[int],
+    max_new_tokens: int,
+    custom: LogitsProcessorList | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+) -> Processors:
+    """The processors that transformers would use for each prompt alone, and then the `custom` ones.
+
+    The minimum lengths are left out: the commit takes care of them. Where transformers has already put its own into
+    `custom` (inside `custom_generate`, for the padded batch), they are made anew for each prompt.
+    """
+
+    def build(prompt_length: int) -> LogitsProcessorList:
+        own = copy.copy(config)
+        own.min_length = own.min_new_tokens = None
+        own.max_length = prompt_length + max_new_tokens
+        model._prepare_special_tokens(own, True, device=model.device)
+        built_in = model._get_logits_processor(
+            generation_config=own,
+            input_ids_seq_length=prompt_length,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            device=model.device,
+            model_kwargs={},
+        )
+        known = {type(processor) for processor in built_in} | set(MINIMUM_LENGTHS)
+        added = [processor for processor in custom or () if type(processor) not in known]
+        # Warpers, which only sampling has, come last in transformers; custom processors stand before them.
+        warpers = [processor for processor in built_in if isinstance(processor, WARPERS)]
+        return LogitsProcessorList([p for p in built_in if not isinstance(p, WARPERS)] + added + warpers)
+
+    return Processors(build, prompt_lengths)
