@@ -16,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+)
 from transformers.modeling_utils import AttentionInterface
 
 RAGGED = "specdec_ragged"
@@ -29,7 +33,7 @@ def ragged_mask(
     kv_length: int,
     q_offset: Tensor | int = 0,
     kv_offset: int = 0,
-    mask_function: Callable | None = None,
+    mask_function: Callable = causal_mask_function,
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor:
@@ -89,7 +93,9 @@ def ragged_attention(
     return _heads_last((weights @ value).view(rows, num_heads, width, -1)), None
 
 
-def ragged_sdpa_attention(*args, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+def ragged_sdpa_attention(
+    *args, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs
+) -> tuple[Tensor, None]:
     """`ragged_attention` without what transformers' own "sdpa" leaves out, as Gemma 2 runs in transformers 5.17."""
     return ragged_attention(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import attention
+from specdec.invariant_attention import INVARIANT
 from specdec.network import Network, NetworkOutput
 
 
@@ -22,7 +23,9 @@ class StockNetwork(Network):
         super().__init__(model, config.num_hidden_layers, max_rows, num_slots)
         attention.register()
         is_sdpa = config._attn_implementation == "sdpa"
-        if type(model)._supports_attention_backend:
+        if config._attn_implementation == INVARIANT:
+            self.attention = INVARIANT
+        elif type(model)._supports_attention_backend:
             self.attention = attention.RAGGED_SDPA if is_sdpa else attention.RAGGED
         else:
             self.attention = "sdpa" if is_sdpa else "eager"

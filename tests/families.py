@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -150,8 +149,8 @@ OWN_ATTENTION: dict[str, dict] = {
 # Checkpoints that also see or hear, given text alone.
 MULTIMODAL: dict[str, dict] = {
     "llava": dict(
-        text_config=dict(model_type="llama", **SMALL_TEXT), vision_config=dict(model_type="clip_vision_model", **VISION),
-        image_token_index=96,
+        text_config=dict(model_type="llama", **SMALL_TEXT),
+        vision_config=dict(model_type="clip_vision_model", **VISION), image_token_index=96,
     ),
     "mistral3": dict(
         text_config=dict(model_type="mistral", sliding_window=WINDOW, **SMALL_TEXT),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import families
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from families import REFUSED, SERVED, is_known, tiny
 from tiny import left_pad, plain_greedy, tiny_llama
@@ -15,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import specdec
 from specdec import compatibility, network
+from specdec.cache import RaggedCache
 from specdec.compatibility import probe, relative_difference
 from specdec.drafters.synthetic import Synthetic
 from specdec.errors import SpecDecError, UnsupportedModelError
@@ -22,14 +25,14 @@ from specdec.stock import StockNetwork
 
 NEW_TOKENS = 14
 FUSED = ("llama", "mistral", "qwen2", "qwen3")
-# What hf-internals (docs of the project) names; each must have an entry of its own.
+# The families on which the design was tried; each must have an entry of its own.
 NAMED = """
     llama qwen2 qwen3 mistral ministral phi phi3 gemma gemma2 gemma3_text gemma3n_text gemma4_text vaultgemma starcoder2
     olmo olmo2 olmo3 granite cohere cohere2 glm glm4 smollm3 stablelm nemotron helium exaone4 ernie4_5 hunyuan_v1_dense
     seed_oss arcee apertus llama4_text gpt2 gpt_bigcode gpt_neox opt biogpt persimmon mixtral gpt_oss qwen3_moe olmoe
     granitemoe deepseek_v3 dots1 ernie4_5_moe glm4_moe gptj codegen bloom mpt xglm falcon falcon_alibi gpt_neo doge
     mamba mamba2 recurrent_gemma falcon_h1 qwen3_next jamba minimax bamba zamba2 rwkv lfm2 xlstm t5 bart
-""".split()
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,7 +46,7 @@ def _one_thread():
 
 def build(family: str) -> PreTrainedModel:
     if not is_known(family):
-        pytest.skip(f"transformers {families.transformers.__version__} has no {family}")
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     return tiny(family)
 
 
@@ -235,13 +238,30 @@ def test_difference_of_masked_and_of_nan_logits():
     assert not relative_difference(broken, expected) <= 1
 
 
-def test_probe_sees_a_position_that_is_off_by_one(monkeypatch):
-    """The mutation that the probe exists for: a row that forgets its own length."""
-    model = build("gpt2")
-    assert probe(model, StockNetwork) < 1e-5
+MASK_OFFSETS = {
+    "a rejected draft stays visible": lambda cache, layer_idx=0: cache.starts + 1,
+    "every row is as long as the longest": lambda cache, layer_idx=0: cache.starts.max().expand_as(cache.starts),
+}
+
+
+@pytest.mark.parametrize("fault", MASK_OFFSETS)
+def test_probe_sees_wrong_masks_in_half_precision(fault, demo_pair, monkeypatch):
+    model = copy.deepcopy(demo_pair.target).bfloat16()
+    limit = compatibility.probe_tolerance(model)
+    assert probe(model, StockNetwork) < limit / 3
+    monkeypatch.setattr(RaggedCache, "get_query_offset", MASK_OFFSETS[fault])
+    assert min(probe(model, StockNetwork, seed) for seed in range(3)) > limit
+
+
+def test_probe_sees_positions_of_the_longest_row(demo_pair, monkeypatch):
     run = StockNetwork._run
-    monkeypatch.setattr(StockNetwork, "_run", lambda self, ids, positions, *rest: run(self, ids, positions * 0, *rest))
-    assert probe(model, StockNetwork) > 0.05
+
+    def mistaken(self, token_ids, positions, *rest):
+        return run(self, token_ids, positions.max(0, keepdim=True).values.expand_as(positions), *rest)
+
+    monkeypatch.setattr(StockNetwork, "_run", mistaken)
+    model = copy.deepcopy(demo_pair.target).bfloat16()
+    assert min(probe(model, StockNetwork, seed) for seed in range(3)) > compatibility.probe_tolerance(model)
 
 
 def test_llama4_temperature_is_refused_where_it_would_mix_rows():
