@@ -10,6 +10,7 @@ from specdec.errors import (
     UnsupportedModelError,
 )
 from specdec.generate import SpeculativeOutput, generate, speculative
+from specdec.invariant import batch_invariant, make_batch_invariant
 from specdec.metrics import Speculation
 from specdec.rows import Rows, StepReport
 from specdec.version import __version__
@@ -29,6 +30,8 @@ __all__ = [
     "UnsupportedModelError",
     "Verified",
     "__version__",
+    "batch_invariant",
     "generate",
+    "make_batch_invariant",
     "speculative",
 ]

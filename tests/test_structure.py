@@ -69,8 +69,10 @@ def test_public_names():
         "UnsupportedModelError",
         "Verified",
         "__version__",
+        "batch_invariant",
         "check_equivalence",
         "generate",
+        "make_batch_invariant",
         "speculative",
     ]
     for name in specdec.__all__:

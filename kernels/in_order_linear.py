@@ -1,0 +1,145 @@
+"""y = x W' + b with bits that do not depend on how many rows x has.
+
+One program owns a tile of y and walks the inner dimension in ascending order with one float32 accumulator; nothing
+splits it. So a row's result depends on that row and on W alone, whatever tile, warp count or operand order serves it
+(the GPU tests compare them all), and the tiles can be chosen per number of rows for speed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.linear_tiles import Tile, choose_tile
+
+if triton is not None:
+    import triton.language as tl
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUP_ROWS = 8  # row blocks that share a pass over the weights while it is in the cache
+
+
+def in_order_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, implementation: str = "auto", tile: Tile | None = None
+) -> Tensor:
+    """x: [..., in], weight: [out, in], bias: [out], one dtype: bfloat16, float16 or float32. Returns [..., out].
+
+    The sum and the bias are float32 (never TF32) and rounded once. tile: for tuning; by default the table's.
+    """
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {list(x.shape)} does not fit weight {list(weight.shape)}; need [..., in] and [out, in]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}; need [out]")
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; cast them to one dtype")
+    if not uses_triton(implementation, x):
+        return in_order_linear_reference(x, weight, bias)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; the kernel serves bfloat16, float16 and float32")
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return _in_order_linear_triton(rows, weight.contiguous(), bias, tile).view(*x.shape[:-1], weight.shape[0])
+
+
+def in_order_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same contract in plain torch: one product per row, so that every row is served by the same call."""
+    rows = x.reshape(-1, 1, x.shape[-1])
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    # A copy puts every row at the same alignment, on which the BLAS may choose its code path.
+    return torch.cat([F.linear(row.clone(), weight, bias) for row in rows]).view(*x.shape[:-1], -1)
+
+
+def _in_order_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None) -> Tensor:
+    (num_rows, size_in), size_out = x.shape, weight.shape[0]
+    out = torch.empty(num_rows, size_out, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    tile = tile or choose_tile(num_rows, size_out, size_in, x.dtype)
+    num_programs = triton.cdiv(num_rows, tile.block_rows) * triton.cdiv(size_out, tile.block_out)
+    _in_order_linear_kernel[(num_programs,)](
+        x,
+        weight,
+        bias,
+        out,
+        num_rows,
+        size_out,
+        size_in,
+        HAS_BIAS=bias is not None,
+        EVEN_IN=size_in % tile.block_in == 0,
+        SWAPPED=tile.swapped,
+        BLOCK_ROWS=tile.block_rows,
+        BLOCK_OUT=tile.block_out,
+        BLOCK_IN=tile.block_in,
+        GROUP=GROUP_ROWS,
+        NUM_STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+    return out
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["num_rows"])
+    def _in_order_linear_kernel(
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        out_ptr,
+        num_rows,
+        size_out,
+        size_in,
+        HAS_BIAS: tl.constexpr,
+        EVEN_IN: tl.constexpr,
+        SWAPPED: tl.constexpr,
+        BLOCK_ROWS: tl.constexpr,
+        BLOCK_OUT: tl.constexpr,
+        BLOCK_IN: tl.constexpr,
+        GROUP: tl.constexpr,
+        NUM_STAGES: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+        num_out_blocks = tl.cdiv(size_out, BLOCK_OUT)
+        first = program // (GROUP * num_out_blocks) * GROUP
+        group = tl.minimum(num_row_blocks - first, GROUP)
+        within = program % (GROUP * num_out_blocks)
+        row = ((first + within % group) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        column = (within // group * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
+        inner = tl.arange(0, BLOCK_IN)
+        row_ok = row < num_rows
+        column_ok = column < size_out
+        if SWAPPED:  # few rows: the weights fill the tensor core's longer side
+            total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+        else:
+            total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+        for k in tl.range(0, size_in, BLOCK_IN, num_stages=NUM_STAGES):
+            place = k + inner
+            if SWAPPED:
+                left = weight_ptr + column[:, None] * size_in + place[None, :]
+                right = x_ptr + row[None, :] * size_in + place[:, None]
+                left_ok = column_ok[:, None]
+                right_ok = row_ok[None, :]
+            else:
+                left = x_ptr + row[:, None] * size_in + place[None, :]
+                right = weight_ptr + column[None, :] * size_in + place[:, None]
+                left_ok = row_ok[:, None]
+                right_ok = column_ok[None, :]
+            if not EVEN_IN:
+                left_ok = left_ok & (place < size_in)[None, :]
+                right_ok = right_ok & (place < size_in)[:, None]
+            a = tl.load(left, mask=left_ok, other=0.0)
+            b = tl.load(right, mask=right_ok, other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+        if SWAPPED:
+            place_out = out_ptr + row[None, :] * size_out + column[:, None]
+            ok = row_ok[None, :] & column_ok[:, None]
+            if HAS_BIAS:
+                total += tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(tl.float32)[:, None]
+        else:
+            place_out = out_ptr + row[:, None] * size_out + column[None, :]
+            ok = row_ok[:, None] & column_ok[None, :]
+            if HAS_BIAS:
+                total += tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        tl.store(place_out, total.to(out_ptr.dtype.element_ty), mask=ok)

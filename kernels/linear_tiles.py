@@ -1,0 +1,44 @@
+"""Tiles of the in-order linear, per number of rows and shape. They change its speed and not its bits."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """block_rows x block_out of the result per program, block_in of the inner dimension per step.
+
+    swapped: the weights are the left operand, which suits few rows. num_stages: loads in flight.
+    """
+
+    block_rows: int
+    block_out: int
+    block_in: int
+    swapped: bool
+    num_stages: int
+    num_warps: int
+
+
+# Numbers of rows up to which a column of the tables serves; the last one serves all beyond as well.
+BUCKETS = (1, 16, 64, 256, 1024)
+# A float32 product runs on the ordinary cores, where a small tile is as good as any.
+FLOAT32 = Tile(16, 32, 32, False, 2, 4)
+DEFAULTS = (
+    Tile(16, 32, 128, True, 5, 4),
+    Tile(16, 32, 128, True, 5, 4),
+    Tile(64, 64, 64, True, 4, 4),
+    Tile(128, 128, 64, False, 3, 8),
+    Tile(128, 128, 64, False, 3, 8),
+)
+# (out, in): a tile per bucket, as `benchmarks/invariance.py --tune` measured them.
+TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {}
+
+
+def choose_tile(num_rows: int, size_out: int, size_in: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return FLOAT32
+    bucket = min(bisect_left(BUCKETS, num_rows), len(BUCKETS) - 1)
+    return TUNED.get((size_out, size_in), DEFAULTS)[bucket]

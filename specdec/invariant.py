@@ -1,0 +1,249 @@
+"""Make a model batch-invariant: bit for bit the same logits for a token, however many others are computed with it.
+
+Libraries choose the order of their sums by the number of rows, so verifying several tokens gives other bits than
+decoding them one by one, and in bfloat16 other tokens. Here every Linear, LayerNorm and RMSNorm and the attention of a
+transformers model run kernels whose order is fixed. transformers' own `generate` on such a model is plain greedy
+decoding, and `specdec.generate` writes the same tokens with any drafter, batch size and number of draft tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from specdec import invariant_attention
+from specdec.attention import attention_implementation
+from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.invariant_attention import INVARIANT
+from specdec.invariant_guard import InvarianceGuard, own_arithmetic
+from specdec.kernels.in_order_linear import in_order_linear
+from specdec.kernels.norms import layer_norm, rms_norm
+from specdec.stock import evaluating
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+# How far swapped logits may be from the stock ones, relative to the spread of the stock ones: rounding, not errors.
+LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+
+@contextmanager
+def batch_invariant(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """`with batch_invariant(model): ...`; the model is restored behind it, also after an error or an interrupt.
+
+    Inference only: the swapped modules record no gradients. Raises as `make_batch_invariant` does.
+    """
+    restore = make_batch_invariant(model)
+    try:
+        yield model
+    finally:
+        restore()
+
+
+def make_batch_invariant(model: PreTrainedModel) -> Callable[[], None]:
+    """Swap the kernels in for good; the returned function restores the model.
+
+    Raises UnsupportedModelError, naming the module, if a part cannot be made invariant, and ConfigError if the device
+    or torch's settings do not allow it. On a CPU the references serve, one row at a time: slow, for tests.
+    """
+    if is_batch_invariant(model):
+        return lambda: None
+    check_settings(model)
+    invariant_attention.register()
+    with evaluating(model):
+        expected = logits_of(model)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            forward = invariant_forward(name, module)
+            if forward is not None:
+                stack.callback(module.__dict__.pop, "forward", None)
+                module.__dict__["forward"] = forward
+        stack.enter_context(attention_implementation(model, INVARIANT))
+        with evaluating(model):
+            check_invariance(model, expected)
+        return stack.pop_all().close
+
+
+def is_batch_invariant(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation == INVARIANT
+
+
+def check_settings(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    parameters = list(model.parameters())
+    devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters if p.is_floating_point()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cuda", "cpu"):
+        raise UnsupportedModelError(
+            f"{name} is on {', '.join(sorted(map(str, devices)))}; batch_invariant needs one CUDA device"
+        )
+    if len(dtypes) != 1 or next(iter(dtypes)) not in DTYPES:
+        raise UnsupportedModelError(
+            f"{name} has weights in {', '.join(sorted(map(str, dtypes)))}; batch_invariant serves one dtype: "
+            "bfloat16, float16 or float32"
+        )
+    if not model._supports_attention_backend:
+        raise UnsupportedModelError(
+            f"{name} does not use transformers' attention interface; its attention cannot be made batch-invariant"
+        )
+    if torch.get_float32_matmul_precision() != "highest":
+        raise ConfigError(
+            f"float32_matmul_precision={torch.get_float32_matmul_precision()!r} lets float32 products round to TF32; "
+            "call torch.set_float32_matmul_precision('highest')"
+        )
+    if next(iter(devices)).type == "cpu" and torch.get_num_threads() > 1:
+        # Each thread's share of a tensor ends in a piece that is not vectorised and may round otherwise.
+        raise ConfigError(
+            f"{torch.get_num_threads()} CPU threads share element-wise operations in ways that depend on the batch; "
+            "move the model to a CUDA device, or call torch.set_num_threads(1)"
+        )
+
+
+def invariant_forward(name: str, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The forward to put in place of the module's own; None if the module stays as it is."""
+    kind = type(module)
+    if module._compiled_call_impl is not None or kind.__name__ == "OptimizedModule":
+        raise UnsupportedModelError(f"{name or 'the model'} is compiled; make it batch-invariant before compiling")
+    is_rms = kind.__name__.endswith("RMSNorm")
+    if not (is_rms or isinstance(module, nn.Linear | nn.LayerNorm)):
+        return None
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} ({kind.__name__}) has a replaced forward (device_map offloading or another patch); "
+            "load the model on one device without it"
+        )
+    if hasattr(module, "parametrizations") or (isinstance(module, nn.Linear) and kind is not nn.Linear):
+        raise UnsupportedModelError(
+            f"{name} ({kind.__module__}.{kind.__name__}) is not a plain torch Linear (quantised or parametrised); "
+            "it has no batch-invariant kernel"
+        )
+    if is_rms:
+        return partial(_rms_norm, module, *rms_norm_variant(name, module))
+    if isinstance(module, nn.Linear):
+        return partial(_linear, module)
+    if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return partial(_layer_norm, module)
+    raise UnsupportedModelError(f"{name} ({kind.__name__}) is not a plain LayerNorm over the last dimension")
+
+
+@torch.no_grad()
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    with own_arithmetic():
+        return in_order_linear(x, module.weight, module.bias)
+
+
+@torch.no_grad()
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    with own_arithmetic():
+        return layer_norm(x, module.weight, module.bias, module.eps)
+
+
+@torch.no_grad()
+def _rms_norm(module: nn.Module, eps: float, unit_offset: bool, round_first: bool, x: Tensor) -> Tensor:
+    with own_arithmetic():
+        return rms_norm(x, getattr(module, "weight", None), eps, unit_offset, round_first)
+
+
+@torch.no_grad()
+def rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
+    """eps, unit_offset and round_first of the kernel that computes what the module does on random numbers.
+
+    A copy with random weights is asked, so that weights of one or zero hide nothing.
+    """
+    refusal = UnsupportedModelError(
+        f"{name} ({type(module).__name__}) is no RMSNorm that the kernel knows; it cannot be made batch-invariant"
+    )
+    epsilons = [getattr(module, key) for key in EPSILON_NAMES if isinstance(getattr(module, key, None), float)]
+    parameters = dict(module.named_parameters(recurse=False))
+    weight = parameters.pop("weight", None)
+    if len(epsilons) != 1 or parameters or weight is None or weight.dim() != 1:
+        raise refusal
+    twin = copy.copy(module)
+    twin._parameters = {}  # the copy shares the module's own
+    generator = torch.Generator().manual_seed(0)
+    twin.weight = nn.Parameter(torch.randn(weight.shape, generator=generator).to(weight), requires_grad=False)
+    # Small numbers too, where eps counts.
+    x = (torch.randn(64, len(weight), generator=generator) * torch.logspace(-3, 1, 64)[:, None]).to(weight)
+    expected = type(module).forward(twin, x)
+    if not isinstance(expected, Tensor) or expected.dtype != x.dtype or expected.shape != x.shape:
+        raise refusal
+    errors = {}
+    for unit_offset, round_first in product((False, True), (True, False)):
+        out = rms_norm(x, twin.weight, epsilons[0], unit_offset, round_first)
+        difference = (out.double() - expected.double()).abs()
+        errors[unit_offset, round_first] = difference.mean().item()
+        # Two roundings of the result, or of the factor before it.
+        if (difference > 4 * torch.finfo(x.dtype).eps * expected.double().abs() + 1e-6).any():
+            del errors[unit_offset, round_first]
+    if not errors:
+        raise refusal
+    return epsilons[0], *min(errors, key=errors.__getitem__)
+
+
+def probe_ids(model: PreTrainedModel, length: int, seed: int) -> Tensor:
+    """[length] int64 on the model's device: small ids in no order."""
+    vocab_size = min(model.get_input_embeddings().weight.shape[0], 89)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, max(4, vocab_size), (length,), generator=generator).to(model.device)
+
+
+PROBE_LENGTHS = (19, 12, 7)  # a batch of three; odd, so that no row fills a vector register or a tile
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel) -> Tensor:
+    """[tokens, vocab] of the first probe sequence."""
+    return model(input_ids=probe_ids(model, PROBE_LENGTHS[0], 0)[None], use_cache=False, return_dict=True).logits[0]
+
+
+@torch.no_grad()
+def check_invariance(model: PreTrainedModel, expected: Tensor) -> None:
+    """Raise UnsupportedModelError unless the swapped model is known to be exact.
+
+    Three looks: no operation that may depend on the batch is left; the logits are the stock ones up to rounding; the
+    logits of prefill, decoding, verification and a left-padded batch are bitwise equal.
+    """
+    name = type(model).__name__
+    guard = InvarianceGuard(model)
+    with guard.watching():
+        logits = logits_of(model)
+    spread = expected.float().std(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    difference = ((logits.float() - expected.float()).square().mean(-1).sqrt() / spread).max().item()
+    if not difference <= LOGITS_TOLERANCE[model.dtype]:
+        raise UnsupportedModelError(
+            f"{name} gives other logits with the invariant kernels (relative difference {difference:.1e}, limit "
+            f"{LOGITS_TOLERANCE[model.dtype]:.0e}); it has a part that they do not serve"
+        )
+    for what, alone, other in bit_pairs(model, logits):
+        if not torch.equal(alone, other):
+            count = (alone != other).sum().item()
+            raise UnsupportedModelError(
+                f"{name} on {model.device} is not batch-invariant: {count} of {alone.numel()} logits differ between "
+                f"{what}{'; use a CUDA device' if model.device.type == 'cpu' else ''}"
+            )
+
+
+def bit_pairs(model: PreTrainedModel, logits: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Logits that must be bitwise equal. logits: of the first probe sequence in one forward."""
+    sequences = [probe_ids(model, length, seed) for seed, length in enumerate(PROBE_LENGTHS)]
+    ids = sequences[0][None]
+    cache = DynamicCache(config=model.config)
+    pieces = [
+        model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True, return_dict=True).logits[0]
+        for begin, end in ((0, 8), (8, 9), (9, 10), (10, 15), (15, 16), (16, 19))
+    ]
+    yield "one forward and prefill, decoding and verification", logits, torch.cat(pieces)
+    batch = torch.stack([torch.cat([ids.new_full((len(ids[0]) - len(s),), 3), s]) for s in sequences])
+    mask = torch.stack([torch.arange(len(ids[0]), device=ids.device) >= len(ids[0]) - len(s) for s in sequences])
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    together = model(
+        input_ids=batch, attention_mask=mask.long(), position_ids=positions, use_cache=False, return_dict=True
+    ).logits
+    for row, sequence in enumerate(sequences):
+        alone = logits if row == 0 else model(input_ids=sequence[None], use_cache=False, return_dict=True).logits[0]
+        yield "one prompt alone and in a left-padded batch", alone, together[row, -len(sequence) :]

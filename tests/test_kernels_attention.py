@@ -1,0 +1,183 @@
+"""Ragged attention: the reference against SDPA, the kernel against the reference, and bits on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specdec.kernels import ragged_attention as kernels
+from specdec.kernels.dispatch import triton
+from specdec.kernels.ragged_attention import ragged_attention
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+
+
+def operands(rows, heads, kv_heads, width, slots, dim, value_dim=None, dtype=torch.float32, device="cpu"):
+    """Keys and values as a ragged cache hands them out: [rows, slots, heads, dim] seen as [rows, heads, slots, dim]."""
+    generator = torch.Generator().manual_seed(slots + dim)
+    query = torch.randn(rows, heads, width, dim, generator=generator)
+    key = torch.randn(rows, slots, kv_heads, dim, generator=generator).transpose(1, 2)
+    value = torch.randn(rows, slots, kv_heads, value_dim or dim, generator=generator).transpose(1, 2)
+    return [tensor.to(device, dtype) for tensor in (query, key, value)]
+
+
+def causal_spans(starts, width, window=None, origins=None, device="cpu"):
+    """[rows, width, 3]: query j of a row sits at slot starts[row] + j and sees what lies before, within the window."""
+    origin = torch.tensor(origins or [0] * len(starts), dtype=torch.int32)[:, None].expand(-1, width)
+    high = torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(1, width + 1, dtype=torch.int32)
+    low = torch.zeros_like(high) if window is None else high - window
+    low = torch.maximum(low, origin).clamp(min=0)
+    return torch.stack([low, high, origin], -1).to(device).contiguous()
+
+
+def dense(query, key, value, spans, scaling, softcap=None, sinks=None):
+    """All queries of a batch over all slots, in float64."""
+    query, key, value = (x.double() for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    slot = torch.arange(key.shape[2], device=key.device)
+    visible = (slot >= spans[..., :1]) & (slot < spans[..., 1:2])
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(len(scores), -1, scores.shape[2], 1)], -1)
+    weights = torch.softmax(scores, -1).nan_to_num()[..., : key.shape[2]]
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2)
+
+
+CASES = [
+    # rows, heads, kv_heads, width, slots, dim, value_dim, starts, window, origins
+    (1, 1, 1, 1, 1, 16, 16, [0], None, None),
+    (2, 4, 2, 3, 40, 16, 16, [37, 5], None, None),
+    (3, 6, 2, 5, 70, 24, 24, [0, 65, 31], None, [0, 60, 7]),
+    (2, 3, 1, 4, 50, 16, 32, [46, 20], 9, None),
+    (2, 2, 1, 2, 33, 8, 8, [31, 12], 20, [-5, 3]),
+    (1, 2, 2, 40, 40, 16, 16, [0], None, None),
+]
+
+
+def case_operands(case, **options):
+    rows, heads, kv_heads, width, slots, dim, value_dim, starts, window, origins = case
+    tensors = operands(rows, heads, kv_heads, width, slots, dim, value_dim, **options)
+    return tensors, causal_spans(starts, width, window, origins, options.get("device", "cpu"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_softmax_attention(case):
+    (query, key, value), spans = case_operands(case)
+    sinks = torch.linspace(-1, 1, query.shape[1])
+    for options in ({}, {"softcap": 2.0}, {"sinks": sinks}):
+        out = ragged_attention(query, key, value, spans, 0.3, **options)
+        torch.testing.assert_close(out.double(), dense(query, key, value, spans, 0.3, **options), rtol=1e-5, atol=1e-5)
+
+
+def test_causal_spans_are_causal_attention():
+    query, key, value = operands(2, 4, 2, 7, 7, 16)
+    out = ragged_attention(query, key, value, causal_spans([0, 0], 7), 0.25)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_reference_bits_depend_on_the_query_and_its_keys_alone():
+    """One query alone, among others, in a longer buffer and behind padding."""
+    query, key, value = operands(2, 4, 2, 6, 50, 16)
+    spans = causal_spans([30, 44], 6)
+    together = ragged_attention(query, key, value, spans, 0.25)
+    alone = ragged_attention(query[1:, :, 2:3], key[1:], value[1:], spans[1:, 2:3].contiguous(), 0.25)
+    assert torch.equal(alone[0, 0], together[1, 2])
+    padded_key, padded_value = (F.pad(x, (0, 0, 11, 3)) for x in (key, value))
+    shifted = ragged_attention(query, padded_key, padded_value, spans + 11, 0.25)
+    assert torch.equal(shifted, together)
+
+
+def test_a_query_that_sees_nothing_gives_zeros():
+    query, key, value = operands(1, 2, 1, 2, 5, 16)
+    spans = torch.tensor([[[3, 3, 3], [3, 4, 3]]], dtype=torch.int32)
+    out = ragged_attention(query, key, value, spans, 0.25)
+    assert out[0, 0].eq(0).all() and torch.equal(out[0, 1], value[0, :, 3].expand(2, -1))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Splits of 32 keys, so that few slots already make several, and NaN in uninitialised memory."""
+    monkeypatch.setattr(kernels, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(kernels, "BLOCK_KEYS", 16)
+    monkeypatch.setattr(kernels, "SPLIT_KEYS", 32)
+    empty = torch.empty
+    monkeypatch.setattr(kernels.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_in_the_interpreter_equals_the_reference(case, dtype, small_blocks):
+    (query, key, value), spans = case_operands(case, dtype=dtype)
+    sinks = torch.linspace(-1, 1, query.shape[1]).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-3  # float16 weights and results
+    for options in ({}, {"softcap": 2.0}, {"sinks": sinks}):
+        out = ragged_attention(query, key, value, spans, 0.3, **options, implementation="triton")
+        expected = dense(query, key, value, spans, 0.3, **options)
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@interpreted
+def test_kernel_in_the_interpreter_serves_empty_spans_pieces_and_no_rows(small_blocks, monkeypatch):
+    query, key, value = operands(1, 2, 1, 3, 70, 16)
+    spans = torch.tensor([[[69, 69, 0], [0, 70, 0], [40, 41, 0]]], dtype=torch.int32)
+    expected = dense(query, key, value, spans, 0.25)
+    monkeypatch.setattr(kernels, "MAX_WORKSPACE", 1)
+    out = ragged_attention(query, key, value, spans, 0.25, implementation="triton")
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert out[0, 0].eq(0).all()
+    out = ragged_attention(query[:0], key[:0], value[:0], spans[:0], 0.25, implementation="triton")
+    assert out.shape == (0, 3, 2, 16)
+
+
+def test_interpreter_run(run_in_subprocess):
+    run_in_subprocess("tests/test_kernels_attention.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
+
+
+def test_wrong_operands_are_named():
+    query, key, value = operands(2, 4, 2, 3, 10, 16)
+    spans = causal_spans([4, 5], 3)
+    with pytest.raises(ValueError, match="int32"):
+        ragged_attention(query, key, value, spans.long(), 0.25)
+    with pytest.raises(ValueError, match="do not fit"):
+        ragged_attention(query, key[:1], value[:1], spans, 0.25)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        ragged_attention(query[:, :3], key, value, spans, 0.25)
+    with pytest.raises(ValueError, match="sinks"):
+        ragged_attention(query, key, value, spans, 0.25, sinks=torch.zeros(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads, kv_heads, dim, window", [(6, 2, 64, None), (32, 8, 128, None), (4, 4, 80, 300)])
+def test_bits_on_a_gpu_depend_on_the_query_and_its_keys_alone(dtype, heads, kv_heads, dim, window):
+    """Prefill, verify, decode, another batch, a longer buffer and left padding."""
+    length = 700
+    query, key, value = operands(3, heads, kv_heads, length, length, dim, dtype=dtype, device="cuda")
+    scaling = dim**-0.5
+    spans = causal_spans([0, 0, 0], length, window, device="cuda")
+    expected = ragged_attention(query, key, value, spans, scaling)
+    tolerance = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(
+        expected.double(), dense(query, key, value, spans, scaling), rtol=tolerance, atol=tolerance
+    )
+    for begin, width in ((0, 1), (255, 1), (256, 2), (300, 6), (511, 9), (699, 1)):
+        columns = slice(begin, begin + width)
+        for rows in (slice(0, 1), slice(1, 3)):
+            out = ragged_attention(
+                query[rows, :, columns], key[rows], value[rows], spans[rows, columns].contiguous(), scaling
+            )
+            assert torch.equal(out, expected[rows, columns])
+            padded = [F.pad(x[rows], (0, 0, 37, 5), value=3.0) for x in (key, value)]
+            shifted = ragged_attention(
+                query[rows, :, columns], *padded, (spans[rows, columns] + 37).contiguous(), scaling
+            )
+            assert torch.equal(shifted, out)
