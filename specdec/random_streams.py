@@ -1,0 +1,83 @@
+"""Random numbers that belong to a row: the same whatever its batch, its slot or what other rows have drawn.
+
+A stateless generator, Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 128 bits of
+counter and 64 bits of key in, 128 random bits out. The key is the seed; the counter holds the row, a position in its
+sequence, a purpose and the number of the draw, so that no two draws share a counter and nothing needs to be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import ConfigError
+
+WORD = np.uint64(0xFFFFFFFF)
+HALF = np.uint64(32)
+MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
+KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
+NUM_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What numbers are used for; those of different purposes are independent."""
+
+    DRAFT = 0  # draw j samples draft token j of a step
+    VERIFY = 1  # draw 0 samples the recovered or bonus token, draw 1 + j decides about draft token j
+
+
+class RowStreams:
+    """One random stream for every row of the caller's batch.
+
+    seed: an int s, and row i uses the stream (s, i); or one int per row, and row i uses the stream (seed[i], 0), which
+        it would use alone under seed[i], so that rows permuted together with their seeds draw the same numbers.
+        Seeds count modulo 2^64.
+    num_rows: rows of the caller's batch.
+    device: where `uniforms` puts its numbers. They are computed on the host, where a step knows its rows and lengths:
+        a few numbers a row, for which some seventy launches would take longer than the step may cost.
+    """
+
+    def __init__(self, seed: int | Sequence[int], num_rows: int, device: torch.device | str = "cpu"):
+        if isinstance(seed, int):
+            seeds, streams = [seed] * num_rows, list(range(num_rows))
+        else:
+            seeds, streams = [int(s) for s in seed], [0] * num_rows
+        if len(seeds) != num_rows:
+            raise ConfigError(f"seed has {len(seeds)} entries for {num_rows} rows; give one int, or one per row")
+        words = [[s & 0xFFFFFFFF for s in seeds], [s >> 32 & 0xFFFFFFFF for s in seeds]]
+        self.keys = np.array(words, dtype=np.uint64)  # [2, rows]
+        self.streams = np.array(streams, dtype=np.uint64)  # [rows]
+        self.device = torch.device(device)
+
+    def uniforms(self, row_ids: np.ndarray, positions: np.ndarray, count: int, purpose: Purpose) -> Tensor:
+        """[rows, count] float64 in [0, 1), multiples of 2^-53; a function of (seed, row, position, purpose, draw).
+
+        row_ids: [rows] int64 on the host, indices into the caller's batch.
+        positions: [rows] int64 on the host, 0 .. 2^32 - 1: each row's committed length where the step starts. Lengths
+            only grow, so every step has numbers of its own. The place of each single token will not do: a place behind
+            a rejection is drafted again in the next step, and block verification has looked at its number already.
+        """
+        counter = np.empty((4, len(row_ids), count), dtype=np.uint64)
+        counter[0] = np.arange(count, dtype=np.uint64)
+        counter[1] = np.asarray(positions)[:, None]
+        counter[2] = self.streams[row_ids][:, None]
+        counter[3] = int(purpose)
+        words = philox(counter, self.keys[:, row_ids, None])
+        bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
+        return torch.from_numpy(bits * 2.0**-53).to(self.device)
+
+
+def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Philox4x32-10 on 32-bit words held in uint64. counter: [4, ...]; key: [2, ...]; returns [4, ...]."""
+    shape = (2,) + (1,) * (counter.ndim - 1)
+    multipliers, key_steps = MULTIPLIERS.reshape(shape), KEY_STEPS.reshape(shape)
+    even, odd = counter[0::2], counter[1::2]
+    for _ in range(NUM_ROUNDS):
+        product = even * multipliers
+        even, odd = (product >> HALF)[::-1] ^ odd ^ key, (product & WORD)[::-1]
+        key = (key + key_steps) & WORD
+    return np.stack([even[0], odd[0], even[1], odd[1]])
