@@ -20,7 +20,7 @@ MAX_PADDING = 1 / 16
 
 
 class DraftModel(Drafter):
-    """Drafts greedily, token by token.
+    """Drafts token by token: the argmax, or a sample where the output is sampled.
 
     The draft model caches each token once. After a fully accepted draft its cache lacks the last drafted token; that
     token is then fed together with the newest one, as part of the next draft's first forward.
@@ -60,22 +60,25 @@ class DraftModel(Drafter):
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
         self._network = build_network(self.model, len(rows), rows.capacity)
         self._running.enter_context(self._network.running())
-        self._network.prefill(rows)
+        self._network.prefill(rows, self._known(rows.token_ids))
         self._catch_up = False
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         inputs = rows.last_tokens(2 if self._catch_up else 1)
-        starts = rows.lengths - inputs.shape[1]
-        used_slots = rows.max_length
-        drafted: list[Tensor] = []
-        while True:
-            logits = self._forward(inputs, starts, used_slots)
-            inputs = logits[:, -1, : self._shared_vocab].argmax(-1, keepdim=True)
-            drafted.append(inputs)
-            if len(drafted) == max_tokens:
-                return Draft(torch.cat(drafted, 1))
-            starts = rows.lengths + (len(drafted) - 1)
-            used_slots = rows.max_length + len(drafted)
+        drafted = inputs.new_empty(len(rows), 0)
+        probs: list[Tensor] = []
+        uniforms = None if self.sampler is None else self.sampler.draw(rows, max_tokens)
+        for place in range(max_tokens):
+            end = rows.lengths + place
+            logits = self._forward(inputs, end - inputs.shape[1], rows.max_length + place)[:, -1, : self._shared_vocab]
+            if self.sampler is None or uniforms is None:
+                inputs = logits.argmax(-1, keepdim=True)
+            else:
+                tokens, q = self.sampler.sample(rows, drafted, logits, uniforms[:, place])
+                inputs = tokens[:, None]
+                probs.append(q)
+            drafted = torch.cat([drafted, inputs], 1)
+        return Draft(drafted, torch.stack(probs, 1) if probs else None)
 
     def observe(self, verified: Verified) -> None:
         self._catch_up = verified.all_accepted
@@ -91,9 +94,11 @@ class DraftModel(Drafter):
     def _forward(self, token_ids: Tensor, starts: Tensor, used_slots: int) -> Tensor:
         assert self._network is not None
         self.num_calls += 1
-        # A target token that the draft does not know enters as token 0: a poor draft, never a wrong output.
-        token_ids = token_ids.masked_fill(token_ids >= self._shared_vocab, 0)
-        return self._network.forward(token_ids, starts, used_slots).logits
+        return self._network.forward(self._known(token_ids), starts, used_slots).logits
+
+    def _known(self, token_ids: Tensor) -> Tensor:
+        """A target token that the draft does not know enters as token 0: a poor draft, never a wrong output."""
+        return token_ids.masked_fill(token_ids >= self._shared_vocab, 0)
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from specdec.rows import Rows
+    from specdec.sampling import Sampler
 
 NO_TOKEN = -1  # in a draft: nothing was proposed here; in committed tokens: nothing was committed here
 
@@ -69,6 +70,9 @@ class Drafter(ABC):
     name: str = "drafter"
     target_layers: tuple[int, ...] = ()  # indices into the target's hidden states that `observe` wants to see
     num_calls: int = 0  # forwards of the drafter's own network since `start`
+    # Set before `start` when the output is sampled. A drafter may sample by it and return the distributions in
+    # `Draft.probs`; one that does not has its drafts verified as deterministic ones, which is lossless too.
+    sampler: Sampler | None = None
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:  # noqa: B027 - optional hook
         """Raise DrafterError if this drafter cannot serve `target` for sequences of `max_length` tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,16 @@ from specdec.inputs import check_input_ids, split_prompts
 from specdec.metrics import Speculation
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
 from specdec.processors import processors_of
+from specdec.random_streams import RowStreams
 from specdec.rows import Rows, StepReport
+from specdec.sampling import Sampler
 from specdec.stopping import Stopping
-from specdec.target import GreedyRule, Target
+from specdec.target import Target
+from specdec.verify import GreedyVerification, SampledVerification, Verification
 
 DEFAULT_SPECULATIVE_TOKENS = 5
 MAX_SPECULATIVE_TOKENS = 32
+VERIFICATIONS = ("token", "block")
 
 
 @dataclass
@@ -53,9 +57,13 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     on_commit: OnCommit | None = None,
     assistant_model: PreTrainedModel | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    verification: str = "token",
     **options: Any,
 ) -> Tensor | SpeculativeOutput:
-    """Greedy decoding of a batch of prompts, token for token what `model.generate` writes for each of them alone.
+    """Decode a batch of prompts: greedily, token for token what `model.generate` writes for each of them alone, or with
+    `do_sample=True` by samples that follow the target's distribution.
 
     input_ids: [rows, columns] integers, padded on the left. attention_mask: the same shape, 0 for padding; without it
         every token is part of its prompt.
@@ -67,8 +75,13 @@ def generate(
     logits_processor, prefix_allowed_tokens_fn, and the options that transformers makes processors of: applied at every
         verified position to that row's own tokens, as if the row were alone.
     on_commit: called with a `StepReport` after each step.
+    seed, generator: of sampling; row i uses a random stream of its own, (seed, i), or that of its own seed if there is
+        one per row. Without either, a seed is drawn from torch's global generator. With the same seed, a row's sample
+        does not depend on its batch.
+    verification: of sampled drafts, "token" (rejection sampling) or "block" (block verification: never fewer tokens
+        a step).
     options: the fields of GenerationConfig, over `generation_config` over the model's own; those that would need
-        sampling or beams are refused.
+        beams are refused.
 
     Returns [rows, columns + new tokens] int64, each row padded behind its end; with `return_dict_in_generate=True` a
     `SpeculativeOutput` with `.sequences` and `.speculation`.
@@ -81,8 +94,13 @@ def generate(
     config = merge_config(model, generation_config, options)
     check_served(config, explicit)
     chosen, k = choose_drafter(drafter, assistant_model, num_speculative_tokens, config, explicit)
+    randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample))
     callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
-    return _generate(model, input_ids, attention_mask, chosen, k, config, callbacks)
+    if (copies := config.num_return_sequences or 1) > 1:
+        check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
+        input_ids = input_ids.repeat_interleave(copies, 0)
+        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
+    return _generate(model, input_ids, attention_mask, chosen, k, config, callbacks, randomness)
 
 
 def speculative(
@@ -91,13 +109,17 @@ def speculative(
     *,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    verification: str = "token",
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.
 
     Everything else is configured on `model.generate` as usual. streamer, tokenizer: transformers does not pass these
-    two on to a custom loop, so they are given here.
+    two on to a custom loop, so they are given here, as are our own seed, generator and verification.
     """
     chosen, k = choose_drafter(drafter, None, num_speculative_tokens, None, set())
+    randomness = Randomness(seed, generator, verification)
 
     def custom_generate(
         model: PreTrainedModel,
@@ -115,9 +137,39 @@ def speculative(
         mask = model_kwargs.get("attention_mask")
         # transformers has turned max_new_tokens into the max_length it goes with, and knows what is padding.
         mask = torch.ones_like(input_ids) if mask is None else mask
-        return _generate(model, input_ids, mask, chosen, k, config, callbacks)
+        checked = randomness.checked(bool(config.do_sample))
+        return _generate(model, input_ids, mask, chosen, k, config, callbacks, checked)
 
     return custom_generate
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Where the numbers of sampling come from, and how sampled drafts are verified."""
+
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | None = None
+    verification: str = "token"
+
+    def checked(self, do_sample: bool) -> Randomness:
+        """Raise ConfigError for values that cannot be served, or that greedy decoding would ignore."""
+        if self.verification not in VERIFICATIONS:
+            raise ConfigError(f"verification={self.verification!r}; choose {' or '.join(map(repr, VERIFICATIONS))}")
+        if self.seed is not None and self.generator is not None:
+            raise ConfigError("seed and generator both say where random numbers come from; pass one of them")
+        for name in ("seed", "generator"):
+            if not do_sample and getattr(self, name) is not None:
+                raise ConfigError(f"{name}= has no effect on greedy decoding; pass do_sample=True, or leave it out")
+        if not do_sample and self.verification != "token":
+            raise ConfigError(f"verification={self.verification!r} is for sampled drafts; pass do_sample=True with it")
+        return self
+
+    def streams(self, num_rows: int, device: torch.device) -> RowStreams:
+        seed = self.seed
+        if seed is None:
+            device_of = torch.device("cpu") if self.generator is None else self.generator.device
+            seed = int(torch.randint(2**62, (), generator=self.generator, device=device_of))
+        return RowStreams(seed, num_rows, device)
 
 
 @dataclass(frozen=True)
@@ -147,11 +199,11 @@ def _generate(
     num_speculative_tokens: int,
     config: GenerationConfig,
     callbacks: Callbacks,
+    randomness: Randomness,
 ) -> Tensor | SpeculativeOutput:
-    embeddings: Any = model.get_input_embeddings()
-    check_input_ids(input_ids, embeddings.weight.shape[0])
+    check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    options = resolve_options(config, input_ids.shape[1], positions)
+    options = resolve_options(config, input_ids.shape[1], positions, vocab_size_of(model))
     prompts = split_prompts(input_ids, attention_mask, config.pad_token_id)
     streamer = callbacks.streamer
     if streamer is not None and len(prompts) > 1:
@@ -162,16 +214,18 @@ def _generate(
     check_lengths(model, max(lengths) + options.max_new_tokens, "target")
     drafter.check(model, max(lengths) + options.max_new_tokens)
     processors = processors_of(
-        model,
-        config,
-        set(lengths),
-        options.max_new_tokens,
-        callbacks.logits_processor,
-        callbacks.prefix_allowed_tokens_fn,
+        model, config, set(lengths), options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
     )
     rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, num_speculative_tokens + 1, model.device)
-    rule = GreedyRule(options.eos_token_ids, options.min_new_tokens)
-    target = Target(model, rule, processors, len(rows), rows.capacity, drafter.target_layers)
+    verification: Verification = GreedyVerification()
+    drafter.sampler = None
+    if options.do_sample:
+        streams = randomness.streams(len(rows), rows.device)
+        verification = SampledVerification(streams, randomness.verification)
+        drafter.sampler = Sampler(processors, streams, vocab_size_of(model))
+    target = Target(
+        model, processors, verification, options.eos_token_ids, len(rows), rows.capacity, drafter.target_layers
+    )
     if streamer is not None:
         streamer.put(input_ids.cpu())
     statistics = decode(target, drafter, rows, num_speculative_tokens, stopping, callbacks.after_step)
@@ -190,6 +244,11 @@ def assemble(rows: Rows, input_ids: Tensor, prompt_lengths: list[int], options: 
     behind = (place >= lengths[:, None]).to(rows.device)
     new_ids = rows.output_ids.gather(1, index).masked_fill(behind, options.pad_token_id)
     return torch.cat([input_ids.long(), new_ids.to(input_ids.device)], 1)
+
+
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """Logits per position."""
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -53,8 +53,12 @@ class Network(ABC):
         positions = self.cache.begin(starts, token_ids.shape[1], used_slots)
         return self._run(token_ids, positions, None, layers)
 
-    def prefill(self, rows: Rows) -> Tensor:
-        """Cache all committed tokens of every row; returns the logits behind each row's last one, [rows, vocab]."""
+    def prefill(self, rows: Rows, token_ids: Tensor | None = None) -> Tensor:
+        """Cache all committed tokens of every row; returns the logits behind each row's last one, [rows, vocab].
+
+        token_ids: in place of `rows.token_ids`, where this network knows fewer tokens.
+        """
+        token_ids = rows.token_ids if token_ids is None else token_ids
         longest = rows.max_length
         out = torch.empty(0)
         for begin in range(0, longest, PREFILL_CHUNK):
@@ -64,7 +68,7 @@ class Network(ABC):
             starts = torch.full((num_rows,), begin, device=rows.device)
             positions = self.cache.begin(starts, end - begin, end)
             last = (rows.lengths[:num_rows] - 1 - begin).clamp(max=end - begin - 1)
-            logits = self._run(rows.token_ids[:num_rows, begin:end], positions, last, ()).logits[:, 0]
+            logits = self._run(token_ids[:num_rows, begin:end], positions, last, ()).logits[:, 0]
             out = logits if begin == 0 else torch.cat([logits, out[num_rows:]])
         return out
 

@@ -17,7 +17,10 @@ from specdec.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own default
 
-SERVED = frozenset(
+WARPER_OPTIONS = frozenset(
+    {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+)
+SERVED = WARPER_OPTIONS | frozenset(
     {
         "max_length",
         "max_new_tokens",
@@ -32,6 +35,8 @@ SERVED = frozenset(
         "num_assistant_tokens",
         "prompt_lookup_num_tokens",
         "max_matching_ngram_size",
+        "do_sample",
+        "num_return_sequences",
         # logits processors
         "repetition_penalty",
         "no_repeat_ngram_size",
@@ -46,18 +51,11 @@ SERVED = frozenset(
         "renormalize_logits",
     }
 )
-# Have no effect in transformers either: sampling warpers without sampling, beam options without beams, options of
-# encoder-decoder models, of draft models with another tokenizer, of compilation.
+# Have no effect in transformers either: beam options without beams, options of encoder-decoder models, of draft models
+# with another tokenizer, of compilation; without its cache transformers writes the same tokens, more slowly.
 WITHOUT_EFFECT = frozenset(
     {
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
+        "use_cache",
         "length_penalty",
         "early_stopping",
         "decoder_start_token_id",
@@ -71,11 +69,8 @@ WITHOUT_EFFECT = frozenset(
 )
 # Refused unless they have one of these values.
 NEUTRAL: dict[str, tuple] = {
-    "do_sample": (None, False),
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
-    "num_return_sequences": (None, 1),
-    "use_cache": (None, True),
     "use_mtp": (None, False),
     "cache_implementation": (None, "dynamic"),
     "cache_config": (None,),
@@ -104,9 +99,7 @@ NEUTRAL: dict[str, tuple] = {
     "prefill_chunk_size": (None,),
 }
 REMEDY = {
-    "do_sample": "specdec decodes greedily; pass do_sample=False",
     "num_beams": "beams are not served; pass num_beams=1",
-    "num_return_sequences": "greedy decoding has one result per prompt; pass num_return_sequences=1",
 }
 
 
@@ -121,6 +114,8 @@ class GenerationOptions:
     return_dict: bool
     max_time: float | None
     stop_strings: tuple[str, ...]
+    do_sample: bool
+    num_return_sequences: int
 
 
 def merge_config(
@@ -142,6 +137,11 @@ def merge_config(
             setattr(config, name, value)
     for name, value in overrides.items():
         setattr(config, name, value)
+    if config.do_sample:
+        # Who samples without saying how gets transformers' defaults (top_k=50).
+        for name, value in model.generation_config._get_default_generation_params().items():
+            if name in WARPER_OPTIONS and getattr(config, name, None) is None:
+                setattr(config, name, value)
     return config
 
 
@@ -157,6 +157,11 @@ def check_served(config: GenerationConfig, explicit: set[str], defaults: dict[st
             f"temperature={config.temperature} with do_sample=True; it must be above 0 "
             "(pass do_sample=False for greedy decoding)"
         )
+    if not config.do_sample and (config.num_return_sequences or 1) > 1:
+        raise ConfigError(
+            f"num_return_sequences={config.num_return_sequences} without do_sample=True; greedy decoding has one "
+            "result per prompt, pass num_return_sequences=1"
+        )
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name, None)
         if value in neutral or (name in defaults and value == defaults[name] and name not in explicit):
@@ -166,7 +171,9 @@ def check_served(config: GenerationConfig, explicit: set[str], defaults: dict[st
         raise ConfigError(f"{name}={value!r}{origin} is not served: {remedy}")
 
 
-def resolve_options(config: GenerationConfig, num_columns: int, max_positions: int | None) -> GenerationOptions:
+def resolve_options(
+    config: GenerationConfig, num_columns: int, max_positions: int | None, vocab_size: int
+) -> GenerationOptions:
     """Numbers out of a merged config; `num_columns` is the padded prompt length that max_length counts from."""
     if config.max_new_tokens is not None:
         max_new_tokens, said = config.max_new_tokens, f"max_new_tokens={config.max_new_tokens}"
@@ -192,6 +199,8 @@ def resolve_options(config: GenerationConfig, num_columns: int, max_positions: i
     eos = config.eos_token_id
     eos = eos.tolist() if isinstance(eos, Tensor) else eos
     eos_token_ids = () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    # Ids outside the vocabulary (-1 is in use) mean that there is no such token.
+    eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
     if config.max_time is not None and config.max_time <= 0:
         raise ConfigError(f"max_time={config.max_time} seconds; it must be above 0")
     pad = config.pad_token_id
@@ -206,4 +215,6 @@ def resolve_options(config: GenerationConfig, num_columns: int, max_positions: i
         bool(config.return_dict_in_generate),
         config.max_time,
         (strings,) if isinstance(strings, str) else tuple(strings),
+        bool(config.do_sample),
+        config.num_return_sequences or 1,
     )

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from specdec.options import GenerationOptions
 from specdec.rows import Rows
 
 # Scores of a position depend on that position's scores alone.
@@ -44,20 +45,29 @@ WARPERS = (*BLIND[:7], hf.TopHLogitsWarper, hf.WatermarkLogitsProcessor, hf.Logi
 class Processors:
     """The processors of one `generate` call."""
 
-    def __init__(self, build: Callable[[int], LogitsProcessorList], prompt_lengths: set[int]):
-        """build: prompt length -> its processors; some count from the end of the prompt."""
+    def __init__(
+        self,
+        build: Callable[[int], LogitsProcessorList],
+        prompt_lengths: set[int],
+        min_new_tokens: int = 0,
+        eos_token_ids: tuple[int, ...] = (),
+    ):
+        """build: prompt length -> its processors; some count from the end of the prompt.
+
+        min_new_tokens: no end of sequence before a row has that many.
+        """
         self.by_prompt_length = {length: build(length) for length in prompt_lengths}
+        self.min_new_tokens, self.eos_token_ids = min_new_tokens, list(eos_token_ids)
 
-    def __bool__(self) -> bool:
-        return any(self.by_prompt_length.values())
+    def __call__(self, rows: Rows, draft_ids: Tensor, logits: Tensor, first: int = 0) -> Tensor:
+        """Processed scores, [rows, width, vocab], of raw logits behind `first` .. `first + width - 1` draft tokens.
 
-    def __call__(self, rows: Rows, draft_ids: Tensor, logits: Tensor) -> Tensor:
-        """Processed scores, [rows, width, vocab], of raw logits behind 0 .. width - 1 draft tokens.
-
-        draft_ids: [rows, at least width - 1] int64; what a row did not draft has scores without meaning.
+        draft_ids: [rows, at least first + width - 1] int64; what a row did not draft has scores without meaning.
         Scores are float32 if there is anything to process, as in transformers, and otherwise the logits themselves.
         """
-        if not self:
+        # transformers' order: the minimum length before whatever ranks or counts the remaining tokens.
+        logits = self._forbid_early_end(rows, logits, first)
+        if not any(self.by_prompt_length.values()):
             return logits
         scores = torch.empty_like(logits, dtype=torch.float32)
         width = logits.shape[1]
@@ -70,7 +80,7 @@ class Processors:
                 index = torch.from_numpy(slots).to(rows.device)
                 positions = Positions(
                     texts[index].repeat_interleave(width, 0),
-                    (rows.host_lengths[slots, None] + np.arange(width)).flatten(),
+                    (rows.host_lengths[slots, None] + first + np.arange(width)).flatten(),
                     rows.row_ids[slots].repeat(width),
                 )
                 flat = logits[index].float().flatten(0, 1)
@@ -78,6 +88,16 @@ class Processors:
                     flat = apply_processor(processor, positions, flat)
                 scores[index] = flat.unflatten(0, (len(slots), width))
         return scores
+
+    def _forbid_early_end(self, rows: Rows, logits: Tensor, first: int) -> Tensor:
+        """-inf for the end-of-sequence tokens wherever a row would end with fewer than min_new_tokens."""
+        if not self.eos_token_ids or not (rows.num_new_tokens + first < self.min_new_tokens).any():
+            return logits
+        column = first + torch.arange(logits.shape[1], device=logits.device)
+        too_early = (rows.lengths - rows.prompt_lengths)[:, None] + column < self.min_new_tokens
+        is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        is_eos[self.eos_token_ids] = True
+        return logits.masked_fill(too_early[..., None] & is_eos, float("-inf"))
 
 
 class Positions(NamedTuple):
@@ -126,20 +146,20 @@ def processors_of(
     model: PreTrainedModel,
     config: GenerationConfig,
     prompt_lengths: set[int],
-    max_new_tokens: int,
+    options: GenerationOptions,
     custom: LogitsProcessorList | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
 ) -> Processors:
     """The processors that transformers would use for each prompt alone, and then the `custom` ones.
 
-    The minimum lengths are left out: the commit takes care of them. Where transformers has already put its own into
-    `custom` (inside `custom_generate`, for the padded batch), they are made anew for each prompt.
+    The minimum lengths are left to `Processors`, which counts new tokens row by row. Where transformers has already
+    put its own into `custom` (inside `custom_generate`, for the padded batch), they are made anew for each prompt.
     """
 
     def build(prompt_length: int) -> LogitsProcessorList:
         own = copy.copy(config)
         own.min_length = own.min_new_tokens = None
-        own.max_length = prompt_length + max_new_tokens
+        own.max_length = prompt_length + options.max_new_tokens
         model._prepare_special_tokens(own, True, device=model.device)
         built_in = model._get_logits_processor(
             generation_config=own,
@@ -154,4 +174,4 @@ def processors_of(
         warpers = [processor for processor in built_in if isinstance(processor, WARPERS)]
         return LogitsProcessorList([p for p in built_in if not isinstance(p, WARPERS)] + added + warpers)
 
-    return Processors(build, prompt_lengths)
+    return Processors(build, prompt_lengths, options.min_new_tokens, options.eos_token_ids)

@@ -110,14 +110,18 @@ def test_unknown_keyword():
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"do_sample": True}, "do_sample=False"),
+        ({"seed": 1}, "do_sample=True"),
+        ({"generator": torch.Generator()}, "do_sample=True"),
+        ({"verification": "block"}, "do_sample=True"),
+        ({"do_sample": True, "verification": "tree"}, "'token' or 'block'"),
+        ({"do_sample": True, "seed": 1, "generator": torch.Generator()}, "pass one of them"),
+        ({"do_sample": True, "seed": [1, 2, 3]}, "3 entries for 2 rows"),
         ({"do_sample": True, "temperature": 0.0}, "temperature=0.0"),
         ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0"),
         ({"num_beams": 4}, "num_beams=1"),
         ({"num_return_sequences": 2}, "num_return_sequences=1"),
         ({"guidance_scale": 1.2}, "guidance_scale=1.2"),
         ({"token_healing": True}, "token_healing=True"),
-        ({"use_cache": False}, "use_cache=False"),
         ({"output_scores": True}, "output_scores=True"),
         ({"stop_strings": ["x"]}, "tokenizer="),
         ({"max_time": -1.0}, "max_time=-1.0"),
@@ -145,7 +149,7 @@ def test_every_generation_option_has_one_place():
 @pytest.mark.parametrize("name", sorted(NEUTRAL))
 def test_no_option_is_silently_ignored(name):
     value = {"num_assistant_tokens_schedule": "heuristic", "cache_implementation": "static"}.get(name, 7)
-    refused(ConfigError, name, **{name: value, "use_cache": False} if name == "use_cache" else {name: value})
+    refused(ConfigError, name, **{name: value})
 
 
 def test_a_drafter_that_is_none():

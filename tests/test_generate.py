@@ -241,7 +241,7 @@ def test_custom_generate_takes_an_all_ones_mask_and_pads_in_the_prompt():
 def test_custom_generate_refuses_what_it_does_not_serve():
     (prompt,) = some_prompts(6)
     loop = specdec.speculative(OTHER)
-    for options in ({"do_sample": True}, {"guidance_scale": 1.5}, {"num_beams": 2}, {"output_scores": True}):
+    for options in ({"prefill_chunk_size": 4}, {"guidance_scale": 1.5}, {"num_beams": 2}, {"output_scores": True}):
         with pytest.raises(specdec.SpecDecError, match=next(iter(options))):
             TARGET.generate(prompt[None], custom_generate=loop, max_new_tokens=4, **options)
 
