@@ -1,6 +1,7 @@
 """specdec: batched speculative decoding for Hugging Face causal LMs that does not change a token."""
 
 from specdec.drafter import Draft, Drafter, Verified
+from specdec.equivalence import EquivalenceReport, check_equivalence
 from specdec.errors import (
     ConfigError,
     DrafterError,
@@ -20,6 +21,7 @@ __all__ = [
     "Draft",
     "Drafter",
     "DrafterError",
+    "EquivalenceReport",
     "InputError",
     "NumericalError",
     "Rows",
@@ -31,6 +33,7 @@ __all__ = [
     "Verified",
     "__version__",
     "batch_invariant",
+    "check_equivalence",
     "generate",
     "make_batch_invariant",
     "speculative",

@@ -1,0 +1,6 @@
+"""`python -m specdec`"""
+
+from specdec.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""`specdec`: the subcommands, and what an error looks like.
+
+Exit status: 0 for success, 1 if outputs differ, 2 for bad input, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from specdec.cli.check import check
+from specdec.cli.demo import demo
+from specdec.cli.generate import generate
+from specdec.errors import SpecDecError
+from specdec.version import __version__
+
+
+class Commands(TyperGroup):
+    """Our own errors are one line without a traceback; others are bugs and keep theirs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpecDecError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(check)
+app.command()(generate)
+app.command()(demo)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"specdec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def specdec(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Batched speculative decoding for Hugging Face causal LMs that does not change a token.
+
+    Start with `specdec demo`; then prove it on your own models with `specdec check`.
+    """
+
+
+def main() -> None:
+    app(prog_name="specdec")

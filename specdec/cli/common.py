@@ -1,0 +1,130 @@
+"""What the subcommands share: options, loading, progress, tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from specdec.loading import Prompt
+    from specdec.oracle import OnProgress
+
+STAGES = {"plain": "plain greedy, one by one", "speculative": "specdec, in batches"}  # labels of progress bars
+
+Folder, Count = partial(typer.Option, metavar="FOLDER"), partial(typer.Option, metavar="N", min=1)
+TargetOption = Annotated[str, Folder(help="The target model's checkpoint, with its tokenizer.")]
+DraftOption = Annotated[str | None, Folder(help="A draft model's checkpoint, with the target's tokenizer.")]
+DrafterOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A drafter without a model, such as prompt_lookup.")
+]
+DraftTokensOption = Annotated[int, Count(max=32, help="Tokens drafted per prompt and step.")]
+BatchSizeOption = Annotated[int, Count(help="Prompts decoded together.")]
+MaxNewTokensOption = Annotated[int, Count(help="Tokens to generate per prompt.")]
+LimitOption = Annotated[int | None, Count(help="Use only the first N prompts of the file.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE", help="float32, bfloat16, float16 or float64; by default float32 on a CPU, else as stored."
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, ...")]
+
+
+@dataclass(frozen=True)
+class Models:
+    """drafter: what `specdec.generate` takes as `drafter=`."""
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    drafter: PreTrainedModel | str | None
+
+    def encode(self, prompts: list[Prompt]) -> list[Tensor]:
+        from specdec.loading import encode_prompts
+
+        return encode_prompts(self.tokenizer, prompts)
+
+
+def load_models(target: str, draft: str | None, drafter: str | None, device: str, dtype: str | None) -> Models:
+    """Everything that can be wrong without the weights is said before they are read."""
+    from specdec.drafters.registry import resolve
+    from specdec.errors import DrafterError
+    from specdec.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
+
+    if draft is not None and drafter is not None:
+        raise DrafterError(f"--draft {draft} and --drafter {drafter} both choose a drafter; pass one of them")
+    if drafter is not None:
+        resolve(drafter)
+    place = resolve_device(device)
+    target_folder = find_checkpoint(target, "target")
+    draft_folder = find_checkpoint(draft, "draft") if draft is not None else None
+    quiet_transformers()
+    tokenizer = load_tokenizer(target_folder, "target")
+    if draft_folder is not None:
+        check_same_tokenizer(tokenizer, draft_folder)
+    with Console(stderr=True).status("loading"):
+        model = load_model(target_folder, "target", place, dtype)
+        draft_model = load_model(draft_folder, "draft", place, dtype) if draft_folder is not None else None
+    return Models(model, tokenizer, draft_model if draft_model is not None else drafter)
+
+
+def quiet_transformers() -> None:
+    """Its loading bars and advice are not ours to print; what matters is raised as an error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def stage_bars(totals: Mapping[str, int]) -> Iterator[OnProgress]:
+    """A bar on stderr for each stage, from its first report on. totals: what a stage has to do, where that is known."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    progress = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
+
+    def on_progress(stage: str, num_done: int) -> None:
+        if not tasks:
+            progress.start()
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(STAGES.get(stage, stage), total=totals.get(stage))
+        progress.advance(tasks[stage], num_done)
+
+    try:
+        yield on_progress
+    finally:
+        if tasks:
+            progress.stop()
+
+
+def say_ignored(settings: dict[str, Any]) -> None:
+    """What the checkpoint's generation config asks for beyond plain greedy decoding, on stderr."""
+    if settings:
+        listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        typer.echo(
+            f"note: the checkpoint's generation_config sets {listed}; ignored for plain greedy decoding", err=True
+        )
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A drawn table on a terminal; aligned text, which no width cuts, everywhere else."""
+    if sys.stdout.isatty():
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False, highlight=False).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,98 @@
+"""Decodes prompts in batches and prints each completion as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import typer
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from specdec.cli.common import Models, say_ignored, stage_bars
+from specdec.equivalence import check_prompts
+from specdec.generate import choose_drafter, generate
+from specdec.loading import Prompt
+from specdec.metrics import Speculation
+from specdec.oracle import greedy_settings, left_pad, now, tell
+from specdec.rows import StepReport
+
+
+@dataclass
+class Completion:
+    """What one prompt has been continued with so far, and how much of it was drafted."""
+
+    index: int
+    prompt: str
+    token_ids: list[int] = field(default_factory=list)
+    speculation: Speculation = field(default_factory=Speculation)
+
+    def add(self, report: StepReport, slot: int) -> None:
+        """Take in one row of a step."""
+        self.token_ids += report.token_ids[slot, : report.num_committed[slot]].tolist()
+        row = {f.name: getattr(report, f.name)[slot : slot + 1] for f in fields(report) if f.name != "is_prefill"}
+        self.speculation.add(replace(report, **row))
+
+    def print(self, tokenizer: PreTrainedTokenizerBase, as_json: bool) -> None:
+        text = tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        if not as_json:
+            typer.echo(f"--- prompt {self.index} ---\n{text}")
+            return
+        counts = self.speculation.to_dict()
+        del counts["num_target_calls"], counts["num_draft_calls"]  # those are the batch's
+        own: dict[str, Any] = {"index": self.index, "prompt": self.prompt, "completion": text}
+        typer.echo(json.dumps({**own, "completion_ids": self.token_ids, **counts}))
+
+
+def print_completions(
+    models: Models,
+    prompts: list[Prompt],
+    batch_size: int,
+    num_speculative_tokens: int | None,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """A single prompt's text streams; several are printed as they finish; a summary goes to stderr."""
+    model, token_ids = models.target, models.encode(prompts)
+    drafter, k = choose_drafter(models.drafter, None, num_speculative_tokens, None, set())
+    check_prompts(model, token_ids, drafter, batch_size, max_new_tokens)
+    streams = len(prompts) == 1 and not as_json
+    streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+    total = Speculation()
+    # On a terminal the completions themselves show the progress.
+    bars = nullcontext() if streams or sys.stdout.isatty() else stage_bars({"speculative": len(prompts)})
+    with greedy_settings(model) as ignored, bars as on_progress:
+        say_ignored(ignored)
+        begin = now(model)
+        for first in range(0, len(prompts), batch_size):
+            batch = range(first, min(first + batch_size, len(prompts)))
+            completions = [Completion(index, prompts[index].text) for index in batch]
+
+            def on_commit(report: StepReport, completions: list[Completion] = completions) -> None:
+                total.add(report)
+                for slot, row in enumerate(report.row_ids):
+                    completions[row].add(report, slot)
+                    if report.finished[slot] and not streams:
+                        completions[row].print(models.tokenizer, as_json)
+                tell(on_progress, "speculative", int(report.finished.sum()))
+
+            ids, mask = left_pad([token_ids[index] for index in batch], 0, model.device)
+            generate(
+                model,
+                ids,
+                mask,
+                drafter=drafter,
+                num_speculative_tokens=k,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                on_commit=on_commit,
+            )
+        print_summary(total, now(model) - begin, models.drafter is not None)
+
+
+def print_summary(total: Speculation, seconds: float, drafted: bool) -> None:
+    acceptance = f", mean acceptance length {total.mean_acceptance_length:.2f}" if drafted else ""
+    rate = total.num_new_tokens / seconds
+    typer.echo(f"{total.num_new_tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s{acceptance}", err=True)

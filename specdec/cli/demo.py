@@ -1,0 +1,111 @@
+"""`specdec demo`: three ways to decode the same eight prompts, measured here and now on the models that ship."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specdec.cli.common import DraftTokensOption, MaxNewTokensOption, load_models, print_table, stage_bars
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from specdec.drafter import Drafter
+    from specdec.oracle import OnProgress, Run
+
+NUM_PROMPTS = 8
+NUM_REPEATS = 3
+PLAIN, SPECULATIVE = "specdec, plain", "specdec, speculative"
+
+
+def demo(
+    models: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Another folder with target/, draft/ and prompts.json.")
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 64,
+    num_speculative_tokens: DraftTokensOption = 5,
+) -> None:
+    """Show tokens and speed of plain and speculative decoding.
+
+    Decodes eight prompts in under a minute on a CPU, with small models of Python code that come with specdec.
+    Exit status 1 if any output differs from transformers' plain greedy decoding of that prompt alone.
+    """
+    from specdec.equivalence import check_prompts, first_differences
+    from specdec.generate import choose_drafter
+    from specdec.loading import read_prompts
+    from specdec.oracle import greedy_settings, run_plain
+
+    folder = models or shipped_pair()
+    texts = read_prompts(folder / "prompts.json", NUM_PROMPTS)
+    loaded = load_models(str(folder / "target"), str(folder / "draft"), None, "cpu", None)
+    model, prompts = loaded.target, loaded.encode(texts)
+    drafter, k = choose_drafter(loaded.drafter, None, num_speculative_tokens, None, set())
+    check_prompts(model, prompts, drafter, len(prompts), max_new_tokens)
+    ways = ways_to_decode(model, prompts, drafter, k)
+    totals = {"plain": len(prompts), "measuring": len(ways) * (NUM_REPEATS + 1)}
+    with greedy_settings(model), stage_bars(totals) as on_progress:
+        oracle = run_plain(model, prompts, max_new_tokens, on_progress).outputs
+        runs = measure(ways, max_new_tokens, on_progress)
+    differing = {
+        name: {row for run in repeats for row in first_differences(oracle, run.outputs)}
+        for name, repeats in runs.items()
+    }
+    sample = loaded.tokenizer.decode(runs[SPECULATIVE][0].outputs[0], skip_special_tokens=True)
+    typer.echo(f"A prompt, and behind |> what the target model makes of it:\n\n{texts[0].text}|>{sample}\n")
+    print_runs(runs, differing, len(prompts))
+    typer.echo(f"mean acceptance length {runs[SPECULATIVE][0].speculation.mean_acceptance_length:.2f}")
+    typer.echo(f"{len(prompts) - len(differing[SPECULATIVE])}/{len(prompts)} outputs identical")
+    if differing[PLAIN] or differing[SPECULATIVE]:
+        raise typer.Exit(1)
+
+
+def shipped_pair() -> Path:
+    import specdec
+
+    return Path(specdec.__file__).parent / "assets" / "demo_pair"
+
+
+def ways_to_decode(
+    model: PreTrainedModel, prompts: list[Tensor], drafter: Drafter, num_speculative_tokens: int
+) -> dict[str, Callable[[int], Run]]:
+    """Name -> a function of max_new_tokens; each decodes all prompts in one batch."""
+    from specdec.drafter import NoDrafts
+    from specdec.oracle import run_batched, run_speculative
+
+    rows = len(prompts)
+    return {
+        f"transformers, batch of {rows}": lambda length: run_batched(model, prompts, length),
+        PLAIN: lambda length: run_speculative(model, prompts, NoDrafts(), 1, rows, length),
+        SPECULATIVE: lambda length: run_speculative(model, prompts, drafter, num_speculative_tokens, rows, length),
+    }
+
+
+def measure(
+    ways: dict[str, Callable[[int], Run]], max_new_tokens: int, on_progress: OnProgress
+) -> dict[str, list[Run]]:
+    """Each way in turn, several times, so that a change of the machine's speed meets all of them."""
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
+    for repeat in range(NUM_REPEATS + 1):
+        for name, decode in ways.items():
+            if repeat == 0:
+                decode(min(max_new_tokens, 8))
+            else:
+                runs[name].append(decode(max_new_tokens))
+            on_progress("measuring", 1)
+    return runs
+
+
+def print_runs(runs: dict[str, list[Run]], differing: dict[str, set[int]], num_prompts: int) -> None:
+    """Speed is the median of the repeats, the factor that to transformers' median."""
+    speeds = {name: median(run.tokens_per_second for run in repeats) for name, repeats in runs.items()}
+    slowest = next(iter(speeds.values()))
+    rows = [
+        [name, f"{speed:.0f}", f"{speed / slowest:.2f}x", f"{num_prompts - len(differing[name])}/{num_prompts}"]
+        for name, speed in speeds.items()
+    ]
+    print_table([f"{num_prompts} prompts", "tokens/s", "speed", "as plain, one by one"], rows)

@@ -1,0 +1,209 @@
+"""Is speculative output the target's own? Token for token against transformers' plain greedy decoding.
+
+The oracle is `model.generate` on one prompt at a time: no batch, no padding, no draft. Each row's first difference is
+judged (later tokens continue different texts): rounding can only exchange tokens whose logits it can exchange, so a
+difference is a tie where the target's margin is within a small multiple of the measured noise, and a bug elsewhere.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.compatibility import check_architecture, check_lengths
+from specdec.drafter import Drafter
+from specdec.errors import ConfigError, InputError
+from specdec.generate import DEFAULT_SPECULATIVE_TOKENS, check_model, choose_drafter
+from specdec.inputs import check_input_ids
+from specdec.metrics import Speculation
+from specdec.oracle import OnProgress, greedy_settings, run_plain, run_speculative, tell
+from specdec.referee import TIE_MULTIPLE, Referee, name_of
+from specdec.stock import evaluating
+from specdec.version import __version__
+
+TIE, BUG = "tie", "bug"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first difference of one row.
+
+    prompt: 0-based index. position: 0-based, among the new tokens. expected_token_id, actual_token_id: plain greedy's
+    and ours, None where that output had ended. margin: the target's logit(expected) - logit(actual).
+    noise, noise_all_tokens: see `referee.Judgement`. All three are None where a token is missing. kind: tie or bug.
+    """
+
+    prompt: int
+    position: int
+    expected_token_id: int | None
+    actual_token_id: int | None
+    margin: float | None
+    kind: str
+    noise: float | None = None
+    noise_all_tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class EquivalenceReport:
+    """What `check_equivalence` found.
+
+    Rates count new tokens up to each row's end. margin_dtype: None if nothing had to be judged; margin_note: why it
+    is not float64. ignored_settings: what the model's generation config asks for and neither run did.
+    """
+
+    num_prompts: int
+    num_equal: int
+    divergences: list[Divergence]
+    plain_tokens_per_second: float
+    speculative_tokens_per_second: float
+    speculation: Speculation
+    drafter: str
+    batch_size: int
+    num_speculative_tokens: int
+    max_new_tokens: int
+    dtype: str
+    device: str
+    margin_dtype: str | None
+    margin_note: str
+    ignored_settings: dict[str, Any]
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether every row is equal; a tie is a difference too."""
+        return self.num_equal == self.num_prompts
+
+    @property
+    def only_ties(self) -> bool:
+        return all(divergence.kind == TIE for divergence in self.divergences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with the versions that produced it."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {
+            "equivalent": self.equivalent,
+            **fields,
+            "divergences": [asdict(divergence) for divergence in self.divergences],
+            "mean_acceptance_length": self.speculation.mean_acceptance_length,
+            "draft_acceptance_rate": self.speculation.draft_acceptance_rate,
+            "speculation": self.speculation.to_dict(),
+            "tie_multiple": TIE_MULTIPLE,
+            "versions": versions(),
+        }
+
+
+def check_equivalence(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    drafter: Drafter | PreTrainedModel | str | None = None,
+    batch_size: int = 8,
+    num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS,
+    max_new_tokens: int = 64,
+    on_progress: OnProgress | None = None,
+) -> EquivalenceReport:
+    """Decode all prompts plainly and speculatively, compare token ids, judge the differences.
+
+    prompts: [length] integer tensors without padding. drafter: as in `specdec.generate`; None checks plain decoding.
+    batch_size: rows decoded together. Both runs are greedy, whatever the model's generation config says.
+
+    Raises SpecDecError before any token is generated if something cannot be checked.
+    """
+    check_model(model)
+    chosen, k = choose_drafter(drafter, None, None if drafter is None else num_speculative_tokens, None, set())
+    check_prompts(model, prompts, chosen, batch_size, max_new_tokens)
+    with greedy_settings(model) as ignored, evaluating(model):
+        # Packs, probes and compiles; long enough that drafts are verified.
+        warm_up = min(max_new_tokens, k + 2)
+        run_speculative(model, prompts[:batch_size], chosen, k, batch_size, warm_up)
+        run_plain(model, prompts[:1], warm_up)
+        plain = run_plain(model, prompts, max_new_tokens, on_progress)
+        ours = run_speculative(model, prompts, chosen, k, batch_size, max_new_tokens, on_progress)
+        places = first_differences(plain.outputs, ours.outputs)
+        referee = Referee(model, k, batch_size) if places else None
+        divergences = []
+        for row, position in places.items():
+            assert referee is not None
+            divergences.append(judge(referee, row, position, prompts[row], plain.outputs[row], ours.outputs[row]))
+            tell(on_progress, "judging", 1)
+    return EquivalenceReport(
+        num_prompts=len(prompts),
+        num_equal=len(prompts) - len(divergences),
+        divergences=divergences,
+        plain_tokens_per_second=plain.tokens_per_second,
+        speculative_tokens_per_second=ours.tokens_per_second,
+        speculation=ours.speculation,
+        drafter=chosen.name,
+        batch_size=batch_size,
+        num_speculative_tokens=k,
+        max_new_tokens=max_new_tokens,
+        dtype=name_of(model.dtype),
+        device=str(model.device),
+        margin_dtype=referee.margin_dtype if referee else None,
+        margin_note=referee.margin_note if referee else "",
+        ignored_settings=ignored,
+    )
+
+
+def check_prompts(
+    model: PreTrainedModel, prompts: Sequence[Tensor], drafter: Drafter, batch_size: int, max_new_tokens: int
+) -> None:
+    """Raise SpecDecError for whatever `generate` would refuse in some later batch."""
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+    if not len(prompts):
+        raise InputError("there are no prompts; pass at least one")
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, Tensor) or prompt.dim() != 1:
+            shape = list(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise InputError(f"prompt {row} is {shape}; pass a [length] integer tensor")
+        if not len(prompt):
+            raise InputError(f"prompt {row} is empty; a prompt needs at least one token")
+        try:
+            check_input_ids(prompt[None], vocab_size)
+        except InputError as error:
+            raise InputError(f"prompt {row}: {error}") from None
+    max_length = max(map(len, prompts)) + max_new_tokens
+    check_architecture(model)
+    check_lengths(model, max_length, "target")
+    drafter.check(model, max_length)
+
+
+def judge(
+    referee: Referee, row: int, position: int, prompt: Tensor, expected: list[int], actual: list[int]
+) -> Divergence:
+    """A missing token is a bug: both runs stop for the same reasons, so no rounding explains it."""
+    if position >= min(len(expected), len(actual)):
+        tokens = [output[position] if position < len(output) else None for output in (expected, actual)]
+        return Divergence(row, position, tokens[0], tokens[1], None, BUG)
+    pair = expected[position], actual[position]
+    verdict = referee.judge(prompt, expected[:position], *pair)
+    kind = TIE if verdict.is_tie else BUG
+    return Divergence(row, position, *pair, verdict.margin, kind, verdict.noise, verdict.noise_all_tokens)
+
+
+def first_differences(expected: Sequence[list[int]], actual: Sequence[list[int]]) -> dict[int, int]:
+    """Row -> position of its first difference, for the rows that differ; a missing token differs from any."""
+    places = {}
+    for row, pair in enumerate(zip(expected, actual, strict=True)):
+        position = next((i for i, (a, b) in enumerate(zip_longest(*pair)) if a != b), None)
+        if position is not None:
+            places[row] = position
+    return places
+
+
+def versions() -> dict[str, str]:
+    return {
+        "specdec": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

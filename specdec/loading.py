@@ -1,0 +1,214 @@
+"""Checkpoints and prompt files from disk, for the command line: whatever is wrong with them is said by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.errors import ConfigError, DrafterError, InputError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What transformers raises for missing, damaged, foreign and mismatched files.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """place: where in its file the text stands, for messages."""
+
+    text: str
+    place: str
+
+
+def find_checkpoint(name: str, role: str) -> Path:
+    """The folder of a checkpoint: `name` itself, or what the Hugging Face cache holds of the repository `name`.
+
+    Nothing is downloaded. Raises InputError if there is no such folder or it holds no checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (OSError, HFValidationError):  # not in the cache; not even the form of a repository's name
+            raise InputError(
+                f"{role} {name!r} is no folder, nor a repository in the Hugging Face cache; pass the folder of a "
+                "checkpoint, or run `hf download` on the repository first"
+            ) from None
+    if not folder.is_dir():
+        raise InputError(f"{role} {name!r} is a file; pass the folder of a checkpoint, the one with config.json")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{role} {name!r} is no checkpoint: the folder has no config.json")
+    return folder
+
+
+def resolve_device(name: str) -> torch.device:
+    """Raises ConfigError for a device that torch does not know or this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {name!r} is not usable here ({reason}); pass --device cpu") from None
+    return device
+
+
+def load_model(folder: Path, role: str, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    dtype: one of `DTYPES`; None means float32 on a CPU, whatever is stored, and what is stored elsewhere.
+    Raises InputError for a checkpoint that does not load, or from which weights are missing.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    wanted: Any = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else "auto"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, local_files_only=True, output_loading_info=True
+        )
+    except LOADING_ERRORS as error:
+        raise InputError(f"{role} {str(folder)!r} does not load: {first_line(error)}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        example = min(info["missing_keys"])
+        raise InputError(
+            f"{role} {str(folder)!r} lacks {len(info['missing_keys'])} weights, {example} among them; "
+            "they would be random, so download the checkpoint again"
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path, role: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise InputError(f"{role} {str(folder)!r} has no usable tokenizer: {first_line(error)}") from error
+
+
+def check_same_tokenizer(target: PreTrainedTokenizerBase, draft_folder: Path) -> None:
+    """Raise DrafterError if the draft model's folder has a tokenizer with other tokens or other ids.
+
+    A folder without a tokenizer passes, and so does another padding token.
+    """
+    if not any((draft_folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    draft = load_tokenizer(draft_folder, "draft")
+    padding = {target.pad_token, draft.pad_token}
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    differing = {token for token, _ in ours.items() ^ theirs.items()} - padding
+    if not differing:
+        return
+    token = min(differing, key=lambda token: (ours.get(token, len(ours)), theirs.get(token, 0)))
+    raise DrafterError(
+        f"the draft model's tokenizer is another one: {len(differing)} tokens differ, {token!r} for one is "
+        f"{ours.get(token, 'missing')} in the target's and {theirs.get(token, 'missing')} in the draft's; "
+        "pass a draft model that was trained with the target's tokenizer, or --drafter prompt_lookup"
+    )
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a .txt (one a line), .json (list of strings) or .jsonl file (`prompt`, or the first of `turns`).
+
+    limit: only the first so many. Raises InputError that names the file and the line or item.
+    """
+    readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"prompt file {str(path)!r} is none of {', '.join(readers)}; convert it to one of them")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"prompt file {str(path)!r} cannot be read: {error.strerror or error}") from None
+    prompts = reader(path, content)
+    if not prompts:
+        raise InputError(f"prompt file {str(path)!r} is empty; it must hold at least one prompt")
+    for prompt in prompts:
+        if not prompt.text:
+            raise InputError(f"{prompt.place} is an empty prompt; remove it or give it at least one token")
+    return prompts[:limit]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[Tensor]:
+    """[length] int64 token ids each, never truncated, with the special tokens that the tokenizer adds by itself."""
+    encoded = []
+    for prompt in prompts:
+        ids = tokenizer(prompt.text, truncation=False)["input_ids"]
+        if not ids:
+            raise InputError(f"{prompt.place} has no tokens ({prompt.text[:40]!r}); remove it or write more")
+        encoded.append(torch.tensor(ids, dtype=torch.long))
+    return encoded
+
+
+def _read_txt(path: Path, content: bytes) -> list[Prompt]:
+    return [Prompt(text, place) for text, place in _lines(path, content)]
+
+
+def _read_json(path: Path, content: bytes) -> list[Prompt]:
+    if not content.strip():
+        return []
+    whole = f"prompt file {str(path)!r}"
+    items = _parse(_decode(content, whole), whole)
+    if not isinstance(items, list):
+        raise InputError(f"{whole} holds a JSON {_kind(items)}; it must be a list of strings")
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            raise InputError(f"{whole}, item {index} (from 0) is a JSON {_kind(item)}; it must be a string")
+    return [Prompt(item, f"{whole}, item {index} (from 0)") for index, item in enumerate(items)]
+
+
+def _read_jsonl(path: Path, content: bytes) -> list[Prompt]:
+    return [Prompt(_prompt_of(_parse(text, place), place), place) for text, place in _lines(path, content)]
+
+
+def _prompt_of(item: Any, place: str) -> str:
+    """`prompt`, or the first turn of Spec-Bench's `turns`."""
+    if not isinstance(item, dict):
+        raise InputError(f"{place} is a JSON {_kind(item)}; it must be an object with `prompt` or `turns`")
+    turns = item.get("turns")
+    text = item["prompt"] if "prompt" in item else turns[0] if isinstance(turns, list) and turns else None
+    if not isinstance(text, str):
+        raise InputError(f"{place} has neither a string `prompt` nor a list of strings `turns`")
+    return text
+
+
+def _lines(path: Path, content: bytes) -> list[tuple[str, str]]:
+    """Each line and its place. Only line feeds end lines, and blank ones at the end of the file are none."""
+    lines = content.rstrip(b"\r\n").split(b"\n") if content.strip(b"\r\n") else []
+    places = [f"prompt file {str(path)!r}, line {number}" for number in range(1, len(lines) + 1)]
+    return [(_decode(line.removesuffix(b"\r"), place), place) for line, place in zip(lines, places, strict=True)]
+
+
+def _decode(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{place} is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from None
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise InputError(f"{place} is not JSON: {error.msg} at {where}column {error.colno}") from None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for one line; some say the main thing on the second."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,74 @@
+"""The documents tell the truth: their commands run, their tables are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from specdec.options import NEUTRAL, SERVED, WITHOUT_EFFECT
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text, language):
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    return [code for kind, code in found if kind == language]
+
+
+def test_the_options_page_lists_every_option_in_its_place():
+    page = (ROOT / "docs" / "generate-options.md").read_text()
+    parts = re.split(r"^## ", page, flags=re.M)[1:]
+    for part, table in zip(parts, (SERVED, WITHOUT_EFFECT, NEUTRAL), strict=True):
+        rows = "".join(line.split("|")[1] for line in part.splitlines() if line.startswith("| `"))
+        assert set(re.findall(r"`(\w+)`", rows)) == set(table)
+
+
+def test_the_readmes_python_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    namespace: dict = {}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for code in blocks(README, "python"):
+            exec(compile(code, "README.md", "exec"), namespace)
+    assert "tokens per target call" in out.getvalue()
+    assert "def mean(values):" in out.getvalue()
+
+
+def specdec_commands():
+    shell = "\n".join(blocks(README, "")).replace("\\\n", " ")
+    return [line.split("#")[0].strip() for line in shell.splitlines() if ".venv/bin/specdec" in line]
+
+
+@pytest.mark.parametrize("command", specdec_commands())
+def test_the_readmes_commands_run(command, monkeypatch):
+    from specdec.cli.app import app
+
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+
+
+def test_the_readmes_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", README, re.M))
+    assert {"demo", "test"} <= {a or b for a, b in targets}
+    for name in {a or b for a, b in targets}:
+        assert re.search(rf"^{name}:", makefile, re.M), name
+
+
+def test_the_architecture_names_files_that_exist():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            folder = ""
+            for name in re.findall(r"`([\w./]+)`", line.split("|")[1]):
+                folder = str(Path(name).parent) if "/" in name.rstrip("/") else folder
+                path = ROOT / name if "/" in name else ROOT / folder / name
+                assert path.exists(), name
