@@ -112,6 +112,7 @@ def _ragged_attention_triton(
     num_splits = triton.cdiv(num_slots - 1, SPLIT_KEYS) + 1
     bytes_per_query = 4 * rows * num_heads * num_splits * (value_dim + 2)
     step = min(width, max(1, MAX_WORKSPACE // bytes_per_query))
+    block_dim = max(16, triton.next_power_of_2(max(dim, value_dim)))
     partial = torch.empty(rows * num_heads * step * num_splits, value_dim + 2, dtype=torch.float32, device=out.device)
     for begin in range(0, width, step):
         count = min(step, width - begin)
@@ -141,6 +142,8 @@ def _ragged_attention_triton(
             BLOCK_KEYS=BLOCK_KEYS,
             SPLIT_KEYS=SPLIT_KEYS,
             num_warps=NUM_WARPS,
+            # As many tiles in flight as fit into shared memory; the arithmetic is the same.
+            num_stages=max(1, min(3, 1024 // (block_dim * query.element_size()))),
         )
         _merge_kernel[(rows * count * num_heads,)](
             partial,

@@ -138,6 +138,19 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
     Set on the configs directly: `set_attn_implementation` refuses models that choose their attention class once,
     when they are built, and these must still read the new name when they make their masks.
     """
+    configs = configs_of(model)
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation_internal = own
+
+
+def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every config that some part of the model reads its attention implementation from."""
     # Of all modules, because some give their layers a copy of the model's config.
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
@@ -145,11 +158,4 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         for key in config.sub_configs:
             if (sub_config := getattr(config, key, None)) is not None:
                 configs[id(sub_config)] = sub_config
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+    return list(configs.values())

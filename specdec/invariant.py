@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec import invariant_attention
-from specdec.attention import attention_implementation
+from specdec.attention import configs_of
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.invariant_attention import INVARIANT
 from specdec.invariant_guard import InvarianceGuard, own_arithmetic
@@ -64,7 +64,10 @@ def make_batch_invariant(model: PreTrainedModel) -> Callable[[], None]:
             if forward is not None:
                 stack.callback(module.__dict__.pop, "forward", None)
                 module.__dict__["forward"] = forward
-        stack.enter_context(attention_implementation(model, INVARIANT))
+        # Plain callbacks: a suspended context manager would restore the model as soon as the caller drops the stack.
+        for config in configs_of(model):
+            stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
+            config._attn_implementation_internal = INVARIANT
         with evaluating(model):
             check_invariance(model, expected)
         return stack.pop_all().close

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -113,6 +114,13 @@ def test_the_permanent_form_lasts_until_it_is_undone():
     assert is_batch_invariant(model)
     restore()
     assert state(model) == before
+
+
+def test_the_permanent_form_does_not_end_with_the_function_it_returned():
+    model = tiny_llama()
+    make_batch_invariant(model)
+    gc.collect()
+    assert model.config._attn_implementation == INVARIANT and "forward" in model.lm_head.__dict__
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -1,0 +1,183 @@
+"""Is a batch-invariant model exact? Bits of the kernels, bits of the logits, tokens, and what the kernels cost.
+
+    python benchmarks/invariance.py --device cuda --pair models/code-qwen3 --output benchmarks/results/invariance.json
+
+Parts: `bits` compares each kernel with itself; `speed` times the in-order linear's tiles against the library;
+`logits` and `tokens` run a trained pair, `large` a model of Qwen3-8B's shape with random weights. Everything is also
+done on the stock modules, where differences must show, or the test would be too weak to mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from invariance_bits import attention_bits, linear_bits, logit_bits, norm_bits
+from invariance_tokens import Job, Setting, compare
+from linear_tuning import CANDIDATES, SHAPES, table_source, tune
+from measure import log_to_stderr as log
+from methods import load_pair
+from record import environment
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from specdec import batch_invariant
+
+PARTS = ("bits", "speed", "logits", "tokens", "large")
+DEMO_PAIR = Path(__file__).resolve().parent.parent / "specdec" / "assets" / "demo_pair"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--pair", type=Path, default=DEMO_PAIR)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--ks", type=int, nargs="+", default=list(range(1, 9)))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 3, 8, 32])
+    parser.add_argument("--num-processes", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=36, help="of the large model")
+    parser.add_argument("--revision", help="recorded where there is no git repository")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args(argv)
+
+
+def kernel_bits(device: torch.device, dtype: torch.dtype) -> list[dict]:
+    records = []
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,)
+    for each in dtypes:
+        for shape in ((384, 1024), (1000, 97)):
+            records += linear_bits(shape, each, device, 300)
+        for size in (64, 100, 384, 4096):
+            records += norm_bits(size, each, device, 300)
+        records += attention_bits(6, 2, 64, 700 if device.type == "cuda" else 40, None, each, device)
+        records += attention_bits(4, 4, 80, 700 if device.type == "cuda" else 40, 300, each, device)
+    if device.type == "cuda":
+        for shape in ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288)):
+            records += linear_bits(shape, dtype, device, 512)
+        records += attention_bits(32, 8, 128, 2100, None, dtype, device)
+    return records
+
+
+def random_sequences(count: int, longest: int, vocab_size: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [longest - 7 * i for i in range(count)]
+    return [torch.randint(3, vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def both_ways(model: PreTrainedModel, sequences: list[Tensor], num_checked: int) -> dict:
+    log("stock modules")
+    found = {"stock": logit_bits(model, sequences, num_checked, log)}
+    begin = time.perf_counter()
+    with batch_invariant(model):
+        log(f"batch-invariant, swapped in {time.perf_counter() - begin:.1f} s")
+        found["invariant"] = logit_bits(model, sequences, num_checked, log)
+    return found
+
+
+def large_model(device: torch.device, num_layers: int) -> PreTrainedModel:
+    """Qwen3-8B's shape with random weights."""
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=num_layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
+        tie_word_embeddings=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return Qwen3ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def token_settings(ks: list[int], batch_sizes: list[int]) -> list[Setting]:
+    return [Setting(name, size, k) for name in ("draft_model", "prompt_lookup") for size in batch_sizes for k in ks]
+
+
+def run(arguments: argparse.Namespace, record: dict) -> None:
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    if "bits" in arguments.parts:
+        record["bits"] = kernel_bits(device, dtype)
+        for entry in record["bits"]:
+            log(f"{entry['what']}: {entry['different']} of {entry['compared']} differ")
+    if "speed" in arguments.parts:
+        record["speed"] = tune(SHAPES, CANDIDATES, log)
+        log(table_source(record["speed"]))
+    if "logits" in arguments.parts:
+        pair = load_pair(arguments.pair, 32, dtype, device)
+        vocab_size = pair.target.config.vocab_size
+        longest = 700 if device.type == "cuda" else 60
+        count = 32 if device.type == "cuda" else 3
+        trained = [torch.cat([prompt] * (1 + longest // len(prompt)))[: longest - 11 * i] for i, prompt in
+                   enumerate(pair.prompts[:count])]  # fmt: skip
+        log(f"{pair.name}, vocabulary {vocab_size}")
+        record["logits"] = both_ways(pair.target, trained, 18)
+        del pair
+    if "large" in arguments.parts:
+        model = large_model(device, arguments.layers)
+        record["large"] = both_ways(model, random_sequences(32, 600, 151936), 18)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if "tokens" in arguments.parts:
+        record["tokens"] = {}
+        for name, settings in (
+            ("invariant", token_settings(arguments.ks, arguments.batch_sizes)),
+            ("stock", token_settings([max(arguments.ks)], arguments.batch_sizes[:1] + arguments.batch_sizes[-1:])),
+        ):
+            log(f"tokens, {name} modules")
+            job = Job(
+                str(arguments.pair), arguments.num_prompts, arguments.max_new_tokens, arguments.dtype,
+                arguments.device, name == "invariant",
+            )  # fmt: skip
+            record["tokens"][name] = compare(job, settings, arguments.num_processes, log)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    begin = time.perf_counter()
+    record = environment(torch.device(arguments.device), "benchmarks/invariance.py", argv)
+    record["git_sha"] = record["git_sha"] or arguments.revision
+    record["pair"] = arguments.pair.resolve().name
+    record["dtype"] = arguments.dtype
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        run(arguments, record)
+    finally:
+        record["seconds"] = round(time.perf_counter() - begin, 1)
+        text = json.dumps(record, indent=1)
+        if arguments.output:
+            arguments.output.write_text(text + "\n")
+    print(summary(record))
+
+
+def summary(record: dict) -> str:
+    lines = [f"{record['machine'].get('gpu', 'cpu')}, {record['dtype']}, {record['seconds']} s"]
+    for part in ("bits",):
+        ours = [entry for entry in record.get(part, []) if "library" not in entry["what"]]
+        other = [entry for entry in record.get(part, []) if "library" in entry["what"]]
+        for name, entries in (("kernels", ours), ("library", other)):
+            lines.append(
+                f"{name}: {sum(e['different'] for e in entries)} of {sum(e['compared'] for e in entries)} differ"
+            )
+    for part in ("logits", "large"):
+        for name, entries in record.get(part, {}).items():
+            lines += [f"{part}, {name}, {e['what']}: {e['different']} of {e['compared']} differ, "
+                      f"{e['argmax_different']} argmaxes" for e in entries]  # fmt: skip
+    for name, entries in record.get("tokens", {}).items():
+        equal, prompts = sum(e["num_equal"] for e in entries), sum(e["num_prompts"] for e in entries)
+        lines.append(f"tokens, {name}: {equal} of {prompts} prompts equal in {len(entries)} settings")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,164 @@
+"""Time the in-order linear's tiles against the library's product, weights coming from memory and not from the cache."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdec.kernels.in_order_linear import in_order_linear
+from specdec.kernels.linear_tiles import BUCKETS, Tile, choose_tile
+
+# (out, in) of the layers of Qwen3-8B and Qwen3-0.6B.
+SHAPES = {
+    "8B q, o": (4096, 4096),
+    "8B k, v": (1024, 4096),
+    "8B gate, up": (12288, 4096),
+    "8B down": (4096, 12288),
+    "8B head": (151936, 4096),
+    "0.6B q": (2048, 1024),
+    "0.6B k, v": (1024, 1024),
+    "0.6B o": (1024, 2048),
+    "0.6B gate, up": (3072, 1024),
+    "0.6B down": (1024, 3072),
+    "0.6B head": (151936, 1024),
+}
+TUNED_ROWS = (1, 8, 40, 160, 512)  # one per bucket
+FEW_ROWS = [
+    Tile(16, 16, 128, True, 6, 4),
+    Tile(16, 16, 256, True, 4, 4),
+    Tile(16, 16, 256, True, 6, 4),
+    Tile(16, 16, 512, True, 3, 4),
+    Tile(16, 32, 128, True, 5, 4),
+    Tile(16, 32, 256, True, 4, 4),
+    Tile(16, 64, 128, True, 4, 4),
+    Tile(16, 64, 256, True, 3, 4),
+    Tile(16, 128, 128, True, 4, 4),
+]
+CANDIDATES = {
+    1: FEW_ROWS,
+    8: FEW_ROWS,
+    40: [
+        Tile(32, 32, 128, False, 5, 4),
+        Tile(32, 64, 128, False, 4, 4),
+        Tile(64, 16, 128, False, 5, 4),
+        Tile(64, 16, 256, False, 4, 4),
+        Tile(64, 32, 128, False, 4, 4),
+        Tile(64, 32, 128, False, 6, 4),
+        Tile(64, 32, 256, False, 3, 4),
+        Tile(64, 64, 128, False, 4, 4),
+        Tile(64, 64, 64, True, 5, 4),
+        Tile(64, 64, 128, True, 3, 4),
+        Tile(64, 64, 128, True, 4, 4),
+        Tile(64, 128, 64, True, 4, 4),
+    ],
+    160: [
+        Tile(64, 32, 128, False, 5, 4),
+        Tile(64, 64, 128, False, 4, 4),
+        Tile(64, 64, 128, True, 4, 4),
+        Tile(64, 128, 64, True, 4, 4),
+        Tile(128, 32, 128, False, 4, 4),
+        Tile(128, 64, 64, False, 4, 4),
+        Tile(128, 64, 128, False, 3, 4),
+        Tile(128, 64, 128, False, 3, 8),
+        Tile(128, 128, 64, False, 4, 8),
+        Tile(256, 32, 64, False, 4, 8),
+        Tile(256, 64, 64, False, 4, 8),
+        Tile(256, 128, 64, False, 3, 8),
+        Tile(256, 128, 64, True, 3, 8),
+    ],
+    512: [
+        Tile(64, 64, 128, True, 4, 4),
+        Tile(64, 128, 64, True, 4, 4),
+        Tile(128, 64, 128, False, 3, 4),
+        Tile(128, 128, 64, False, 4, 8),
+        Tile(128, 128, 64, False, 4, 4),
+        Tile(128, 128, 128, False, 3, 8),
+        Tile(128, 256, 64, False, 3, 8),
+        Tile(128, 256, 64, False, 4, 8),
+        Tile(256, 128, 64, False, 3, 8),
+        Tile(256, 128, 64, False, 4, 8),
+    ],
+}
+assert len(TUNED_ROWS) == len(BUCKETS)
+BEYOND_CACHE = 300_000_000  # bytes of weights to rotate among; the cache holds 60 MB
+
+
+def tune(
+    shapes: dict[str, tuple[int, int]],
+    candidates: dict[int, Sequence[Tile]],
+    log: Callable[[str], None],
+    beyond_cache: int = BEYOND_CACHE,
+) -> list[dict]:
+    """One record per shape and number of rows: the table's tile, the best tile and the library, in microseconds."""
+    records = []
+    for name, (size_out, size_in) in shapes.items():
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        copies = min(64, max(1, beyond_cache // (2 * size_out * size_in)))
+        weights = [random((size_out, size_in), generator) / size_in**0.5 for _ in range(copies)]
+        for rows, tiles in candidates.items():
+            x = random((rows, size_in), generator)
+            expected = in_order_linear(x, weights[0])
+            timed, different = [], 0
+            for tile in tiles:
+                different += (in_order_linear(x, weights[0], tile=tile) != expected).sum().item()
+                timed.append((microseconds(lambda w, t=tile, x=x: in_order_linear(x, w, tile=t), weights), tile))
+            best_us, best = min(timed)
+            table_us = microseconds(lambda w, x=x: in_order_linear(x, w), weights)
+            library_us = microseconds(lambda w, x=x: F.linear(x, w), weights)
+            gb = 2e-9 * size_out * size_in
+            records.append(
+                {
+                    "layer": name, "out": size_out, "in": size_in, "rows": rows, "best_tile": list(best),
+                    "table_tile": list(choose_tile(rows, size_out, size_in, torch.bfloat16)),
+                    "best_us": best_us, "table_us": table_us, "library_us": library_us,
+                    "best_gb_s": gb / best_us * 1e6, "table_gb_s": gb / table_us * 1e6,
+                    "library_gb_s": gb / library_us * 1e6, "library_over_best": library_us / best_us,
+                    "different_between_tiles": different,
+                    "all_us": [[round(us, 2), list(tile)] for us, tile in timed],
+                }
+            )  # fmt: skip
+            log(
+                f"{name:14} rows {rows:4}: best {gb / best_us * 1e6:5.0f} GB/s {tuple(best)}, "
+                f"table {gb / table_us * 1e6:5.0f}, library {gb / library_us * 1e6:5.0f}, differing {different}"
+            )
+        del weights
+    return records
+
+
+def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def microseconds(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor], num_replays: int = 7) -> float:
+    """Median time of one call, replayed as a graph that passes over all weights."""
+    passes = max(1, 8 // len(weights))
+    call(weights[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(passes):
+            for weight in weights:
+                call(weight)
+    graph.replay()
+    times = []
+    for _ in range(num_replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / (passes * len(weights)))
+    return statistics.median(times)
+
+
+def table_source(records: Sequence[dict]) -> str:
+    """The TUNED table of kernels/linear_tiles.py from the best tiles."""
+    tiles: dict[tuple[int, int], list[str]] = {}
+    for record in records:
+        tiles.setdefault((record["out"], record["in"]), []).append(f"Tile{tuple(record['best_tile'])}")
+    lines = [f"    {shape}: ({', '.join(found)}),  # fmt: skip" for shape, found in tiles.items()]
+    return "\n".join(["TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {", *lines, "}"])
