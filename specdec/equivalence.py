@@ -2,7 +2,7 @@
 
 The oracle is `model.generate` on one prompt at a time: no batch, no padding, no draft. Each row's first difference is
 judged (later tokens continue different texts): rounding can only exchange tokens whose logits it can exchange, so a
-difference is a tie where the target's margin is within a small multiple of the measured noise, and a bug elsewhere.
+difference is a tie where the target's margin is within twice the measured error of a logit, and a bug elsewhere.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Divergence:
 
     prompt: 0-based index. position: 0-based, among the new tokens. expected_token_id, actual_token_id: plain greedy's
     and ours, None where that output had ended. margin: the target's logit(expected) - logit(actual).
-    noise, noise_all_tokens: see `referee.Judgement`. All three are None where a token is missing. kind: tie or bug.
+    noise, noise_all_tokens, rounding: see `referee.Judgement`. All four are None where a token is missing.
+    kind: tie or bug.
     """
 
     prompt: int
@@ -49,6 +50,7 @@ class Divergence:
     kind: str
     noise: float | None = None
     noise_all_tokens: float | None = None
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,8 @@ def judge(
         return Divergence(row, position, tokens[0], tokens[1], None, BUG)
     pair = expected[position], actual[position]
     verdict = referee.judge(prompt, expected[:position], *pair)
-    kind = TIE if verdict.is_tie else BUG
-    return Divergence(row, position, *pair, verdict.margin, kind, verdict.noise, verdict.noise_all_tokens)
+    errors = verdict.noise, verdict.noise_all_tokens, verdict.rounding
+    return Divergence(row, position, *pair, verdict.margin, TIE if verdict.is_tie else BUG, *errors)
 
 
 def first_differences(expected: Sequence[list[int]], actual: Sequence[list[int]]) -> dict[int, int]:

@@ -58,8 +58,8 @@ def check(
 
     Decodes every prompt with transformers' plain greedy `generate`, one at a time, then with specdec in batches. The
     first difference of each prompt is judged: `tie` if the target's margin between the two tokens, recomputed in
-    float64, is within 4 times what one-token and (K+1)-token forwards of this model differ by at that place, else
-    `bug`.
+    float64, is within twice the measured error of a logit at that place, else `bug`. The error is the largest
+    difference between logits of one-token forwards, of (K+1)-token forwards, both in this dtype, and of float64.
 
     Exit status: 0 if all prompts are equal (with --allow-ties: or differ by ties only), 1 if not, 2 for bad input.
     """
@@ -105,7 +105,9 @@ def print_report(report: EquivalenceReport, tokenizer: PreTrainedTokenizerBase) 
         print_divergences(report, tokenizer)
         if report.margin_dtype is not None:
             note = f" ({report.margin_note})" if report.margin_note else ""
-            typer.echo(f"margins in {report.margin_dtype}{note}; a tie is within {TIE_MULTIPLE} times the noise")
+            typer.echo(
+                f"margins in {report.margin_dtype}{note}; a tie is within {TIE_MULTIPLE} times noise or rounding"
+            )
     typer.echo(
         f"{report.drafter}, {report.num_speculative_tokens} draft tokens, {report.max_new_tokens} new tokens, "
         f"{report.dtype} on {report.device}"
@@ -123,7 +125,7 @@ def print_divergences(report: EquivalenceReport, tokenizer: PreTrainedTokenizerB
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.3g}"
 
-    columns = ["prompt", "position", "expected", "actual", "margin", "noise", "kind"]
+    columns = ["prompt", "position", "expected", "actual", "margin", "noise", "rounding", "kind"]
     rows = [
         [
             str(found.prompt),
@@ -131,7 +133,8 @@ def print_divergences(report: EquivalenceReport, tokenizer: PreTrainedTokenizerB
             named(found.expected_token_id),
             named(found.actual_token_id),
             number(found.margin),
-            number(found.noise),
+            number(found.noise_all_tokens),
+            number(found.rounding),
             found.kind,
         ]
         for found in report.divergences
