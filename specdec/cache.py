@@ -47,7 +47,7 @@ class RaggedLayer(CacheLayerMixin):
         for buffer, new in ((self.keys, keys), (self.values, values)):
             flat = buffer.view(-1, buffer.shape[2] * buffer.shape[3])
             flat.index_copy_(0, owner.write_index, new.reshape(-1, flat.shape[1]))
-        used = (slice(0, owner.num_rows), slice(0, owner.used_slots))
+        used = (owner.rows, slice(0, owner.used_slots))
         return self.keys[used].transpose(1, 2), self.values[used].transpose(1, 2)
 
     def move_rows(self, moved_from: Tensor, moved_to: Tensor) -> None:
@@ -82,21 +82,22 @@ class RaggedCache(Cache):
 
     def __init__(self, num_layers: int, max_rows: int, num_slots: int, device: torch.device):
         self.max_rows, self.num_slots, self.device = max_rows, num_slots, device
-        self.num_rows, self.used_slots, self.width = max_rows, 0, 0
+        self.rows, self.used_slots, self.width = slice(0, max_rows), 0, 0
         self._row_offsets = torch.arange(max_rows, device=device)[:, None] * num_slots
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
-    def begin(self, starts: Tensor, width: int, used_slots: int) -> Tensor:
+    def begin(self, starts: Tensor, width: int, used_slots: int, first_row: int = 0) -> Tensor:
         """Announce a forward over [rows, width] tokens and return their positions, [rows, width] int64.
 
-        starts: [rows] int64, tokens of each row that stay visible; fewer rows than `max_rows` use the first ones.
+        starts: [rows] int64, tokens of each row that stay visible; these are the rows from `first_row` on.
         used_slots: an upper bound of starts + width known to the host; what lies behind it is neither read nor masked.
         """
         assert used_slots <= self.num_slots, f"{used_slots} slots needed, {self.num_slots} allocated"
-        self.num_rows, self.width, self.used_slots = len(starts), width, used_slots
+        self.rows = slice(first_row, first_row + len(starts))
+        self.width, self.used_slots = width, used_slots
         self.starts = starts
         self.positions = starts[:, None] + torch.arange(width, device=self.device)
-        self.write_index = (self._row_offsets[: len(starts)] + self.positions).flatten()
+        self.write_index = (self._row_offsets[self.rows] + self.positions).flatten()
         return self.positions
 
     def keep_rows(self, index: Tensor) -> None:

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from specdec.cache import RaggedCache
 from specdec.rows import Rows
 
-PREFILL_CHUNK = 512  # tokens of a row per prefill forward: bounds the memory of masks and activations
+# Tokens per prefill forward. They bound the memory of masks and activations; on a CPU these also stay in the cache.
+PREFILL_TOKENS = {"cpu": 512}
+PREFILL_TOKENS_ELSEWHERE = 8192
 
 
 class NetworkOutput(NamedTuple):
@@ -59,17 +61,29 @@ class Network(ABC):
         token_ids: in place of `rows.token_ids`, where this network knows fewer tokens.
         """
         token_ids = rows.token_ids if token_ids is None else token_ids
-        longest = rows.max_length
-        out = torch.empty(0)
-        for begin in range(0, longest, PREFILL_CHUNK):
-            # Rows are sorted by falling length: those that reach into this chunk come first.
-            num_rows = int((rows.host_lengths > begin).sum())
-            end = min(begin + PREFILL_CHUNK, longest)
-            starts = torch.full((num_rows,), begin, device=rows.device)
-            positions = self.cache.begin(starts, end - begin, end)
-            last = (rows.lengths[:num_rows] - 1 - begin).clamp(max=end - begin - 1)
-            logits = self._run(token_ids[:num_rows, begin:end], positions, last, ()).logits[:, 0]
-            out = logits if begin == 0 else torch.cat([logits, out[num_rows:]])
+        budget = PREFILL_TOKENS.get(rows.device.type, PREFILL_TOKENS_ELSEWHERE)
+        logits, first = [], 0
+        while first < len(rows):
+            # Rows are sorted by falling length, so neighbours waste little on each other's padding.
+            longest = int(rows.host_lengths[first])
+            last = min(first + max(budget // longest, 1), len(rows))
+            logits.append(self._prefill_rows(token_ids[first:last], rows.lengths[first:last], first, longest, budget))
+            first = last
+        return torch.cat(logits)
+
+    def _prefill_rows(self, token_ids: Tensor, lengths: Tensor, first_row: int, longest: int, budget: int) -> Tensor:
+        """Cache [rows, columns] tokens from the cache's row `first_row` on; [rows, vocab] behind the last of each."""
+        num_rows = len(token_ids)
+        width = max(budget // num_rows, 1)
+        out = token_ids.new_empty(num_rows, 0)
+        for begin in range(0, longest, width):
+            end = min(begin + width, longest)
+            starts = torch.full((num_rows,), begin, device=token_ids.device)
+            positions = self.cache.begin(starts, end - begin, end, first_row)
+            last = (lengths - 1 - begin).clamp(0, end - begin - 1)
+            logits = self._run(token_ids[:, begin:end], positions, last, ()).logits[:, 0]
+            # A shorter row has its last token in an earlier chunk; what it computes here is overwritten later.
+            out = logits if begin == 0 else torch.where((lengths > begin)[:, None], logits, out)
         return out
 
     def keep_rows(self, index: Tensor) -> None:

@@ -63,7 +63,7 @@ def check_equal(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, min_dis
     assert len({token for row in expected for token in row}) >= min_distinct, "degenerate output shows nothing"
     plain = specdec.generate(model, ids, attention_mask=mask, max_new_tokens=NEW_TOKENS)
     assert plain[:, ids.shape[1] :].tolist() == expected
-    monkeypatch.setattr(network, "PREFILL_CHUNK", 5)
+    monkeypatch.setitem(network.PREFILL_TOKENS, "cpu", 10)
     output = specdec.generate(
         model,
         ids,

@@ -298,7 +298,7 @@ def test_a_drafter_can_be_used_again():
 
 
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch):
-    monkeypatch.setattr("specdec.network.PREFILL_CHUNK", 4)
+    monkeypatch.setitem(specdec.network.PREFILL_TOKENS, "cpu", 8)
     check_equal(some_prompts(11, 4, 5, 1, 8), "draft_model", 3, max_new_tokens=12)
 
 
