@@ -13,6 +13,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from specdec import batch_invariant
 
+DRAFTERS = ("draft_model", "prompt_lookup")
 PARTS = ("bits", "speed", "logits", "tokens", "large")
 DEMO_PAIR = Path(__file__).resolve().parent.parent / "specdec" / "assets" / "demo_pair"
 
@@ -39,6 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--drafters", nargs="+", default=list(DRAFTERS), choices=DRAFTERS)
     parser.add_argument("--ks", type=int, nargs="+", default=list(range(1, 9)))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 3, 8, 32])
     parser.add_argument("--num-processes", type=int, default=1)
@@ -49,19 +53,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def kernel_bits(device: torch.device, dtype: torch.dtype) -> list[dict]:
+    length = 700 if device.type == "cuda" else 40
+    checks = [
+        *(partial(linear_bits, shape, dtype, device, 300) for shape in ((384, 1024), (1000, 97))),
+        *(partial(norm_bits, size, dtype, device, 300) for size in (64, 100, 384, 4096)),
+        partial(attention_bits, 6, 2, 64, length, None, dtype, device),
+        partial(attention_bits, 4, 4, 80, length, 300, dtype, device),
+    ]
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        shapes = ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288))
+        checks += [partial(linear_bits, shape, dtype, device, 512) for shape in shapes]
+        checks += [partial(attention_bits, 32, 8, 128, 2100, None, dtype, device)]
     records = []
-    dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,)
-    for each in dtypes:
-        for shape in ((384, 1024), (1000, 97)):
-            records += linear_bits(shape, each, device, 300)
-        for size in (64, 100, 384, 4096):
-            records += norm_bits(size, each, device, 300)
-        records += attention_bits(6, 2, 64, 700 if device.type == "cuda" else 40, None, each, device)
-        records += attention_bits(4, 4, 80, 700 if device.type == "cuda" else 40, 300, each, device)
-    if device.type == "cuda":
-        for shape in ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288)):
-            records += linear_bits(shape, dtype, device, 512)
-        records += attention_bits(32, 8, 128, 2100, None, dtype, device)
+    for check in checks:
+        for entry in check():
+            log(f"{entry['what']}: {entry['different']} of {entry['compared']} differ")
+            records.append(entry)
     return records
 
 
@@ -98,16 +105,14 @@ def large_model(device: torch.device, num_layers: int) -> PreTrainedModel:
         torch.set_default_dtype(before)
 
 
-def token_settings(ks: list[int], batch_sizes: list[int]) -> list[Setting]:
-    return [Setting(name, size, k) for name in ("draft_model", "prompt_lookup") for size in batch_sizes for k in ks]
+def token_settings(drafters: Sequence[str], batch_sizes: Sequence[int], ks: Sequence[int]) -> list[Setting]:
+    return [Setting(name, size, k) for name in drafters for size in batch_sizes for k in ks]
 
 
 def run(arguments: argparse.Namespace, record: dict) -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     if "bits" in arguments.parts:
         record["bits"] = kernel_bits(device, dtype)
-        for entry in record["bits"]:
-            log(f"{entry['what']}: {entry['different']} of {entry['compared']} differ")
     if "speed" in arguments.parts:
         record["speed"] = tune(SHAPES, CANDIDATES, log)
         log(table_source(record["speed"]))
@@ -130,8 +135,8 @@ def run(arguments: argparse.Namespace, record: dict) -> None:
     if "tokens" in arguments.parts:
         record["tokens"] = {}
         for name, settings in (
-            ("invariant", token_settings(arguments.ks, arguments.batch_sizes)),
-            ("stock", token_settings([max(arguments.ks)], arguments.batch_sizes[:1] + arguments.batch_sizes[-1:])),
+            ("invariant", token_settings(arguments.drafters, arguments.batch_sizes, arguments.ks)),
+            ("stock", token_settings(DRAFTERS, (1, 32), (5,))),
         ):
             log(f"tokens, {name} modules")
             job = Job(

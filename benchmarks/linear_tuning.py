@@ -156,9 +156,9 @@ def microseconds(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor], nu
 
 
 def table_source(records: Sequence[dict]) -> str:
-    """The TUNED table of kernels/linear_tiles.py from the best tiles."""
+    """The TUNED table of kernels/linear_tiles.py from the best tiles, to be formatted."""
     tiles: dict[tuple[int, int], list[str]] = {}
     for record in records:
         tiles.setdefault((record["out"], record["in"]), []).append(f"Tile{tuple(record['best_tile'])}")
-    lines = [f"    {shape}: ({', '.join(found)}),  # fmt: skip" for shape, found in tiles.items()]
+    lines = [f"    {shape}: ({', '.join(found)},)," for shape, found in tiles.items()]
     return "\n".join(["TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {", *lines, "}"])

@@ -26,15 +26,94 @@ class Tile(NamedTuple):
 BUCKETS = (1, 16, 64, 256, 1024)
 # A float32 product runs on the ordinary cores, where a small tile is as good as any.
 FLOAT32 = Tile(16, 32, 32, False, 2, 4)
+# For shapes that nobody tuned: what suited most of those below.
 DEFAULTS = (
-    Tile(16, 32, 128, True, 5, 4),
-    Tile(16, 32, 128, True, 5, 4),
-    Tile(64, 64, 64, True, 4, 4),
-    Tile(128, 128, 64, False, 3, 8),
-    Tile(128, 128, 64, False, 3, 8),
+    Tile(16, 32, 256, True, 4, 4),
+    Tile(16, 32, 256, True, 4, 4),
+    Tile(64, 32, 128, False, 6, 4),
+    Tile(128, 64, 128, False, 3, 8),
+    Tile(128, 128, 64, False, 4, 8),
 )
-# (out, in): a tile per bucket, as `benchmarks/invariance.py --tune` measured them.
-TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {}
+# (out, in): a tile per bucket, the fastest on an H200 as `benchmarks/invariance.py --parts speed` measured them.
+TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (4096, 4096): (
+        Tile(16, 32, 256, True, 4, 4),
+        Tile(16, 32, 256, True, 4, 4),
+        Tile(64, 32, 128, False, 6, 4),
+        Tile(128, 64, 128, False, 3, 8),
+        Tile(128, 128, 64, False, 4, 8),
+    ),
+    (1024, 4096): (
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(64, 16, 128, False, 5, 4),
+        Tile(64, 32, 128, False, 5, 4),
+        Tile(64, 64, 128, True, 4, 4),
+    ),
+    (12288, 4096): (
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(16, 128, 128, True, 4, 4),
+        Tile(64, 64, 128, True, 3, 4),
+        Tile(256, 128, 64, True, 3, 8),
+        Tile(128, 128, 64, False, 4, 8),
+    ),
+    (4096, 12288): (
+        Tile(16, 32, 256, True, 4, 4),
+        Tile(16, 32, 256, True, 4, 4),
+        Tile(64, 32, 128, False, 6, 4),
+        Tile(128, 64, 128, False, 3, 8),
+        Tile(128, 128, 64, False, 4, 8),
+    ),
+    (151936, 4096): (
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(64, 64, 128, True, 3, 4),
+        Tile(256, 128, 64, True, 3, 8),
+        Tile(256, 128, 64, False, 3, 8),
+    ),
+    (2048, 1024): (
+        Tile(16, 32, 256, True, 4, 4),
+        Tile(16, 16, 256, True, 6, 4),
+        Tile(64, 16, 128, False, 5, 4),
+        Tile(64, 64, 128, True, 4, 4),
+        Tile(128, 64, 128, False, 3, 4),
+    ),
+    (1024, 1024): (
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(64, 16, 128, False, 5, 4),
+        Tile(64, 32, 128, False, 5, 4),
+        Tile(64, 64, 128, True, 4, 4),
+    ),
+    (1024, 2048): (
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(64, 16, 128, False, 5, 4),
+        Tile(64, 32, 128, False, 5, 4),
+        Tile(64, 64, 128, True, 4, 4),
+    ),
+    (3072, 1024): (
+        Tile(16, 32, 256, True, 4, 4),
+        Tile(16, 32, 256, True, 4, 4),
+        Tile(64, 32, 128, False, 6, 4),
+        Tile(128, 64, 128, False, 3, 8),
+        Tile(128, 128, 64, False, 4, 8),
+    ),
+    (1024, 3072): (
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(16, 16, 256, True, 4, 4),
+        Tile(64, 16, 128, False, 5, 4),
+        Tile(64, 32, 128, False, 5, 4),
+        Tile(64, 64, 128, True, 4, 4),
+    ),
+    (151936, 1024): (
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(64, 64, 128, True, 3, 4),
+        Tile(256, 128, 64, True, 3, 8),
+        Tile(256, 128, 64, False, 3, 8),
+    ),
+}
 
 
 def choose_tile(num_rows: int, size_out: int, size_in: int, dtype: torch.dtype) -> Tile:
