@@ -15,9 +15,6 @@ from methods import Batch, Decoded, Method, Pair, batches, new_tokens, total
 
 from specdec import Speculation
 
-MAX_PERIOD = 32  # tokens
-MIN_LOOP = 16  # tokens
-
 
 @dataclass
 class Result:
@@ -135,16 +132,6 @@ def synchronise(device: torch.device) -> None:
 def count_equal(outputs: Sequence[list[int]], reference: Sequence[list[int]]) -> int:
     """Prompts with the same token ids, of all; a missing prompt is an error, not a match."""
     return sum(ours == theirs for ours, theirs in zip(outputs, reference, strict=True))
-
-
-def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether the text ends in three or more copies of one piece of up to MAX_PERIOD tokens, MIN_LOOP together."""
-    for period in range(1, MAX_PERIOD + 1):
-        length = max(3 * period, MIN_LOOP)
-        tail = tokens[-length:]
-        if len(tail) == length and tail[period:] == tail[:-period]:
-            return True
-    return False
 
 
 @dataclass(frozen=True)

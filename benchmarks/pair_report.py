@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 import transformers
+from loops import ends_in_loop
 from python_corpus import Corpus
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -49,16 +50,6 @@ def tokens_per_verification(agrees: Sequence[bool], num_draft_tokens: int) -> fl
         window = [*agrees[position : position + num_draft_tokens], False]
         position, num_passes = position + window.index(False) + 1, num_passes + 1
     return len(agrees) / num_passes
-
-
-def ends_in_loop(tokens: Sequence[int], max_period: int = 32) -> bool:
-    """Whether the text ends in three or more copies of one piece, at least 16 tokens long together."""
-    for period in range(1, max_period + 1):
-        length = max(3 * period, 16)
-        tail = tokens[-length:]
-        if len(tail) == length and tail[period:] == tail[:-period]:
-            return True
-    return False
 
 
 @torch.inference_mode()

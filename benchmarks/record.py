@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
-from measure import Result, Spread, ends_in_loop, speedup
+from loops import ends_in_loop
+from measure import Result, Spread, speedup
 from methods import ASSISTED, ASSISTED_K, PLAIN, Pair
 from transformers import PreTrainedModel
 

@@ -180,7 +180,7 @@ def test_single_prompts_can_be_left_out_at_batch_1_only(load):
     ],
 )
 def test_periodic_endings(load, tokens, loops):
-    assert load("measure").ends_in_loop(tokens) is loops
+    assert load("loops").ends_in_loop(tokens) is loops
 
 
 @pytest.mark.parametrize("wrong", ["--batch-sizes 3", "--num-speculative-tokens 0", "--models nowhere"])
