@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -143,7 +144,10 @@ def run(arguments: argparse.Namespace, record: dict) -> None:
                 str(arguments.pair), arguments.num_prompts, arguments.max_new_tokens, arguments.dtype,
                 arguments.device, name == "invariant",
             )  # fmt: skip
-            record["tokens"][name] = compare(job, settings, arguments.num_processes, log)
+            record["tokens"][name] = []
+            for entry in compare(job, settings, arguments.num_processes):
+                log(f"{entry['setting']}: {entry['num_equal']}/{entry['num_prompts']} equal")
+                record["tokens"][name].append(entry)
 
 
 def main(argv: list[str]) -> None:
@@ -155,14 +159,28 @@ def main(argv: list[str]) -> None:
     record["dtype"] = arguments.dtype
     if arguments.device == "cpu":
         torch.set_num_threads(1)
+    # A run that is stopped at a time limit keeps what it has found.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:
         run(arguments, record)
     finally:
         record["seconds"] = round(time.perf_counter() - begin, 1)
-        text = json.dumps(record, indent=1)
         if arguments.output:
-            arguments.output.write_text(text + "\n")
+            arguments.output.write_text(text_of(record) + "\n")
     print(summary(record))
+
+
+def text_of(value: object, depth: int = 0) -> str:
+    """JSON with one line per record of a list."""
+    inside, behind = " " * (depth + 1), " " * depth
+    if isinstance(value, dict) and depth < 2:
+        entries = [f"{inside}{json.dumps(key)}: {text_of(entry, depth + 1)}" for key, entry in value.items()]
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        entries = [f"{inside}{json.dumps(entry)}" for entry in value]
+    else:
+        return json.dumps(value)
+    opening, closing = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    return f"{opening}\n" + ",\n".join(entries) + f"\n{behind}{closing}"
 
 
 def summary(record: dict) -> str:

@@ -6,7 +6,7 @@ Decoding small models is bound by the host, so the settings are shared among pro
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,15 +77,14 @@ def decode(task: tuple[Setting, range]) -> list[list[int]]:
     return found
 
 
-def compare(job: Job, settings: Sequence[Setting], num_processes: int, log: Callable[[str], None]) -> list[dict]:
-    """One record per setting: prompts whose tokens are those of transformers at batch 1, and where others part."""
+def compare(job: Job, settings: Sequence[Setting], num_processes: int) -> Iterator[dict]:
+    """One record per setting, as it is done: prompts whose tokens are those of transformers at batch 1."""
     tasks = [(Setting(None, 1, None), prompts) for prompts in pieces(job.num_prompts, PROMPTS_PER_TASK)]
     for setting in sorted(settings, key=lambda setting: -setting.batch_size):
         per_task = max(setting.batch_size, PROMPTS_PER_TASK // setting.batch_size * setting.batch_size)
         tasks += [(setting, prompts) for prompts in pieces(job.num_prompts, per_task)]
     reference: list[list[int]] = []
     outputs: dict[Setting, list[list[int]]] = {setting: [] for setting in settings}
-    records = []
     with multiprocessing.get_context("spawn").Pool(num_processes, start, (job,)) as pool:
         for (setting, _), tokens in zip(tasks, pool.imap(decode, tasks, chunksize=1), strict=True):
             if setting.drafter is None:
@@ -93,9 +92,7 @@ def compare(job: Job, settings: Sequence[Setting], num_processes: int, log: Call
                 continue
             outputs[setting] += tokens
             if len(outputs[setting]) == job.num_prompts:
-                records.append(describe(setting, outputs[setting], reference))
-                log(f"{setting.label}: {records[-1]['num_equal']}/{job.num_prompts} equal")
-    return records
+                yield describe(setting, outputs[setting], reference)
 
 
 def describe(setting: Setting, tokens: Sequence[list[int]], reference: Sequence[list[int]]) -> dict:
