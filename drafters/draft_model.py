@@ -58,7 +58,7 @@ class DraftModel(Drafter):
     def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
         self.num_calls = 0
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
-        self._network = build_network(self.model, len(rows), rows.capacity)
+        self._network = build_network(self.model, len(rows), rows.capacity, rows.max_limit)
         self._running.enter_context(self._network.running())
         self._network.prefill(rows, self._known(rows.token_ids))
         self._catch_up = False
@@ -97,8 +97,8 @@ class DraftModel(Drafter):
         return self._network.forward(self._known(token_ids), starts, used_slots).logits
 
     def _known(self, token_ids: Tensor) -> Tensor:
-        """A target token that the draft does not know enters as token 0: a poor draft, never a wrong output."""
-        return token_ids.masked_fill(token_ids >= self._shared_vocab, 0)
+        """What is no token of the draft model enters as token 0: a poor draft, never a wrong output."""
+        return token_ids.masked_fill((token_ids < 0) | (token_ids >= self._shared_vocab), 0)
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:

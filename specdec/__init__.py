@@ -1,6 +1,6 @@
 """specdec: batched speculative decoding for Hugging Face causal LMs that does not change a token."""
 
-from specdec.drafter import Draft, Drafter, Verified
+from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.equivalence import EquivalenceReport, check_equivalence
 from specdec.errors import (
     ConfigError,
@@ -17,6 +17,7 @@ from specdec.rows import Rows, StepReport
 from specdec.version import __version__
 
 __all__ = [
+    "NO_TOKEN",
     "ConfigError",
     "Draft",
     "Drafter",

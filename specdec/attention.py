@@ -8,6 +8,7 @@ understand one query offset per row; for any other cache the wrapped functions a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -27,7 +29,7 @@ RAGGED = "specdec_ragged"
 RAGGED_SDPA = "specdec_ragged_sdpa"
 
 
-def ragged_mask(
+def visible_slots(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -35,7 +37,6 @@ def ragged_mask(
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     device: torch.device | str = "cpu",
-    **kwargs,
 ) -> Tensor:
     """Which slots each query sees, [rows, 1, q_length, kv_length] bool.
 
@@ -51,12 +52,39 @@ def ragged_mask(
     return mask_function(row, head, query, key).expand(batch_size, 1, q_length, kv_length)
 
 
+def ragged_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Tensor | int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Tensor | None:
+    """The mask of a forward over a ragged cache; of any other, a call of the user's meanwhile, the stock one."""
+    if isinstance(q_offset, Tensor) and q_offset.dim() == 1:
+        return visible_slots(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        device=device,
+        **kwargs,
+    )
+
+
 def ragged_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -69,6 +97,8 @@ def ragged_attention(
     Returns [rows, width, heads, value_dim]. Soft-capping, attention sinks (`s_aux`, [heads]) and additive position
     biases take the explicit path; everything else is one SDPA call with the queries of a key head packed together.
     """
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     rows, num_heads, width, _ = query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
@@ -112,6 +142,7 @@ def _understand_row_offsets(stock: Callable, additive: bool) -> Callable:
         if not isinstance(q_offset, Tensor) or q_offset.dim() == 0:
             return stock(*args, **kwargs)
         visible = ragged_mask(*args, **kwargs)
+        assert visible is not None
         if not additive:
             return visible
         dtype = kwargs.get("dtype", torch.float32)
@@ -139,14 +170,26 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
     when they are built, and these must still read the new name when they make their masks.
     """
     configs = configs_of(model)
-    before = [config._attn_implementation_internal for config in configs]
-    try:
+    with _switch_lock:
         for config in configs:
+            # Calls may overlap: the first in remembers the model's own implementation, the last out restores it.
+            count, own = _switched.get(id(config), (0, config._attn_implementation_internal))
+            _switched[id(config)] = (count + 1, own)
             config._attn_implementation_internal = name
+    try:
         yield
     finally:
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation_internal = own
+        with _switch_lock:
+            for config in configs:
+                count, own = _switched.pop(id(config))
+                if count > 1:
+                    _switched[id(config)] = (count - 1, own)
+                else:
+                    config._attn_implementation_internal = own
+
+
+_switch_lock = threading.Lock()
+_switched: dict[int, tuple[int, str | None]] = {}  # id of a config in use -> calls inside, its own implementation
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:

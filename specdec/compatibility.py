@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.errors import UnsupportedModelError
+from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.fused import FusedNetwork, can_fuse
-from specdec.network import Network
 from specdec.rows import Rows
 from specdec.stock import StockNetwork, evaluating
 
@@ -37,15 +36,23 @@ MAX_STEP_WIDTH = 33  # tokens of a row in one verify forward, at most
 NetworkType = type[FusedNetwork] | type[StockNetwork]
 
 
-def build_network(model: PreTrainedModel, max_rows: int, num_slots: int) -> Network:
-    """The fastest network that serves `model`.
+def build_network(
+    model: PreTrainedModel, max_rows: int, num_slots: int, max_length: int | None = None
+) -> FusedNetwork | StockNetwork:
+    """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
 
     Raises UnsupportedModelError if none does.
     """
     check_architecture(model)
-    network_type: NetworkType = FusedNetwork if can_fuse(model) else StockNetwork
-    _probe_once(model, network_type)
-    return network_type(model, max_rows, num_slots)
+    if can_fuse(model):
+        try:
+            _probe_once(model, FusedNetwork)
+        except UnsupportedModelError:
+            pass  # something about it is edited; its own modules decide
+        else:
+            return FusedNetwork(model, max_rows, num_slots, max_length)
+    _probe_once(model, StockNetwork)
+    return StockNetwork(model, max_rows, num_slots, max_length)
 
 
 def check_architecture(model: PreTrainedModel) -> None:
@@ -91,7 +98,7 @@ def check_lengths(model: PreTrainedModel, max_length: int, role: str) -> None:
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
-        raise UnsupportedModelError(
+        raise ConfigError(
             f"prompt and new tokens make {max_length} tokens, but the {role} {type(model).__name__} "
             f"has {limit} positions; shorten the prompt or lower max_new_tokens"
         )
@@ -104,12 +111,15 @@ def check_lengths(model: PreTrainedModel, max_length: int, role: str) -> None:
             f"row from floor_scale={floor_scale} on; keep within {floor_scale - MAX_STEP_WIDTH - 1} tokens"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
-    if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+    # One rotation, or one per layer type.
+    for rotation in rope.values() if "rope_type" not in rope else [rope]:
+        if not isinstance(rotation, dict) or rotation.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        original = rotation.get("original_max_position_embeddings")
         original = original or getattr(config, "original_max_position_embeddings", None) or limit
         if original is not None and max_length > original:
             raise UnsupportedModelError(
-                f"prompt and new tokens make {max_length} tokens; the {role}'s {rope['rope_type']!r} rotation "
+                f"prompt and new tokens make {max_length} tokens; the {role}'s {rotation['rope_type']!r} rotation "
                 f"changes for a whole batch beyond {original}, so rows would depend on each other; keep within "
                 f"{original} tokens"
             )
@@ -119,7 +129,13 @@ _probed: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDiction
 
 
 def _probe_once(model: PreTrainedModel, network_type: NetworkType) -> None:
-    key = (network_type, model.dtype, model.device, model.config._attn_implementation)
+    key = (
+        network_type,
+        model.dtype,
+        model.device,
+        model.config._attn_implementation,
+        model.config.to_json_string(use_diff=False),
+    )
     known = _probed.setdefault(model, {})
     if key in known:
         return

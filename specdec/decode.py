@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 
 from specdec.drafter import Draft, Drafter
+from specdec.errors import DrafterError
 from specdec.metrics import Speculation
 from specdec.rows import Rows, StepReport
 from specdec.stopping import Stopping
-from specdec.target import Target, within_limits
+from specdec.target import Target, usable
 
 OnCommit = Callable[[StepReport], None]
 
@@ -48,14 +49,21 @@ def decode(
                 drafter.keep_rows(kept)
             max_tokens = min(num_speculative_tokens, rows.max_remaining - 1)
             draft = drafter.propose(rows, max_tokens) if max_tokens > 0 else Draft.empty(len(rows), rows.device)
-            report, verified = target.verify(rows, within_limits(rows, draft))
+            draft = usable(rows, draft, max_tokens, target.vocab_size, drafter.name)
+            report, verified = target.verify(rows, draft)
             drafter.observe(verified)
 
 
 @contextmanager
 def drafting(drafter: Drafter, target: Target, rows: Rows, num_speculative_tokens: int) -> Iterator[None]:
+    if drafter.is_busy:
+        raise DrafterError(
+            f"drafter {drafter.name!r} is already at work in another generate call; make one drafter for each"
+        )
+    drafter.is_busy = True
     try:
         drafter.start(target.network.model, rows, num_speculative_tokens)
         yield
     finally:
+        drafter.is_busy = False
         drafter.finish()

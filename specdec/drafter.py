@@ -26,9 +26,12 @@ class Draft:
     """The proposal of one step.
 
     token_ids: [rows, k] int64, `NO_TOKEN` where nothing is proposed; a row's proposals form a prefix, k may be 0.
-    probs: [rows, k, vocab] float, the distribution q that each token was sampled from; None means that the drafts
-        are deterministic (one-hot q).
-    parents: [rows, k] int64, the index of each token's parent in a draft tree, -1 for the root; None means a chain.
+        Row i belongs to `rows.row_ids[i]` of the caller's batch.
+    probs: [rows, k, vocab] float, the distribution q that each token was sampled from, over the target's vocabulary;
+        None means that the drafts are deterministic (one-hot q). Samples are lossless only if q is what was sampled
+        from, and no token is dropped after it was sampled.
+    parents: [rows, k] int64, the index of each token's parent in a draft tree, -1 for the root; None means a chain,
+        which is all that is verified yet.
     """
 
     token_ids: Tensor
@@ -64,11 +67,18 @@ class Drafter(ABC):
     """Proposes draft tokens for every row of a ragged batch.
 
     One instance serves one `generate` call at a time. Greedy output never depends on what is proposed, so a drafter
-    may be wrong, late or random; it must only keep to the shapes.
+    may be wrong, late or random; it must only keep to the shapes. The smallest one, which repeats the last token:
+
+        class Echo(Drafter):
+            name = "echo"
+
+            def propose(self, rows, max_tokens):
+                return Draft(rows.last_tokens(1).expand(-1, max_tokens))
     """
 
     name: str = "drafter"
     target_layers: tuple[int, ...] = ()  # indices into the target's hidden states that `observe` wants to see
+    is_busy: bool = False  # between `start` and `finish`
     num_calls: int = 0  # forwards of the drafter's own network since `start`
     # Set before `start` when the output is sampled. A drafter may sample by it and return the distributions in
     # `Draft.probs`; one that does not has its drafts verified as deterministic ones, which is lossless too.

@@ -21,6 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
+from transformers.activations import SiLUActivation
 
 from specdec.cache import RaggedLayer
 from specdec.network import Network, NetworkOutput
@@ -34,7 +35,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def can_fuse(model: PreTrainedModel) -> bool:
     """Whether `model` is exactly one of the known classes, with nothing attached that its own forward would honour."""
-    if type(model) not in FUSED_CLASSES or getattr(model.config, "hidden_act", None) != "silu":
+    if type(model) not in FUSED_CLASSES or not all(
+        isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) for layer in model.model.layers
+    ):
         return False
     rotation = getattr(model.model.rotary_emb, "rope_type", None)
     if rotation not in STATIC_ROTATIONS:
@@ -154,11 +157,26 @@ def windows(model: PreTrainedModel) -> list[int | None]:
 
 
 def fingerprint(model: PreTrainedModel) -> list[tuple]:
-    """Changes when any weight is replaced or written to, also through `.data`, which bumps no version."""
-    return [
-        (parameter.data_ptr(), parameter._version, parameter.detach().sum(dtype=torch.float32).item())
-        for parameter in model.parameters()
-    ]
+    """Changes when any weight is replaced or written to, also through `.data`, which bumps no version, and when an
+    attribute that the layers were built from is edited."""
+    layers = model.model.layers[: model.config.num_hidden_layers]
+    settings = [(window, layer.self_attn.scaling) for window, layer in zip(windows(model), layers, strict=True)]
+    weights = []
+    for parameter in model.parameters():
+        version = None if parameter.is_inference() else parameter._version
+        weights.append((parameter.data_ptr(), version, checksum(parameter.detach())))
+    return [*settings, *weights]
+
+
+def checksum(weight: Tensor) -> float:
+    """A number that changes with any value and with their order: products with fixed pseudo-random vectors."""
+    matrix = weight.reshape(len(weight), -1)
+    return (matrix @ _direction(matrix.shape[1], weight) @ _direction(len(weight), weight)).item()
+
+
+def _direction(size: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.rand(size, generator=generator).to(like)
 
 
 _weights: WeakKeyDictionary[PreTrainedModel, FusedWeights] = WeakKeyDictionary()
@@ -174,7 +192,7 @@ def fused_weights(model: PreTrainedModel) -> FusedWeights:
 class FusedNetwork(Network):
     """Runs the merged weights; the model's own modules are not touched."""
 
-    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int):
+    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int, max_length: int | None = None):
         super().__init__(model, model.config.num_hidden_layers, max_rows, num_slots)
         self.weights = fused_weights(model)
         self.embedding, self.norm = model.model.embed_tokens, model.model.norm

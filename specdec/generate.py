@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,12 @@ from specdec.drafter import Drafter, NoDrafts
 from specdec.errors import ConfigError, DrafterError, InputError, UnsupportedModelError
 from specdec.inputs import check_input_ids, split_prompts
 from specdec.metrics import Speculation
-from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
-from specdec.processors import processors_of
+from specdec.options import GenerationOptions, check_served, is_whole, merge_config, resolve_options, whole_number
+from specdec.processors import processors_of, users_own
 from specdec.random_streams import RowStreams
 from specdec.rows import Rows, StepReport
 from specdec.sampling import Sampler
-from specdec.stopping import Stopping
+from specdec.stopping import Stopping, users_criteria
 from specdec.target import Target
 from specdec.verify import GreedyVerification, SampledVerification, Verification
 
@@ -96,7 +97,7 @@ def generate(
     chosen, k = choose_drafter(drafter, assistant_model, num_speculative_tokens, config, explicit)
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample))
     callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
-    if (copies := config.num_return_sequences or 1) > 1:
+    if (copies := whole_number("num_return_sequences", config.num_return_sequences or 1)) > 1:
         check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
         input_ids = input_ids.repeat_interleave(copies, 0)
         attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
@@ -109,17 +110,22 @@ def speculative(
     *,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_strings: str | Sequence[str] | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     verification: str = "token",
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.
 
-    Everything else is configured on `model.generate` as usual. streamer, tokenizer: transformers does not pass these
-    two on to a custom loop, so they are given here, as are our own seed, generator and verification.
+    Everything else is configured on `model.generate` as usual. streamer, tokenizer, stop_strings: transformers keeps
+    these from a custom loop (and a streamer given to it prints the prompt alone), so they are given here, as are our
+    own seed, generator and verification. An `assistant_model` given to transformers never arrives either.
     """
-    chosen, k = choose_drafter(drafter, None, num_speculative_tokens, None, set())
+    if drafter is None:
+        raise DrafterError("speculative() needs a drafter; for plain decoding call model.generate without it")
+    _, k = choose_drafter(drafter, None, num_speculative_tokens, None, set())
     randomness = Randomness(seed, generator, verification)
+    randomness.checked(True)
 
     def custom_generate(
         model: PreTrainedModel,
@@ -131,13 +137,27 @@ def speculative(
     ):
         check_model(model)
         config = model.generation_config if generation_config is None else generation_config
-        check_served(config, set(), model.generation_config._get_default_generation_params())
-        refuse_model_inputs(model_kwargs)
-        callbacks = Callbacks(streamer, logits_processor, None, stopping_criteria, tokenizer)
+        defaults = model.generation_config._get_default_generation_params()
+        check_served(config, None, defaults)
+        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
+            if getattr(config, name, None) not in (None, k, defaults.get(name)):
+                raise ConfigError(
+                    f"{name}={getattr(config, name)} contradicts speculative(..., num_speculative_tokens={k}); the "
+                    "drafter and its number of tokens are chosen there"
+                )
         mask = model_kwargs.get("attention_mask")
         # transformers has turned max_new_tokens into the max_length it goes with, and knows what is padding.
         mask = torch.ones_like(input_ids) if mask is None else mask
+        refuse_model_inputs(model_kwargs, mask)
+        own, allowed = users_own(logits_processor, model, config, input_ids.shape[1], mask)
+        criteria = users_criteria(stopping_criteria, config)
+        if stop_strings is not None:
+            config = copy.copy(config)
+            config.stop_strings = stop_strings
+        callbacks = Callbacks(streamer, own, allowed, criteria, tokenizer)
         checked = randomness.checked(bool(config.do_sample))
+        # A drafter of its own for each call, unless the caller made one.
+        chosen, _ = choose_drafter(drafter, None, k, None, set())
         return _generate(model, input_ids, mask, chosen, k, config, callbacks, checked)
 
     return custom_generate
@@ -157,6 +177,11 @@ class Randomness:
             raise ConfigError(f"verification={self.verification!r}; choose {' or '.join(map(repr, VERIFICATIONS))}")
         if self.seed is not None and self.generator is not None:
             raise ConfigError("seed and generator both say where random numbers come from; pass one of them")
+        one = self.seed is None or is_whole(self.seed)
+        if not one and not (isinstance(self.seed, Sequence) and all(map(is_whole, self.seed))):
+            raise ConfigError(f"seed={self.seed!r}; pass a whole number, or one per row")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ConfigError(f"generator is a {type(self.generator).__name__}; pass a torch.Generator")
         for name in ("seed", "generator"):
             if not do_sample and getattr(self, name) is not None:
                 raise ConfigError(f"{name}= has no effect on greedy decoding; pass do_sample=True, or leave it out")
@@ -224,7 +249,14 @@ def _generate(
         verification = SampledVerification(streams, randomness.verification)
         drafter.sampler = Sampler(processors, streams, vocab_size_of(model))
     target = Target(
-        model, processors, verification, options.eos_token_ids, len(rows), rows.capacity, drafter.target_layers
+        model,
+        processors,
+        verification,
+        options.eos_token_ids,
+        len(rows),
+        rows.capacity,
+        rows.max_limit,
+        drafter.target_layers,
     )
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -297,7 +329,7 @@ def choose_drafter(
             "pass one of them"
         )
     name, k = next(iter(given.items()), ("num_speculative_tokens", DEFAULT_SPECULATIVE_TOKENS))
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    if not is_whole(k) or k < 1:
         raise ConfigError(
             f"{name}={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for plain decoding pass "
             "drafter=None"
@@ -322,13 +354,18 @@ def choose_drafter(
     return resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram})), k
 
 
-def refuse_model_inputs(model_kwargs: dict[str, Any]) -> None:
-    """Raise InputError for model inputs that are not text (images, embeddings) or a cache that is already filled."""
+def refuse_model_inputs(model_kwargs: dict[str, Any], attention_mask: Tensor) -> None:
+    """Raise InputError for model inputs that are not text, a cache that is filled, and positions of the user's own."""
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise InputError(
             f"past_key_values already holds {cache.get_seq_length()} tokens; pass the whole prompt instead"
         )
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.shape[-2:] == attention_mask.shape:
+        expected = attention_mask.long().cumsum(-1) - 1
+        if ((positions != expected) & attention_mask.bool()).any():
+            raise InputError("position_ids other than 0, 1, 2 ... are not served; leave them out")
     served = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "position_ids", "cache_position"}
     for name, value in model_kwargs.items():
         if name not in served and value is not None and value is not False:

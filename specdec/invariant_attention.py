@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from specdec.attention import ragged_mask
+from specdec.attention import visible_slots
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.invariant_guard import own_arithmetic
 from specdec.kernels.ragged_attention import ragged_attention
@@ -41,7 +41,7 @@ def span_mask(
     Raises InputError if what a query sees is no interval: the attention mask has holes.
     """
     assert mask_function is not None
-    visible = ragged_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)[:, 0]
+    visible = visible_slots(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)[:, 0]
     origin = torch.full((batch_size, 1), -kv_offset, dtype=torch.int32, device=device)
     if attention_mask is not None:
         missing = max(0, kv_offset + kv_length - attention_mask.shape[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -99,7 +100,7 @@ NEUTRAL: dict[str, tuple] = {
     "prefill_chunk_size": (None,),
 }
 REMEDY = {
-    "num_beams": "beams are not served; pass num_beams=1",
+    "num_beams": "pass num_beams=1",
 }
 
 
@@ -125,12 +126,14 @@ def merge_config(
 
     Raises ConfigError for keywords that are no generation options.
     """
-    unknown = [name for name in overrides if not hasattr(model.generation_config, name)]
+    unknown = [name for name in overrides if name not in vars(GenerationConfig())]
     if unknown:
         raise ConfigError(
-            f"unknown keyword {unknown[0]!r}; specdec.generate takes input_ids, attention_mask, drafter, "
-            "num_speculative_tokens, streamer, stopping_criteria and the fields of GenerationConfig"
+            f"unknown keyword {unknown[0]!r}; specdec.generate takes the arguments in its signature and the fields of "
+            "GenerationConfig (other model inputs, token_type_ids for instance, are not served: leave them out)"
         )
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise ConfigError(f"generation_config is a {type(generation_config).__name__}; pass a GenerationConfig")
     config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
     for name, value in model.generation_config.to_dict().items():
         if getattr(config, name, None) is None:
@@ -145,30 +148,31 @@ def merge_config(
     return config
 
 
-def check_served(config: GenerationConfig, explicit: set[str], defaults: dict[str, Any] | None = None) -> None:
+def check_served(config: GenerationConfig, explicit: set[str] | None, defaults: dict[str, Any] | None = None) -> None:
     """Raise ConfigError for the first option that would have to change what is generated and is not served.
 
-    explicit: the names that the caller set; for others the message says where the value comes from.
+    explicit: the names that the caller set, None if nobody knows; of others the message says where they come from.
     defaults: transformers' own defaults where they have been filled in already; nobody asked for these values.
     """
     defaults = defaults or {}
-    if config.do_sample and config.temperature is not None and config.temperature <= 0:
+    temperature = config.temperature
+    if config.do_sample and temperature is not None and not (isinstance(temperature, int | float) and temperature > 0):
         raise ConfigError(
-            f"temperature={config.temperature} with do_sample=True; it must be above 0 "
+            f"temperature={temperature!r} with do_sample=True; it must be a number above 0 "
             "(pass do_sample=False for greedy decoding)"
         )
-    if not config.do_sample and (config.num_return_sequences or 1) > 1:
+    if not config.do_sample and config.num_return_sequences not in (None, 1):
         raise ConfigError(
             f"num_return_sequences={config.num_return_sequences} without do_sample=True; greedy decoding has one "
             "result per prompt, pass num_return_sequences=1"
         )
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name, None)
-        if value in neutral or (name in defaults and value == defaults[name] and name not in explicit):
+        if value in neutral or (name in defaults and value == defaults[name]):
             continue
-        origin = "" if name in explicit else " (from the generation config)"
+        origin = "" if explicit is None or name in explicit else " (from the generation config)"
         remedy = REMEDY.get(name, f"leave it at {neutral[-1]!r}")
-        raise ConfigError(f"{name}={value!r}{origin} is not served: {remedy}")
+        raise ConfigError(f"{name}={value!r}{origin} is not served; {remedy}")
 
 
 def resolve_options(
@@ -176,45 +180,61 @@ def resolve_options(
 ) -> GenerationOptions:
     """Numbers out of a merged config; `num_columns` is the padded prompt length that max_length counts from."""
     if config.max_new_tokens is not None:
-        max_new_tokens, said = config.max_new_tokens, f"max_new_tokens={config.max_new_tokens}"
+        max_new_tokens, said = config.max_new_tokens, f"max_new_tokens={config.max_new_tokens!r}"
     elif config.max_length is not None:
-        max_new_tokens = config.max_length - num_columns
+        max_new_tokens = whole_number("max_length", config.max_length) - num_columns
         said = f"max_length={config.max_length} with {num_columns} prompt tokens"
     else:
         room = DEFAULT_NEW_TOKENS if max_positions is None else max_positions - num_columns
-        max_new_tokens, said = (
-            min(DEFAULT_NEW_TOKENS, room),
-            f"{num_columns} prompt tokens of {max_positions} positions",
-        )
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens <= 0:
-        raise ConfigError(
-            f"{said} leaves {max_new_tokens!r} tokens to generate; it must be a whole number of at least 1"
-        )
+        max_new_tokens = min(DEFAULT_NEW_TOKENS, room)
+        said = f"{num_columns} prompt tokens of {max_positions} positions"
+    if not is_whole(max_new_tokens) or max_new_tokens <= 0:
+        raise ConfigError(f"{said} leaves no whole number of tokens to generate; at least 1 is needed")
     if config.min_new_tokens is not None:
-        min_new_tokens = config.min_new_tokens
+        min_new_tokens = whole_number("min_new_tokens", config.min_new_tokens)
     else:
-        min_new_tokens = max((config.min_length or 0) - num_columns, 0)
+        min_new_tokens = max(whole_number("min_length", config.min_length or 0) - num_columns, 0)
     if min_new_tokens < 0 or min_new_tokens > max_new_tokens:
         raise ConfigError(f"min_new_tokens={min_new_tokens} is not between 0 and max_new_tokens={max_new_tokens}")
     eos = config.eos_token_id
     eos = eos.tolist() if isinstance(eos, Tensor) else eos
-    eos_token_ids = () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    eos = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
     # Ids outside the vocabulary (-1 is in use) mean that there is no such token.
-    eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
-    if config.max_time is not None and config.max_time <= 0:
-        raise ConfigError(f"max_time={config.max_time} seconds; it must be above 0")
+    eos_token_ids = tuple(token for token in eos if 0 <= whole_number("eos_token_id", token) < vocab_size)
+    max_time = config.max_time
+    if max_time is not None and (not isinstance(max_time, int | float) or max_time <= 0):
+        raise ConfigError(f"max_time={max_time!r} is not a number of seconds above 0")
     pad = config.pad_token_id
     if pad is None:
         pad = eos_token_ids[0] if eos_token_ids else 0
     strings = config.stop_strings or ()
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ConfigError(f"stop_strings={config.stop_strings!r}; pass one or more strings that are not empty")
+    copies = whole_number(
+        "num_return_sequences", 1 if config.num_return_sequences is None else config.num_return_sequences
+    )
+    if copies < 1:
+        raise ConfigError(f"num_return_sequences={copies} must be at least 1")
     return GenerationOptions(
         max_new_tokens,
         min_new_tokens,
         eos_token_ids,
-        pad,
+        whole_number("pad_token_id", int(pad) if isinstance(pad, Tensor) else pad),
         bool(config.return_dict_in_generate),
-        config.max_time,
-        (strings,) if isinstance(strings, str) else tuple(strings),
+        max_time,
+        strings,
         bool(config.do_sample),
-        config.num_return_sequences or 1,
+        copies,
     )
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """`value`, or a ConfigError that names the option."""
+    if not is_whole(value):
+        raise ConfigError(f"{name}={value!r} is not a whole number")
+    return value

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from specdec.errors import ConfigError
 from specdec.options import GenerationOptions
 from specdec.rows import Rows
 
@@ -38,7 +39,6 @@ BLIND = (
 OCCURRENCE = (hf.RepetitionPenaltyLogitsProcessor,)  # which tokens occur: padding by repeating one of them is harmless
 ENDING = (hf.NoRepeatNGramLogitsProcessor, hf.NoBadWordsLogitsProcessor, hf.SequenceBiasLogitsProcessor)
 NO_TOKEN = -1  # pads on the left for processors that compare n-grams: equals no token of the text
-MINIMUM_LENGTHS = (hf.MinLengthLogitsProcessor, hf.MinNewTokensLengthLogitsProcessor)
 WARPERS = (*BLIND[:7], hf.TopHLogitsWarper, hf.WatermarkLogitsProcessor, hf.LogitNormalization)
 
 
@@ -82,6 +82,7 @@ class Processors:
                     texts[index].repeat_interleave(width, 0),
                     (rows.host_lengths[slots, None] + first + np.arange(width)).flatten(),
                     rows.row_ids[slots].repeat(width),
+                    draft_ids[index, first : first + width - 1],
                 )
                 flat = logits[index].float().flatten(0, 1)
                 for processor in processors:
@@ -102,11 +103,13 @@ class Processors:
 
 class Positions(NamedTuple):
     """Where scores are asked for. texts: [positions, columns] int64. ends: [positions], position i follows the first
-    ends[i] tokens of texts[i]. row_ids: [positions], rows of the caller's batch."""
+    ends[i] tokens of texts[i]. row_ids: [positions], rows of the caller's batch. draft_ids: [rows, width - 1], the
+    tokens between the width positions of a row, which stand together."""
 
     texts: Tensor
     ends: np.ndarray
     row_ids: np.ndarray
+    draft_ids: Tensor
 
     def padded(self, pad_with: int | None) -> Tensor:
         """The texts at equal length: padded on the left with `pad_with`, or on the right with their own first token."""
@@ -128,12 +131,28 @@ def apply_processor(processor: LogitsProcessor, positions: Positions, scores: Te
         return processor(positions.padded(None), scores)
     if kind in ENDING and getattr(processor, "ngram_size", 2) > 1:
         return processor(positions.padded(NO_TOKEN), scores)
-    one_by_one = []
-    for place, (end, row) in enumerate(zip(positions.ends, positions.row_ids, strict=True)):
-        text = positions.texts[place : place + 1, :end]
-        own = for_row(processor, int(row)) if kind is hf.PrefixConstrainedLogitsProcessor else processor
-        one_by_one.append(own(text, scores[place : place + 1]))
-    return torch.cat(one_by_one)
+    return one_by_one(processor, positions, scores)
+
+
+def one_by_one(processor: LogitsProcessor, positions: Positions, scores: Tensor) -> Tensor:
+    """Ask about each position of each row in turn, as far as the row's draft can be accepted.
+
+    Behind a token that was not drafted, or that the processor itself forbids, nothing is asked: the text there is none
+    that the processor could ever see in plain decoding, and it may not know what to say.
+    """
+    drafts = positions.draft_ids.tolist()
+    width = positions.draft_ids.shape[1] + 1
+    out = scores.clone()
+    for slot, draft in enumerate(drafts):
+        for column in range(width):
+            place = slot * width + column
+            if column and (draft[column - 1] < 0 or out[place - 1, draft[column - 1]] == float("-inf")):
+                break
+            is_prefix = type(processor) is hf.PrefixConstrainedLogitsProcessor
+            own = for_row(processor, int(positions.row_ids[place])) if is_prefix else processor
+            text = positions.texts[place : place + 1, : positions.ends[place]]
+            out[place] = own(text, scores[place : place + 1])[0]
+    return out
 
 
 def for_row(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> LogitsProcessor:
@@ -152,8 +171,7 @@ def processors_of(
 ) -> Processors:
     """The processors that transformers would use for each prompt alone, and then the `custom` ones.
 
-    The minimum lengths are left to `Processors`, which counts new tokens row by row. Where transformers has already
-    put its own into `custom` (inside `custom_generate`, for the padded batch), they are made anew for each prompt.
+    The minimum lengths are left to `Processors`, which counts new tokens row by row.
     """
 
     def build(prompt_length: int) -> LogitsProcessorList:
@@ -161,17 +179,65 @@ def processors_of(
         own.min_length = own.min_new_tokens = None
         own.max_length = prompt_length + options.max_new_tokens
         model._prepare_special_tokens(own, True, device=model.device)
-        built_in = model._get_logits_processor(
-            generation_config=own,
-            input_ids_seq_length=prompt_length,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            device=model.device,
-            model_kwargs={},
-        )
-        known = {type(processor) for processor in built_in} | set(MINIMUM_LENGTHS)
-        added = [processor for processor in custom or () if type(processor) not in known]
-        # Warpers, which only sampling has, come last in transformers; custom processors stand before them.
-        warpers = [processor for processor in built_in if isinstance(processor, WARPERS)]
-        return LogitsProcessorList([p for p in built_in if not isinstance(p, WARPERS)] + added + warpers)
+        try:
+            built_in = model._get_logits_processor(
+                generation_config=own,
+                input_ids_seq_length=prompt_length,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                device=model.device,
+                model_kwargs={},
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"transformers cannot make a logits processor of these options: {error}") from error
+        # As in transformers, one of the user's stands in for the built-in one of its type; others come before the
+        # warpers, which only sampling has.
+        own_by_type = {type(processor): processor for processor in custom or ()}
+        merged = [own_by_type.pop(type(processor), processor) for processor in built_in]
+        added = [processor for processor in custom or () if type(processor) in own_by_type]
+        warpers = [processor for processor in merged if isinstance(processor, WARPERS)]
+        return LogitsProcessorList([p for p in merged if not isinstance(p, WARPERS)] + added + warpers)
 
     return Processors(build, prompt_lengths, options.min_new_tokens, options.eos_token_ids)
+
+
+def users_own(
+    arrived: LogitsProcessorList | None,
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    num_columns: int,
+    attention_mask: Tensor,
+) -> tuple[LogitsProcessorList, Callable[[int, Tensor], list[int]] | None]:
+    """Inside `custom_generate` transformers has already made processors for the padded batch and merged the user's in.
+
+    Its own are left out, because they are made anew for each prompt; what remains is the user's processors and their
+    prefix_allowed_tokens_fn.
+    """
+    config = copy.copy(config)
+    model._prepare_special_tokens(config, True, device=model.device)
+    made = model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=num_columns,
+        device=model.device,
+        model_kwargs={"attention_mask": attention_mask},
+    )
+    own, allowed = LogitsProcessorList(), None
+    for processor in arrived or ():
+        if type(processor) is hf.PrefixConstrainedLogitsProcessor:
+            allowed = processor._prefix_allowed_tokens_fn
+        elif not any(same_processor(processor, other) for other in made):
+            own.append(processor)
+    return own, allowed
+
+
+def same_processor(one: LogitsProcessor, other: LogitsProcessor) -> bool:
+    """Whether two processors are of one type with the same settings."""
+    if type(one) is not type(other) or vars(one).keys() != vars(other).keys():
+        return False
+    for name, value in vars(one).items():
+        theirs = vars(other)[name]
+        equal = (
+            torch.equal(value, theirs) if isinstance(value, Tensor) and isinstance(theirs, Tensor) else value == theirs
+        )
+        if not equal and not callable(value):
+            return False
+    return True

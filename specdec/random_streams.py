@@ -42,10 +42,10 @@ class RowStreams:
     """
 
     def __init__(self, seed: int | Sequence[int], num_rows: int, device: torch.device | str = "cpu"):
-        if isinstance(seed, int):
-            seeds, streams = [seed] * num_rows, list(range(num_rows))
-        else:
+        if isinstance(seed, Sequence):
             seeds, streams = [int(s) for s in seed], [0] * num_rows
+        else:
+            seeds, streams = [int(seed)] * num_rows, list(range(num_rows))
         if len(seeds) != num_rows:
             raise ConfigError(f"seed has {len(seeds)} entries for {num_rows} rows; give one int, or one per row")
         words = [[s & 0xFFFFFFFF for s in seeds], [s >> 32 & 0xFFFFFFFF for s in seeds]]

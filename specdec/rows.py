@@ -18,7 +18,7 @@ class StepReport:
 
     row_ids: [rows] int64, the index of each row in the caller's batch.
     num_committed, num_accepted, num_drafted: [rows] int64.
-    finished: [rows] bool. nan: [rows] bool, the target's logits held a NaN.
+    finished: [rows] bool. fault: [rows] int64, 0 if all is well, see `verify.py`.
     token_ids: [rows, k + 1] int64, `NO_TOKEN` behind the committed ones.
     is_prefill: the tokens come from the prefill, not from a verify forward.
     """
@@ -28,7 +28,7 @@ class StepReport:
     num_accepted: np.ndarray
     num_drafted: np.ndarray
     finished: np.ndarray
-    nan: np.ndarray
+    fault: np.ndarray
     token_ids: np.ndarray
     is_prefill: bool = False
 
@@ -77,6 +77,11 @@ class Rows:
         return int(self.host_lengths.max())
 
     @property
+    def max_limit(self) -> int:
+        """No row grows longer than this."""
+        return int(self.host_limits.max())
+
+    @property
     def max_remaining(self) -> int:
         """The most tokens that any row may still commit."""
         return int((self.host_limits - self.host_lengths).max())
@@ -96,13 +101,13 @@ class Rows:
         num_committed: Tensor,
         num_accepted: Tensor,
         finished: Tensor,
-        nan: Tensor,
+        fault: Tensor,
         draft: Tensor,
         committed: Tensor,
     ) -> StepReport:
         """Bring one step to the host in one copy and advance the host's lengths."""
         num_drafted = (draft != NO_TOKEN).sum(1)
-        columns = [num_committed, num_accepted, num_drafted, finished.long(), nan.long()]
+        columns = [num_committed, num_accepted, num_drafted, finished.long(), fault]
         packed = torch.cat([torch.stack(columns, 1), committed], 1).cpu().numpy()
         self.host_lengths = self.host_lengths + packed[:, 0]
         return StepReport(
@@ -111,7 +116,7 @@ class Rows:
             packed[:, 1],
             packed[:, 2],
             packed[:, 3].astype(bool),
-            packed[:, 4].astype(bool),
+            packed[:, 4],
             packed[:, 5:],
         )
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.drafter import NO_TOKEN
 from specdec.kernels.sampled_commit import sample_tokens
 from specdec.processors import Processors
 from specdec.random_streams import Purpose, RowStreams
@@ -26,9 +27,13 @@ class Sampler:
     def sample(self, rows: Rows, drafted: Tensor, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """The next draft token of each row, [rows] int64, and its distribution, [rows, vocab] float32.
 
+        NO_TOKEN and zeros where the drafter has no distribution (NaN logits, or every token forbidden).
+
         drafted: [rows, j] int64, this step's draft so far. logits: [rows, draft vocab]. uniforms: [rows] of `draw`.
         """
         logits = F.pad(logits, (0, self.vocab_size - logits.shape[1]), value=float("-inf"))
         scores = self.processors(rows, drafted, logits[:, None], first=drafted.shape[1])[:, 0]
         probs = torch.softmax(scores, -1, dtype=torch.float32)
-        return sample_tokens(probs, uniforms), probs
+        nothing = torch.isnan(probs[:, :1])
+        probs = probs.masked_fill(nothing, 0)
+        return sample_tokens(probs, uniforms).masked_fill(nothing[:, 0], NO_TOKEN), probs

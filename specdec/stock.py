@@ -18,7 +18,8 @@ from specdec.network import Network, NetworkOutput
 class StockNetwork(Network):
     """Switches the model to ragged attention while it runs and back afterwards."""
 
-    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int):
+    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int, max_length: int | None = None):
+        """max_length: no row grows longer; slots behind it are for drafts that are never committed."""
         config = model.config.get_text_config(decoder=True)
         super().__init__(model, config.num_hidden_layers, max_rows, num_slots)
         attention.register()
@@ -33,7 +34,9 @@ class StockNetwork(Network):
         parameters = inspect.signature(type(model).forward).parameters
         self.accepts_positions = "position_ids" in parameters
         self.accepts_logits_to_keep = "logits_to_keep" in parameters
-        self.max_position = (getattr(config, "max_position_embeddings", None) or num_slots) - 1
+        self.last_position = (
+            min(getattr(config, "max_position_embeddings", None) or num_slots, max_length or num_slots) - 1
+        )
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -48,7 +51,7 @@ class StockNetwork(Network):
         options: dict = {"use_cache": True, "return_dict": True, "output_hidden_states": bool(layers)}
         if self.accepts_positions:
             # Only drafts beyond a row's length limit are clamped; they are never committed.
-            options["position_ids"] = positions.clamp(max=self.max_position)
+            options["position_ids"] = positions.clamp(max=self.last_position)
         if logits_at is not None and self.accepts_logits_to_keep:
             # One set of columns serves all rows; each row then picks its own.
             columns, logits_at = torch.unique(logits_at, return_inverse=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from specdec.errors import ConfigError
 from specdec.options import GenerationOptions
 from specdec.rows import Rows, StepReport
-
-BUILT_IN = (EosTokenCriteria, MaxLengthCriteria)  # the commit itself takes care of these
 
 
 class Stopping:
@@ -27,7 +26,7 @@ class Stopping:
         options: GenerationOptions,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        self.criteria = StoppingCriteriaList(c for c in criteria or () if not isinstance(c, BUILT_IN))
+        self.criteria = StoppingCriteriaList(criteria or ())
         if options.stop_strings and not any(isinstance(c, StopStringCriteria) for c in self.criteria):
             if tokenizer is None:
                 raise ConfigError(f"stop_strings={list(options.stop_strings)} needs the tokenizer; pass tokenizer=")
@@ -51,3 +50,16 @@ class Stopping:
         if (num_committed < report.num_committed).any():
             report = rows.cut(report, num_committed)
         return report
+
+
+def users_criteria(arrived: StoppingCriteriaList | None, config: GenerationConfig) -> StoppingCriteriaList:
+    """Inside `custom_generate`: without those that transformers made of the config, which the commit takes care of."""
+    eos = config.eos_token_id
+    ends = set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
+    own = StoppingCriteriaList()
+    for criterion in arrived or ():
+        is_length = type(criterion) is MaxLengthCriteria and criterion.max_length == config.max_length
+        is_end = type(criterion) is EosTokenCriteria and set(criterion.eos_token_id.flatten().tolist()) == ends
+        if not (is_length or is_end):
+            own.append(criterion)
+    return own

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from specdec.compatibility import build_network
 from specdec.drafter import NO_TOKEN, Draft, Verified
-from specdec.errors import NumericalError
+from specdec.errors import DrafterError, NumericalError
 from specdec.processors import Processors
 from specdec.rows import Rows, StepReport
-from specdec.verify import Verification
+from specdec.verify import BAD_SCORES, Verification
 
 
 class Target:
@@ -28,11 +28,13 @@ class Target:
         eos_token_ids: Sequence[int],
         max_rows: int,
         num_slots: int,
+        max_length: int,
         layers: tuple[int, ...] = (),
     ):
         """eos_token_ids: any of them ends a row. layers: the hidden states that the drafter wants to observe."""
-        self.network = build_network(model, max_rows, num_slots)
+        self.network = build_network(model, max_rows, num_slots, max_length)
         self.processors, self.verification, self.layers = processors, verification, layers
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.eos_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=model.device)
 
     def prefill(self, rows: Rows) -> StepReport:
@@ -57,21 +59,50 @@ class Target:
     ) -> tuple[StepReport, Verified]:
         """logits: [rows, k + 1, vocab]"""
         scores = self.processors(rows, draft.token_ids, logits)
-        done, nan = self.verification(rows, draft, scores, self.eos_ids)
-        report = rows.read(done.num_committed, done.num_accepted, done.finished, nan, draft.token_ids, done.token_ids)
-        if report.nan.any():
-            row = int(report.row_ids[report.nan.argmax()])
-            raise NumericalError(
-                f"the target's logits are NaN in row {row}; check the weights and the dtype "
-                "(float16 overflows where bfloat16 or float32 do not)"
+        done, fault = self.verification(rows, draft, scores, self.eos_ids)
+        report = rows.read(done.num_committed, done.num_accepted, done.finished, fault, draft.token_ids, done.token_ids)
+        if report.fault.any():
+            slot = int((report.fault > 0).argmax())
+            row = int(report.row_ids[slot])
+            if report.fault[slot] & BAD_SCORES:
+                raise NumericalError(
+                    f"the target's logits are NaN in row {row}; check the weights and the dtype "
+                    "(float16 overflows where bfloat16 or float32 do not)"
+                )
+            raise DrafterError(
+                f"the drafter's probabilities in row {row} are no distribution: each must be finite and sum to 1"
             )
         drafted = report.num_drafted
         all_accepted = bool(((report.num_accepted == drafted) & (drafted > 0)).any())
         return report, Verified(draft, done.num_accepted, done.num_committed, all_accepted, hidden_states)
 
 
-def within_limits(rows: Rows, draft: Draft) -> Draft:
-    """The draft without tokens that a row's length limit leaves no room for; the target's own token needs one place."""
+def usable(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> Draft:
+    """The part of a draft that can be verified.
+
+    Cut are tokens that a row's length limit leaves no room for (the target's own token needs one place), whatever is
+    no token of the target, and what stands behind either. Raises DrafterError for a draft of the wrong kind or shape.
+    """
+    check_draft(rows, draft, max_tokens, vocab_size, name)
     room = (rows.limits - rows.lengths - 1)[:, None]
     column = torch.arange(draft.token_ids.shape[1], device=draft.token_ids.device)
-    return Draft(draft.token_ids.masked_fill(column >= room, NO_TOKEN), draft.probs, draft.parents)
+    keep = (column < room) & (draft.token_ids >= 0) & (draft.token_ids < vocab_size)
+    return Draft(draft.token_ids.masked_fill(keep.long().cumprod(1) == 0, NO_TOKEN), draft.probs)
+
+
+def check_draft(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> None:
+    if not isinstance(draft, Draft):
+        raise DrafterError(f"drafter {name!r} proposed a {type(draft).__name__}; propose() must return a Draft")
+    ids, probs = draft.token_ids, draft.probs
+    if ids.dim() != 2 or len(ids) != len(rows) or ids.shape[1] > max_tokens or ids.dtype != torch.long:
+        raise DrafterError(
+            f"drafter {name!r} proposed token_ids of {list(ids.shape)} {ids.dtype}; needed are [{len(rows)}, at most "
+            f"{max_tokens}] torch.int64"
+        )
+    if probs is not None and probs.shape != (*ids.shape, vocab_size):
+        raise DrafterError(
+            f"drafter {name!r} gave probs of {list(probs.shape)}; needed are {[*ids.shape, vocab_size]}, the target's "
+            "vocabulary last"
+        )
+    if draft.parents is not None:
+        raise DrafterError(f"drafter {name!r} proposed a tree; only chains are verified yet, leave parents=None")

@@ -14,12 +14,16 @@ from specdec.kernels.sampled_commit import sampled_commit
 from specdec.random_streams import Purpose, RowStreams
 from specdec.rows import Rows
 
+BAD_SCORES = 1  # the target's scores hold a NaN
+BAD_DRAFT = 2  # the drafter's probabilities are no distribution
+
 
 class Verification(Protocol):
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
         """scores: [rows, k + 1, vocab], processed logits. Appends to `rows`.
 
-        Returns what was committed, and [rows] bool: a row's scores hold a NaN, and what it committed means nothing.
+        Returns what was committed, and [rows] int64: 0, or BAD_SCORES + BAD_DRAFT where these hold and what the row
+        committed means nothing.
         """
 
 
@@ -28,8 +32,8 @@ class GreedyVerification:
 
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
         best, target_ids = scores.max(-1)  # a NaN anywhere is the maximum
-        nan = torch.isnan(best).any(1)
-        return greedy_commit(target_ids, draft.token_ids, eos_ids, rows.token_ids, rows.lengths, rows.limits), nan
+        done = greedy_commit(target_ids, draft.token_ids, eos_ids, rows.token_ids, rows.lengths, rows.limits)
+        return done, nan_within(torch.isnan(best), done) * BAD_SCORES
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,6 @@ class SampledVerification:
 
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
         probs = torch.softmax(scores, -1, dtype=torch.float32)
-        nan = torch.isnan(probs[..., 0]).any(1)  # one NaN, or nothing but -inf, makes all of a softmax NaN
         uniforms = self.streams.uniforms(rows.row_ids, rows.host_lengths, scores.shape[1], Purpose.VERIFY)
         done = sampled_commit(
             probs,
@@ -57,4 +60,16 @@ class SampledVerification:
             rows.limits,
             self.method,
         )
-        return done, nan
+        # One NaN, or nothing but -inf, makes all of a softmax NaN.
+        fault = nan_within(torch.isnan(probs[..., 0]), done) * BAD_SCORES
+        if draft.probs is not None:
+            # Half precision sums to 1 within a percent; NaN compares false.
+            sums_to_one = (draft.probs.sum(-1, dtype=torch.float32) - 1).abs() < 0.02
+            fault = fault + ((draft.token_ids >= 0) & ~sums_to_one).any(1) * BAD_DRAFT
+        return done, fault
+
+
+def nan_within(is_nan: Tensor, done: Committed) -> Tensor:
+    """[rows] bool: a NaN at a place that counts. Behind a rejected draft anything may stand. is_nan: [rows, k + 1]."""
+    column = torch.arange(is_nan.shape[1], device=is_nan.device)
+    return (is_nan & (column <= done.num_accepted[:, None])).any(1)

@@ -97,9 +97,9 @@ def test_num_speculative_tokens(value):
 
 
 def test_positions():
-    refused(UnsupportedModelError, "600", "512 positions", "max_new_tokens", max_new_tokens=596)
+    refused(ConfigError, "600", "512 positions", "max_new_tokens", max_new_tokens=596)
     short = tiny_llama(1, max_position_embeddings=8)
-    refused(UnsupportedModelError, "draft model", "8 positions", drafter=short, max_new_tokens=6)
+    refused(ConfigError, "draft model", "8 positions", drafter=short, max_new_tokens=6)
 
 
 def test_unknown_keyword():
@@ -122,6 +122,21 @@ def test_unknown_keyword():
         ({"num_return_sequences": 2}, "num_return_sequences=1"),
         ({"guidance_scale": 1.2}, "guidance_scale=1.2"),
         ({"token_healing": True}, "token_healing=True"),
+        ({"do_sample": True, "num_return_sequences": 0}, "num_return_sequences=0"),
+        ({"num_return_sequences": -2}, "num_return_sequences=-2"),
+        ({"max_time": "x"}, "max_time='x'"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature='hot'"),
+        ({"eos_token_id": "x"}, "eos_token_id='x'"),
+        ({"pad_token_id": 1.5}, "pad_token_id=1.5"),
+        ({"min_new_tokens": 1.5}, "min_new_tokens=1.5"),
+        ({"stop_strings": [""]}, "stop_strings=['']"),
+        ({"repetition_penalty": -1.0}, "logits processor"),
+        ({"do_sample": True, "top_k": -1}, "logits processor"),
+        ({"do_sample": True, "seed": "1234"}, "seed='1234'"),
+        ({"do_sample": True, "seed": [1.5, 2.5]}, "one per row"),
+        ({"do_sample": True, "generator": 5}, "torch.Generator"),
+        ({"generation_config": {}}, "GenerationConfig"),
+        ({"validate": 1}, "validate"),
         ({"output_scores": True}, "output_scores=True"),
         ({"stop_strings": ["x"]}, "tokenizer="),
         ({"max_time": -1.0}, "max_time=-1.0"),

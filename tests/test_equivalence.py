@@ -271,7 +271,7 @@ def test_bfloat16_rounding_is_measured(model):
         (PROMPTS, {"num_speculative_tokens": 33}, ConfigError, "33 exceeds 32"),
         (PROMPTS, {"drafter": "nonesuch"}, DrafterError, "unknown drafter 'nonesuch'; known are"),
         (PROMPTS, {"drafter": Synthetic(0.5, [])}, DrafterError, "continuations"),
-        ([*PROMPTS, torch.arange(3, 60).repeat(9)], {}, UnsupportedModelError, "has 512 positions"),
+        ([*PROMPTS, torch.arange(3, 60).repeat(9)], {}, ConfigError, "has 512 positions"),
     ],
 )
 def test_refusals_come_before_any_token(model, monkeypatch, prompts, options, error, message):

@@ -54,6 +54,7 @@ def test_imports_go_one_way(layer):
 
 def test_public_names():
     assert specdec.__all__ == [
+        "NO_TOKEN",
         "ConfigError",
         "Draft",
         "Drafter",

@@ -5,6 +5,7 @@ Exit status: 0 for success, 1 if outputs differ, 2 for bad input, 130 when inter
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -63,4 +64,8 @@ def specdec(
 
 
 def main() -> None:
-    app(prog_name="specdec")
+    try:
+        app(prog_name="specdec")
+    except KeyboardInterrupt:  # while torch was still being imported
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
