@@ -72,3 +72,9 @@ def test_the_architecture_names_files_that_exist():
                 folder = str(Path(name).parent) if "/" in name.rstrip("/") else folder
                 path = ROOT / name if "/" in name else ROOT / folder / name
                 assert path.exists(), name
+
+
+def test_no_document_waits_to_be_filled_in():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        text = path.read_text()
+        assert not re.search(r"\b(TODO|FIXME|TBD)\b|[A-Z]{4,}_(TABLE|COUNT)", text), path

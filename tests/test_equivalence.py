@@ -15,7 +15,7 @@ import specdec
 from specdec import equivalence, oracle, referee, verify
 from specdec.drafters.synthetic import Synthetic
 from specdec.equivalence import check_equivalence, first_differences
-from specdec.errors import ConfigError, DrafterError, InputError, UnsupportedModelError
+from specdec.errors import ConfigError, DrafterError, InputError
 from specdec.oracle import greedy_settings, until_end
 from specdec.referee import TIE_MULTIPLE, Judgement, KeepFloat64, Referee, last_logits
 
