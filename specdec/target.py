@@ -44,7 +44,7 @@ class Target:
         return replace(report, is_prefill=True)
 
     def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
-        """One forward over each row's last token and its draft, then the greedy commit."""
+        """One forward over each row's last token and its draft, then the commit."""
         width = draft.token_ids.shape[1] + 1
         inputs = torch.cat([rows.last_tokens(1), draft.token_ids.clamp(min=0)], 1)
         # The last committed token has no keys yet, so a row's cache is one shorter than the row.
