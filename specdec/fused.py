@@ -169,7 +169,7 @@ def fingerprint(model: PreTrainedModel) -> list[tuple]:
 
 
 def checksum(weight: Tensor) -> float:
-    """Products with fixed pseudo-random vectors: changes with the values and their order, within the dtype's rounding."""
+    """Products with fixed pseudo-random vectors: changes with values and their order, within the dtype's rounding."""
     matrix = weight.reshape(len(weight), -1)
     return (matrix @ _direction(matrix.shape[1], weight) @ _direction(len(weight), weight)).item()
 
