@@ -12,8 +12,12 @@ from torch import Tensor
 from specdec.kernels.in_order_linear import in_order_linear
 from specdec.kernels.linear_tiles import BUCKETS, Tile, choose_tile
 
-# (out, in) of the layers of Qwen3-8B and Qwen3-0.6B.
+# (out, in) of the layers of Qwen3-8B and Qwen3-0.6B, those with one input together and apart.
 SHAPES = {
+    "8B qkv": (6144, 4096),
+    "8B gate_up": (24576, 4096),
+    "0.6B qkv": (4096, 1024),
+    "0.6B gate_up": (6144, 1024),
     "8B q, o": (4096, 4096),
     "8B k, v": (1024, 4096),
     "8B gate, up": (12288, 4096),

@@ -2,10 +2,13 @@
 
 One program owns a tile of y and walks the inner dimension in ascending order with one float32 accumulator; nothing
 splits it. So a row's result depends on that row and on W alone, whatever tile, warp count or operand order serves it
-(the GPU tests compare them all), and the tiles can be chosen per number of rows for speed.
+(the GPU tests compare them all), and the tiles can be chosen per number of rows for speed. Several weights that share
+x (query, key and value; gate and up) are one launch and are read where they lie: nothing is merged in memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +16,16 @@ from torch import Tensor
 
 from specdec.kernels.dispatch import triton, uses_triton
 from specdec.kernels.linear_tiles import Tile, choose_tile
+from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
     import triton.language as tl
 
+    from specdec.kernels.overlap import wait_for_previous_kernel
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_WEIGHTS = 3
+PREFETCH_ROWS, PREFETCH_BYTES = 64, 1 << 16  # per program
 GROUP_ROWS = 8  # row blocks that share a pass over the weights while it is in the cache
 
 
@@ -28,18 +36,41 @@ def in_order_linear(
 
     The sum and the bias are float32 (never TF32) and rounded once. tile: for tuning; by default the table's.
     """
-    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x {list(x.shape)} does not fit weight {list(weight.shape)}; need [..., in] and [out, in]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}; need [out]")
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; cast them to one dtype")
+    return in_order_linears(x, (weight,), (bias,), implementation, tile)
+
+
+def in_order_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    implementation: str = "auto",
+    tile: Tile | None = None,
+) -> Tensor:
+    """One to three linears of the same x side by side, [..., out1 + out2 + ...]: bit for bit what each gives alone.
+
+    weights: [out_i, in] each; biases: [out_i] each, or None for all of them.
+    """
+    if not 1 <= len(weights) <= MAX_WEIGHTS or len(biases) != len(weights):
+        raise ValueError(f"{len(weights)} weights and {len(biases)} biases; need 1 to {MAX_WEIGHTS} of both")
+    if len({bias is None for bias in biases}) > 1:
+        raise ValueError("some weights have a bias and others none; give the others a bias of zeros")
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"x {list(x.shape)} does not fit weight {list(weight.shape)}; need [..., in] and [out, in]"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}; need [out]")
+        if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+            raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; cast them to one dtype")
     if not uses_triton(implementation, x):
-        return in_order_linear_reference(x, weight, bias)
+        parts = [in_order_linear_reference(x, *pair) for pair in zip(weights, biases, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; the kernel serves bfloat16, float16 and float32")
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _in_order_linear_triton(rows, weight.contiguous(), bias, tile).view(*x.shape[:-1], weight.shape[0])
+    out = _in_order_linears_triton(rows, [weight.contiguous() for weight in weights], biases, tile)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def in_order_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,22 +82,29 @@ def in_order_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = N
     return torch.cat([F.linear(row.clone(), weight, bias) for row in rows]).view(*x.shape[:-1], -1)
 
 
-def _in_order_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile | None) -> Tensor:
-    (num_rows, size_in), size_out = x.shape, weight.shape[0]
-    out = torch.empty(num_rows, size_out, dtype=x.dtype, device=x.device)
+def _in_order_linears_triton(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], tile: Tile | None
+) -> Tensor:
+    (num_rows, size_in), sizes = x.shape, [len(weight) for weight in weights]
+    out = torch.empty(num_rows, sum(sizes), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    tile = tile or choose_tile(num_rows, size_out, size_in, x.dtype)
-    num_programs = triton.cdiv(num_rows, tile.block_rows) * triton.cdiv(size_out, tile.block_out)
-    _in_order_linear_kernel[(num_programs,)](
+    tile = tile or choose_tile(num_rows, sum(sizes), size_in, x.dtype)
+    num_out_blocks = sum(triton.cdiv(size, tile.block_out) for size in sizes)
+    absent = MAX_WEIGHTS - len(weights)
+    _in_order_linear_kernel[(triton.cdiv(num_rows, tile.block_rows) * num_out_blocks,)](
         x,
-        weight,
-        bias,
+        *weights,
+        *[weights[0]] * absent,
+        *biases,
+        *[biases[0]] * absent,
         out,
         num_rows,
-        size_out,
+        *sizes,
+        *[0] * absent,
         size_in,
-        HAS_BIAS=bias is not None,
+        NUM_WEIGHTS=len(weights),
+        HAS_BIAS=biases[0] is not None,
         EVEN_IN=size_in % tile.block_in == 0,
         SWAPPED=tile.swapped,
         BLOCK_ROWS=tile.block_rows,
@@ -74,22 +112,44 @@ def _in_order_linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, tile
         BLOCK_IN=tile.block_in,
         GROUP=GROUP_ROWS,
         NUM_STAGES=tile.num_stages,
+        # Few rows leave most of the device idle while the kernel before ends.
+        PREFETCH=PREFETCH_BYTES // tile.block_out if num_rows <= PREFETCH_ROWS else 0,
         num_warps=tile.num_warps,
+        **overlap_options(x),
     )
     return out
 
 
 if triton is not None:
 
+    @triton.jit
+    def _prefetch(weight_ptr, row_begin, size_in, BYTES: tl.constexpr):
+        """Ask the cache for the first BYTES of each row, 128 at a time: no result depends on the kernel before yet."""
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = 8
+        for begin in range(0, BYTES // 128, LINES):
+            place = tl.minimum((begin + tl.arange(0, LINES)) * LINE, size_in - 1)
+            address = (weight_ptr + row_begin[:, None] + place[None, :]).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+            )
+
     @triton.jit(do_not_specialize=["num_rows"])
     def _in_order_linear_kernel(
         x_ptr,
         weight_ptr,
+        weight_1_ptr,
+        weight_2_ptr,
         bias_ptr,
+        bias_1_ptr,
+        bias_2_ptr,
         out_ptr,
         num_rows,
         size_out,
+        size_1,
+        size_2,
         size_in,
+        NUM_WEIGHTS: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         EVEN_IN: tl.constexpr,
         SWAPPED: tl.constexpr,
@@ -98,15 +158,40 @@ if triton is not None:
         BLOCK_IN: tl.constexpr,
         GROUP: tl.constexpr,
         NUM_STAGES: tl.constexpr,
+        PREFETCH: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         program = tl.program_id(0)
         num_row_blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-        num_out_blocks = tl.cdiv(size_out, BLOCK_OUT)
+        num_blocks_0 = tl.cdiv(size_out, BLOCK_OUT)
+        num_blocks_1 = tl.cdiv(size_1, BLOCK_OUT)
+        num_out_blocks = num_blocks_0 + num_blocks_1 + tl.cdiv(size_2, BLOCK_OUT)
+        out_stride = size_out + size_1 + size_2
         first = program // (GROUP * num_out_blocks) * GROUP
         group = tl.minimum(num_row_blocks - first, GROUP)
         within = program % (GROUP * num_out_blocks)
         row = ((first + within % group) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        column = (within // group * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
+        block = within // group
+        out_begin = 0
+        if NUM_WEIGHTS > 1:
+            if block >= num_blocks_0 + num_blocks_1:
+                weight_ptr = weight_2_ptr
+                if HAS_BIAS:
+                    bias_ptr = bias_2_ptr
+                block -= num_blocks_0 + num_blocks_1
+                out_begin = size_out + size_1
+                size_out = size_2
+            elif block >= num_blocks_0:
+                weight_ptr = weight_1_ptr
+                if HAS_BIAS:
+                    bias_ptr = bias_1_ptr
+                block -= num_blocks_0
+                out_begin = size_out
+                size_out = size_1
+        column = (block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
+        if OVERLAP:
+            _prefetch(weight_ptr, tl.minimum(column, size_out - 1) * size_in, size_in, PREFETCH)
+        wait_for_previous_kernel(OVERLAP)
         inner = tl.arange(0, BLOCK_IN)
         row_ok = row < num_rows
         column_ok = column < size_out
@@ -133,12 +218,12 @@ if triton is not None:
             b = tl.load(right, mask=right_ok, other=0.0)
             total = tl.dot(a, b, total, input_precision="ieee")
         if SWAPPED:
-            place_out = out_ptr + row[None, :] * size_out + column[:, None]
+            place_out = out_ptr + row[None, :] * out_stride + out_begin + column[:, None]
             ok = row_ok[None, :] & column_ok[:, None]
             if HAS_BIAS:
                 total += tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(tl.float32)[:, None]
         else:
-            place_out = out_ptr + row[:, None] * size_out + column[None, :]
+            place_out = out_ptr + row[:, None] * out_stride + out_begin + column[None, :]
             ok = row_ok[:, None] & column_ok[None, :]
             if HAS_BIAS:
                 total += tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]

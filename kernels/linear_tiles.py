@@ -36,6 +36,20 @@ DEFAULTS = (
 )
 # (out, in): a tile per bucket, the fastest on an H200 as `benchmarks/invariance.py --parts speed` measured them.
 TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (6144, 4096): (
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(64, 64, 128, True, 3, 4),
+        Tile(128, 64, 128, False, 3, 8),
+        Tile(128, 128, 64, False, 4, 8),
+    ),
+    (24576, 4096): (
+        Tile(16, 64, 128, True, 4, 4),
+        Tile(16, 128, 128, True, 4, 4),
+        Tile(64, 64, 128, True, 3, 4),
+        Tile(256, 128, 64, True, 3, 8),
+        Tile(128, 128, 64, False, 4, 8),
+    ),
     (4096, 4096): (
         Tile(16, 32, 256, True, 4, 4),
         Tile(16, 32, 256, True, 4, 4),

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
     import triton.language as tl
+
+    from specdec.kernels.overlap import wait_for_previous_kernel
 
 
 def rms_norm(
@@ -28,23 +31,31 @@ def rms_norm(
     _check(x, weight, None)
     if not uses_triton(implementation, x):
         return rms_norm_reference(x, weight, eps, unit_offset, round_first)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = torch.empty_like(rows)
-    if out.numel():
-        block = triton.next_power_of_2(rows.shape[1])
-        _rms_norm_kernel[(len(rows),)](
-            rows,
-            weight,
-            out,
-            rows.shape[1],
-            eps,
-            HAS_WEIGHT=weight is not None,
-            UNIT_OFFSET=unit_offset,
-            ROUND_FIRST=round_first,
-            BLOCK=block,
-            num_warps=_num_warps(block),
+    return _rms_norm_triton(x, None, weight, eps, unit_offset, round_first)[0]
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    unit_offset: bool = False,
+    round_first: bool = True,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype: bit for bit the two operations apart.
+
+    residual: of x's shape and dtype. The others are those of `rms_norm`.
+    """
+    _check(x, weight, None)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual {list(residual.shape)} {residual.dtype} does not fit x {list(x.shape)} {x.dtype}; need the same"
         )
-    return out.view(x.shape)
+    if not uses_triton(implementation, x):
+        total = x + residual
+        return rms_norm_reference(total, weight, eps, unit_offset, round_first), total
+    return _rms_norm_triton(x, residual, weight, eps, unit_offset, round_first)
 
 
 def rms_norm_reference(
@@ -57,6 +68,34 @@ def rms_norm_reference(
     if round_first:
         return wide.to(x.dtype) * (1 + weight if unit_offset else weight)
     return (wide * (1 + weight.to(wide.dtype) if unit_offset else weight.to(wide.dtype))).to(x.dtype)
+
+
+def _rms_norm_triton(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, unit_offset: bool, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty_like(rows)
+    total = rows if residual is None else torch.empty_like(rows)
+    if out.numel():
+        block = triton.next_power_of_2(rows.shape[1])
+        _rms_norm_kernel[(len(rows),)](
+            rows,
+            None if residual is None else residual.reshape(rows.shape).contiguous(),
+            weight,
+            out,
+            total,
+            rows.shape[1],
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            HAS_WEIGHT=weight is not None,
+            UNIT_OFFSET=unit_offset,
+            ROUND_FIRST=round_first,
+            BLOCK=block,
+            num_warps=_num_warps(block),
+            enable_fp_fusion=False,  # whether a compiler fuses a sum of squares must not change its bits
+            **overlap_options(rows),
+        )
+    return out.view(x.shape), total.view(x.shape)
 
 
 def layer_norm(
@@ -81,6 +120,8 @@ def layer_norm(
             HAS_BIAS=bias is not None,
             BLOCK=block,
             num_warps=_num_warps(block),
+            enable_fp_fusion=False,  # whether a compiler fuses a sum of squares must not change its bits
+            **overlap_options(rows),
         )
     return out.view(x.shape)
 
@@ -123,19 +164,29 @@ if triton is not None:
     @triton.jit
     def _rms_norm_kernel(
         x_ptr,
+        residual_ptr,
         weight_ptr,
         out_ptr,
+        total_ptr,
         size,
         eps,
+        HAS_RESIDUAL: tl.constexpr,
         HAS_WEIGHT: tl.constexpr,
         UNIT_OFFSET: tl.constexpr,
         ROUND_FIRST: tl.constexpr,
         BLOCK: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        wait_for_previous_kernel(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < size
         x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            x += tl.load(residual_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
+            total = x.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row * size + column, total, mask=inside)
+            x = total.to(tl.float32)
         y = x * tl.rsqrt(tl.sum(x * x, 0) / size + eps)
         if HAS_WEIGHT:
             weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
@@ -161,7 +212,9 @@ if triton is not None:
         HAS_WEIGHT: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         BLOCK: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
+        wait_for_previous_kernel(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < size

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
     import triton.language as tl
+
+    from specdec.kernels.overlap import wait_for_previous_kernel
 
 # All four are part of the arithmetic: another value gives other bits.
 BLOCK_QUERIES = 64  # (query, head of the group) pairs per program
@@ -144,6 +147,7 @@ def _ragged_attention_triton(
             num_warps=NUM_WARPS,
             # As many tiles in flight as fit into shared memory; the arithmetic is the same.
             num_stages=max(1, min(3, 1024 // (block_dim * query.element_size()))),
+            **overlap_options(query),
         )
         _merge_kernel[(rows * count * num_heads,)](
             partial,
@@ -160,6 +164,7 @@ def _ragged_attention_triton(
             HAS_SINKS=sinks is not None,
             SPLIT_KEYS=SPLIT_KEYS,
             num_warps=1,
+            **overlap_options(query),
         )
     return out
 
@@ -198,8 +203,10 @@ if triton is not None:
         BLOCK_QUERIES: tl.constexpr,
         BLOCK_KEYS: tl.constexpr,
         SPLIT_KEYS: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """partial: [rows, heads, count, splits, value_dim + 2]: the sum of weighted values, the maximum, the sum."""
+        wait_for_previous_kernel(OVERLAP)
         COLUMNS: tl.constexpr = BLOCK_QUERIES // GROUP
         row = (tl.program_id(0) // NUM_KV_HEADS).to(tl.int64)
         kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
@@ -280,8 +287,10 @@ if triton is not None:
         BLOCK_VALUE: tl.constexpr,
         HAS_SINKS: tl.constexpr,
         SPLIT_KEYS: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):
         """One program per query and head; it reads the splits that the query sees anything of, and no others."""
+        wait_for_previous_kernel(OVERLAP)
         head = tl.program_id(0) % NUM_HEADS
         column = tl.program_id(0) // NUM_HEADS % count
         row = (tl.program_id(0) // NUM_HEADS // count).to(tl.int64)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from specdec.kernels import in_order_linear as kernels
 from specdec.kernels.dispatch import triton
-from specdec.kernels.in_order_linear import in_order_linear
+from specdec.kernels.in_order_linear import in_order_linear, in_order_linears
 from specdec.kernels.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile, choose_tile
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,6 +72,30 @@ def test_kernel_in_the_interpreter_takes_leading_dimensions_and_strides():
     torch.testing.assert_close(out, F.linear(x, weight, b).view(3, 4, 20).transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
+SIZES_TOGETHER = [(16, 16, 16), (33, 5), (40, 1, 17), (70, 70)]
+
+
+@pytest.mark.parametrize("sizes", SIZES_TOGETHER)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_of_one_input_are_each_alone_side_by_side(sizes, bias):
+    operand = [operands(5, size, 24, bias=bias) for size in sizes]
+    x = operand[0][0]
+    expected = torch.cat([in_order_linear(x, weight, b) for _, weight, b in operand], -1)
+    assert torch.equal(in_order_linears(x, [w for _, w, _ in operand], [b for *_, b in operand]), expected)
+
+
+@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("sizes", SIZES_TOGETHER)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_kernel_of_several_weights_in_the_interpreter(sizes, tile, bias, monkeypatch):
+    operand = [operands(5, size, 24, bias=bias) for size in sizes]
+    weights, biases = [w for _, w, _ in operand], [b for *_, b in operand]
+    poison(monkeypatch)
+    out = in_order_linears(operand[0][0], weights, biases, "triton", tile)
+    torch.testing.assert_close(out, in_order_linears(operand[0][0], weights, biases), rtol=1e-5, atol=1e-5)
+
+
 def test_interpreter_run(run_in_subprocess):
     run_in_subprocess("tests/test_kernels_linear.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
 
@@ -93,6 +117,10 @@ def test_wrong_operands_are_named():
         in_order_linear(x.double(), weight)
     with pytest.raises(ValueError, match="choose 'auto'"):
         in_order_linear(x, weight, implementation="cuda")
+    with pytest.raises(ValueError, match="4 weights and 4 biases; need 1 to 3"):
+        in_order_linears(x, [weight] * 4, [b] * 4)
+    with pytest.raises(ValueError, match="others none"):
+        in_order_linears(x, [weight] * 2, [b, None])
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter takes CPU tensors")
@@ -110,6 +138,18 @@ GPU_TILES = [
     Tile(64, 128, 64, True, 3, 8),
     Tile(128, 128, 64, False, 3, 8),
 ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+def test_bits_on_a_gpu_of_several_weights_are_those_of_each(bias):
+    operand = [operands(40, size, 512, torch.bfloat16, "cuda", bias) for size in (384, 100, 130)]
+    x = operand[0][0]
+    for count in (2, 3):
+        for rows in (1, 8, 40):
+            expected = torch.cat([in_order_linear(x[:rows], w, b) for _, w, b in operand[:count]], -1)
+            weights, biases = [w for _, w, _ in operand[:count]], [b for *_, b in operand[:count]]
+            assert torch.equal(in_order_linears(x[:rows], weights, biases), expected)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from specdec.kernels import norms
 from specdec.kernels.dispatch import triton
-from specdec.kernels.norms import layer_norm, rms_norm, sum_in_pairs
+from specdec.kernels.norms import add_rms_norm, layer_norm, rms_norm, sum_in_pairs
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
@@ -59,6 +59,25 @@ def test_rounding_before_and_after_the_weight_differ_in_half_precision():
     assert not torch.equal(rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5, round_first=False))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_and_norm_together_are_the_two_apart(shape, dtype):
+    x, weight, _ = operands(shape, dtype)
+    normed, total = add_rms_norm(x, 3 * x, weight, 1e-5)
+    assert torch.equal(total, x + 3 * x) and torch.equal(normed, rms_norm(x + 3 * x, weight, 1e-5))
+
+
+@interpreted
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sum_and_norm_in_the_interpreter(shape, dtype, monkeypatch):
+    x, weight, _ = operands(shape, dtype)
+    poison(monkeypatch)
+    normed, total = add_rms_norm(x, 3 * x, weight, 1e-5, implementation="triton")
+    assert torch.equal(total, x + 3 * x)
+    assert torch.equal(normed, rms_norm(total, weight, 1e-5, implementation="triton"))
+
+
 @interpreted
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -86,6 +105,8 @@ def test_wrong_operands_are_named():
         rms_norm(x, weight[:7], 1e-5)
     with pytest.raises(ValueError, match="stride 2"):
         rms_norm(x, torch.ones(16)[::2], 1e-5)
+    with pytest.raises(ValueError, match="residual"):
+        add_rms_norm(x, x[:1], weight, 1e-5)
     with pytest.raises(ValueError, match="int64"):
         layer_norm(x.long(), None, None, 1e-5)
 
@@ -107,3 +128,13 @@ def test_bits_on_a_gpu_do_not_depend_on_the_rows(dtype, size):
             assert torch.equal(norm(x[-rows:]), together[-rows:])
         tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         torch.testing.assert_close(together.double(), check(x.double()), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [100, 384, 4096])
+def test_sum_and_norm_together_have_the_same_bits_on_a_gpu(dtype, size):
+    x, weight, residual = operands((33, size), dtype, "cuda")[0], *operands((33, size), dtype, "cuda")[1:]
+    residual = x.flip(0) * 3 + residual
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual) and torch.equal(normed, rms_norm(x + residual, weight, 1e-5))

@@ -1,0 +1,69 @@
+"""silu(gate) * up, the gated activation of llama-type layers, in one launch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.overlap import overlap_options
+
+if triton is not None:
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    from specdec.kernels.overlap import wait_for_previous_kernel
+
+BLOCK = 1024
+
+
+def silu_mul(gate_up: Tensor, implementation: str = "auto") -> Tensor:
+    """gate_up: [..., 2 * size], the gate's half first. Returns silu(gate) * up, [..., size].
+
+    Bit for bit torch's two operations: silu in float32, rounded to the dtype before the product.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up {list(gate_up.shape)} has no two halves; its last dimension must be even")
+    if not uses_triton(implementation, gate_up):
+        return silu_mul_reference(gate_up)
+    rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
+    size = rows.shape[1] // 2
+    out = torch.empty(len(rows), size, dtype=rows.dtype, device=rows.device)
+    if out.numel():
+        _silu_mul_kernel[(len(rows), triton.cdiv(size, BLOCK))](rows, out, size, BLOCK=BLOCK, **overlap_options(rows))
+    return out.view(*gate_up.shape[:-1], size)
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate.contiguous()) * up  # strided operands take another path on a CPU
+
+
+if triton is not None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+
+        @triton.jit
+        def _exp(x):
+            return tl.exp(x)
+
+    else:
+
+        @triton.jit
+        def _exp(x):
+            # The exponential of CUDA's own library, as torch calls it; Triton's tl.exp is another approximation.
+            return libdevice.exp(x)
+
+    @triton.jit
+    def _silu_mul_kernel(in_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+        wait_for_previous_kernel(OVERLAP)
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < size
+        gate = tl.load(in_ptr + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(in_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
+        silu = tl.math.div_rn(gate, 1.0 + _exp(-gate)).to(out_ptr.dtype.element_ty)
+        out = silu.to(tl.float32) * up
+        tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,178 @@
+"""Between the query-key-value product and attention, in one launch: head norms, rotary positions, the cache write."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.norms import rms_norm_reference
+from specdec.kernels.overlap import overlap_options
+
+if triton is not None:
+    import triton.language as tl
+
+    from specdec.kernels.overlap import wait_for_previous_kernel
+
+
+class HeadNorm(NamedTuple):
+    """RMSNorm over each query and key head, before the rotation. Weights: [head_dim]."""
+
+    query_weight: Tensor
+    key_weight: Tensor
+    eps: float
+
+
+def rotary_write(
+    qkv: Tensor,
+    starts: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    head_norm: HeadNorm | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Rotate a step's queries and keys, and write its keys and values behind each row's cached ones.
+
+    qkv: [rows, width, (heads + 2 kv_heads) * head_dim]. starts: [rows] int64, column j of row b stands at position
+    starts[b] + j. cos, sin: [positions, head_dim], in qkv's dtype. keys, values: [rows, slots, kv_heads, head_dim],
+    contiguous but for the row; written in place at slots starts[b] .. starts[b] + width - 1.
+
+    Returns the queries, [rows, width, heads, head_dim]. Bit for bit what transformers' modules compute one by one:
+    the normalised head rounded before its weight; both products and their sum rounded to the dtype.
+    """
+    rows, width, _ = qkv.shape
+    num_kv_heads, dim = keys.shape[2:]
+    if qkv.shape[2] % dim or qkv.shape[2] // dim <= 2 * num_kv_heads or dim % 2:
+        raise ValueError(f"qkv {list(qkv.shape)} does not fit {num_kv_heads} key heads of {dim}")
+    if keys.shape != values.shape or len(keys) != rows or keys.stride()[1:] != values.stride()[1:]:
+        raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} do not fit {rows} rows")
+    if starts.shape != (rows,) or cos.shape != sin.shape or cos.shape[1] != dim:
+        raise ValueError(f"starts {list(starts.shape)} or cos {list(cos.shape)} does not fit {rows} rows of {dim}")
+    if not qkv.dtype == keys.dtype == values.dtype == cos.dtype == sin.dtype:
+        raise ValueError(f"qkv is {qkv.dtype}, keys {keys.dtype}, cos {cos.dtype}; cast them to one dtype")
+    if not uses_triton(implementation, qkv):
+        return rotary_write_reference(qkv, starts, cos, sin, keys, values, head_norm)
+    num_heads = qkv.shape[2] // dim - 2 * num_kv_heads
+    out = torch.empty(rows, width, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
+    block = triton.next_power_of_2(dim)
+    _rotary_write_kernel[(rows * width, num_heads + 2 * num_kv_heads)](
+        qkv.contiguous(),
+        starts,
+        cos,
+        sin,
+        keys,
+        values,
+        out,
+        head_norm.query_weight if head_norm else None,
+        head_norm.key_weight if head_norm else None,
+        head_norm.eps if head_norm else 0.0,
+        width,
+        keys.stride(0),
+        values.stride(0),
+        keys.stride(1),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        DIM=dim,
+        BLOCK=block,
+        HAS_NORM=head_norm is not None,
+        num_warps=1,  # as the RMSNorm of so short a row has: the order of its sum follows the number of warps
+        enable_fp_fusion=False,  # a fused multiply-add would skip a rounding
+        **overlap_options(qkv),
+    )
+    return out
+
+
+def rotary_write_reference(
+    qkv: Tensor,
+    starts: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    head_norm: HeadNorm | None = None,
+) -> Tensor:
+    rows, width, _ = qkv.shape
+    num_kv_heads, dim = keys.shape[2:]
+    heads = qkv.view(rows, width, -1, dim)
+    num_heads = heads.shape[2] - 2 * num_kv_heads
+    query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], 2)
+    if head_norm is not None:
+        query = rms_norm_reference(query, head_norm.query_weight, head_norm.eps)
+        key = rms_norm_reference(key, head_norm.key_weight, head_norm.eps)
+    positions = starts[:, None] + torch.arange(width, device=starts.device)
+    row = torch.arange(rows, device=starts.device)[:, None]
+    keys[row, positions] = _rotate(key, cos[positions, None], sin[positions, None])
+    values[row, positions] = value
+    return _rotate(query, cos[positions, None], sin[positions, None])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rotary_write_kernel(
+        qkv_ptr,
+        starts_ptr,
+        cos_ptr,
+        sin_ptr,
+        keys_ptr,
+        values_ptr,
+        out_ptr,
+        query_weight_ptr,
+        key_weight_ptr,
+        eps,
+        width,
+        keys_row,
+        values_row,
+        slot_stride,
+        NUM_HEADS: tl.constexpr,
+        NUM_KV_HEADS: tl.constexpr,
+        DIM: tl.constexpr,
+        BLOCK: tl.constexpr,
+        HAS_NORM: tl.constexpr,
+        OVERLAP: tl.constexpr,
+    ):
+        """One program per token and head; heads are queries, keys, values in this order."""
+        wait_for_previous_kernel(OVERLAP)
+        token = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1)
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        row = token // width
+        position = tl.load(starts_ptr + row) + token % width
+        column = tl.arange(0, BLOCK)
+        inside = column < DIM
+        here = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * DIM
+        head_values = tl.load(here + column, mask=inside, other=0.0)
+        if head >= NUM_HEADS + NUM_KV_HEADS:
+            place = values_ptr + row * values_row + position * slot_stride + (head - NUM_HEADS - NUM_KV_HEADS) * DIM
+            tl.store(place + column, head_values, mask=inside)
+        else:
+            partner = (column + DIM // 2) % DIM
+            sign = tl.where(column < DIM // 2, -1.0, 1.0)
+            x = head_values.to(tl.float32)
+            turned = tl.load(here + partner, mask=inside, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                scale = tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
+                weight_ptr = query_weight_ptr if head < NUM_HEADS else key_weight_ptr
+                weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+                turned_weight = tl.load(weight_ptr + partner, mask=inside, other=0.0).to(tl.float32)
+                x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+                turned = ((turned * scale).to(dtype).to(tl.float32) * turned_weight).to(dtype).to(tl.float32)
+            cos = tl.load(cos_ptr + position * DIM + column, mask=inside, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + position * DIM + column, mask=inside, other=0.0).to(tl.float32)
+            straight = (x * cos).to(dtype).to(tl.float32)
+            crossed = (sign * turned * sin).to(dtype).to(tl.float32)
+            rotated = (straight + crossed).to(dtype)
+            if head < NUM_HEADS:
+                tl.store(out_ptr + (token * NUM_HEADS + head) * DIM + column, rotated, mask=inside)
+            else:
+                place = keys_ptr + row * keys_row + position * slot_stride + (head - NUM_HEADS) * DIM
+                tl.store(place + column, rotated, mask=inside)
