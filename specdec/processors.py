@@ -9,6 +9,7 @@ asked once per position with the unpadded tokens of the row, as if it were alone
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from specdec.errors import ConfigError
+from specdec.kernels.distribution import Truncation
 from specdec.options import GenerationOptions
 from specdec.rows import Rows
 
@@ -39,11 +41,22 @@ BLIND = (
 OCCURRENCE = (hf.RepetitionPenaltyLogitsProcessor,)  # which tokens occur: padding by repeating one of them is harmless
 ENDING = (hf.NoRepeatNGramLogitsProcessor, hf.NoBadWordsLogitsProcessor, hf.SequenceBiasLogitsProcessor)
 NO_TOKEN = -1  # pads on the left for processors that compare n-grams: equals no token of the text
+# In transformers' order; each has one number, an attribute of the same name as in Truncation.
+TRUNCATIONS = {
+    hf.TemperatureLogitsWarper: "temperature",
+    hf.TopKLogitsWarper: "top_k",
+    hf.TopPLogitsWarper: "top_p",
+    hf.MinPLogitsWarper: "min_p",
+}
 WARPERS = (*BLIND[:7], hf.TopHLogitsWarper, hf.WatermarkLogitsProcessor, hf.LogitNormalization)
 
 
 class Processors:
-    """The processors of one `generate` call."""
+    """The processors of one `generate` call.
+
+    truncation: temperature, top-k, top-p and min-p where they come last, as they usually do. They are then left to
+        whoever makes a distribution of the scores, which is far cheaper; `warpers` holds transformers' own of them.
+    """
 
     def __init__(
         self,
@@ -56,7 +69,12 @@ class Processors:
 
         min_new_tokens: no end of sequence before a row has that many.
         """
-        self.by_prompt_length = {length: build(length) for length in prompt_lengths}
+        self.build = build
+        lists = {length: build(length) for length in prompt_lengths}
+        # The same for every prompt: warpers know nothing of lengths.
+        self.truncation, self.warpers = truncation_of(next(iter(lists.values()), LogitsProcessorList()))
+        kept = {length: len(processors) - len(self.warpers) for length, processors in lists.items()}
+        self.by_prompt_length = {length: LogitsProcessorList(lists[length][: kept[length]]) for length in lists}
         self.min_new_tokens, self.eos_token_ids = min_new_tokens, list(eos_token_ids)
 
     def __call__(self, rows: Rows, draft_ids: Tensor, logits: Tensor, first: int = 0) -> Tensor:
@@ -90,6 +108,26 @@ class Processors:
                 scores[index] = flat.unflatten(0, (len(slots), width))
         return scores
 
+    def add(self, prompt_length: int) -> None:
+        """Make the processors of prompts of one more length."""
+        if prompt_length not in self.by_prompt_length:
+            processors = self.build(prompt_length)
+            kept = len(processors) - len(self.warpers)
+            self.by_prompt_length[prompt_length] = LogitsProcessorList(processors[:kept])
+
+    @property
+    def name_tokens(self) -> bool:
+        """Whether scores of particular tokens are read or changed, so that each must have one."""
+        return any(self.by_prompt_length.values()) or self.min_new_tokens > 0
+
+    def warped(self, scores: Tensor) -> Tensor:
+        """Scores with the truncation applied by transformers' own warpers, float32. scores: [positions, vocab]."""
+        scores = scores.float()
+        nothing = scores.new_empty(len(scores), 0, dtype=torch.long)
+        for warper in self.warpers:
+            scores = warper(nothing, scores)
+        return scores
+
     def _forbid_early_end(self, rows: Rows, logits: Tensor, first: int) -> Tensor:
         """-inf for the end-of-sequence tokens wherever a row would end with fewer than min_new_tokens."""
         if not self.eos_token_ids or not (rows.num_new_tokens + first < self.min_new_tokens).any():
@@ -99,6 +137,22 @@ class Processors:
         is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         is_eos[self.eos_token_ids] = True
         return logits.masked_fill(too_early[..., None] & is_eos, float("-inf"))
+
+
+def truncation_of(processors: LogitsProcessorList) -> tuple[Truncation, LogitsProcessorList]:
+    """What the last processors amount to if they are temperature, top-k, top-p, min-p, in this order; and which."""
+    values: dict[str, float] = {}
+    first = len(processors)
+    for kind, name in reversed(TRUNCATIONS.items()):
+        if first and type(processors[first - 1]) is kind and is_plain(processors[first - 1]):
+            first -= 1
+            values[name] = getattr(processors[first], name)
+    return Truncation(**values), LogitsProcessorList(processors[first:])  # type: ignore[arg-type]
+
+
+def is_plain(warper: LogitsProcessor) -> bool:
+    """Whether nothing but its one number decides what a warper does."""
+    return getattr(warper, "filter_value", -math.inf) == -math.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
 
 
 class Positions(NamedTuple):
@@ -177,6 +231,7 @@ def processors_of(
     def build(prompt_length: int) -> LogitsProcessorList:
         own = copy.copy(config)
         own.min_length = own.min_new_tokens = None
+        own.num_beams = own.num_return_sequences = 1
         own.max_length = prompt_length + options.max_new_tokens
         model._prepare_special_tokens(own, True, device=model.device)
         try:

@@ -36,21 +36,18 @@ class RowStreams:
     seed: an int s, and row i uses the stream (s, i); or one int per row, and row i uses the stream (seed[i], 0), which
         it would use alone under seed[i], so that rows permuted together with their seeds draw the same numbers.
         Seeds count modulo 2^64.
-    num_rows: rows of the caller's batch.
+    num_rows: rows of the caller's batch; None if nobody knows yet.
     device: where `uniforms` puts its numbers. They are computed on the host, where a step knows its rows and lengths:
         a few numbers a row, for which some seventy launches would take longer than the step may cost.
     """
 
-    def __init__(self, seed: int | Sequence[int], num_rows: int, device: torch.device | str = "cpu"):
-        if isinstance(seed, Sequence):
-            seeds, streams = [int(s) for s in seed], [0] * num_rows
-        else:
-            seeds, streams = [int(seed)] * num_rows, list(range(num_rows))
-        if len(seeds) != num_rows:
+    def __init__(self, seed: int | Sequence[int], num_rows: int | None, device: torch.device | str = "cpu"):
+        self.is_shared = not isinstance(seed, Sequence)
+        seeds = [int(s) for s in seed] if isinstance(seed, Sequence) else [int(seed)]
+        if not self.is_shared and num_rows is not None and len(seeds) != num_rows:
             raise ConfigError(f"seed has {len(seeds)} entries for {num_rows} rows; give one int, or one per row")
         words = [[s & 0xFFFFFFFF for s in seeds], [s >> 32 & 0xFFFFFFFF for s in seeds]]
-        self.keys = np.array(words, dtype=np.uint64)  # [2, rows]
-        self.streams = np.array(streams, dtype=np.uint64)  # [rows]
+        self.keys = np.array(words, dtype=np.uint64)  # [2, seeds]
         self.device = torch.device(device)
 
     def uniforms(self, row_ids: np.ndarray, positions: np.ndarray, count: int, purpose: Purpose) -> Tensor:
@@ -64,9 +61,10 @@ class RowStreams:
         counter = np.empty((4, len(row_ids), count), dtype=np.uint64)
         counter[0] = np.arange(count, dtype=np.uint64)
         counter[1] = np.asarray(positions)[:, None]
-        counter[2] = self.streams[row_ids][:, None]
+        counter[2] = row_ids.astype(np.uint64)[:, None] if self.is_shared else 0
         counter[3] = int(purpose)
-        words = philox(counter, self.keys[:, row_ids, None])
+        keys = self.keys[:, :1, None] if self.is_shared else self.keys[:, row_ids, None]
+        words = philox(counter, keys)
         bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
         return torch.from_numpy(bits * 2.0**-53).to(self.device)
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.drafter import NO_TOKEN
-from specdec.kernels.sampled_commit import sample_tokens
+from specdec.kernels.sample import sample
 from specdec.processors import Processors
 from specdec.random_streams import Purpose, RowStreams
 from specdec.rows import Rows
@@ -24,16 +23,19 @@ class Sampler:
         """The numbers of one step's draft, [rows, max_tokens] float64."""
         return self.streams.uniforms(rows.row_ids, rows.host_lengths, max_tokens, Purpose.DRAFT)
 
-    def sample(self, rows: Rows, drafted: Tensor, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """The next draft token of each row, [rows] int64, and its distribution, [rows, vocab] float32.
+    def probs(self, rows: Rows, max_tokens: int) -> Tensor:
+        """Room for the distributions of one step's draft, [rows, max_tokens, vocab] float32, uninitialised."""
+        return torch.empty(len(rows), max_tokens, self.vocab_size, device=rows.device)
+
+    def sample(self, rows: Rows, drafted: Tensor, logits: Tensor, uniforms: Tensor, probs: Tensor) -> Tensor:
+        """The next draft token of each row, [rows] int64; its distribution is written into `probs`.
 
         NO_TOKEN and zeros where the drafter has no distribution (NaN logits, or every token forbidden).
 
         drafted: [rows, j] int64, this step's draft so far. logits: [rows, draft vocab]. uniforms: [rows] of `draw`.
+        probs: [rows, vocab] float32, a part of `probs(...)`.
         """
-        logits = F.pad(logits, (0, self.vocab_size - logits.shape[1]), value=float("-inf"))
+        if self.processors.name_tokens:
+            logits = F.pad(logits, (0, self.vocab_size - logits.shape[1]), value=float("-inf"))
         scores = self.processors(rows, drafted, logits[:, None], first=drafted.shape[1])[:, 0]
-        probs = torch.softmax(scores, -1, dtype=torch.float32)
-        nothing = torch.isnan(probs[:, :1])
-        probs = probs.masked_fill(nothing, 0)
-        return sample_tokens(probs, uniforms).masked_fill(nothing[:, 0], NO_TOKEN), probs
+        return sample(scores[:, : self.vocab_size], self.processors.truncation, uniforms, probs)

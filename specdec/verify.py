@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafter import Draft
+from specdec.kernels.distribution import NO_TRUNCATION, Truncation, distribution_of
 from specdec.kernels.greedy_commit import Committed, greedy_commit
 from specdec.kernels.sampled_commit import sampled_commit
 from specdec.random_streams import Purpose, RowStreams
@@ -44,13 +45,14 @@ class SampledVerification:
     """
 
     streams: RowStreams
+    truncation: Truncation = NO_TRUNCATION
     method: str = "token"
 
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
-        probs = torch.softmax(scores, -1, dtype=torch.float32)
+        target = distribution_of(scores, self.truncation)
         uniforms = self.streams.uniforms(rows.row_ids, rows.host_lengths, scores.shape[1], Purpose.VERIFY)
         done = sampled_commit(
-            probs,
+            target,
             draft.token_ids,
             draft.probs,
             uniforms,
@@ -60,8 +62,7 @@ class SampledVerification:
             rows.limits,
             self.method,
         )
-        # One NaN, or nothing but -inf, makes all of a softmax NaN.
-        fault = nan_within(torch.isnan(probs[..., 0]), done) * BAD_SCORES
+        fault = nan_within(target.mass.isnan(), done) * BAD_SCORES
         if draft.probs is not None:
             # Half precision sums to 1 within a percent; NaN compares false.
             sums_to_one = (draft.probs.sum(-1, dtype=torch.float32) - 1).abs() < 0.02

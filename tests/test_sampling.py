@@ -147,7 +147,7 @@ class ClaimsToBeSure(DraftModel):
 
 @pytest.mark.parametrize("planted", [DropsUnlikely, WrongDistribution, ClaimsToBeSure])
 def test_planted_bugs_are_found(planted):
-    """Drafts whose q is not what they were sampled from; see test_sampled_commit for bugs of the verification."""
+    """Drafts whose q is not what they were sampled from; see test_lossless for bugs of the verification."""
     drafter = planted(OTHER)
     if planted is ClaimsToBeSure:  # lossless: a draft is accepted with p(x), whatever it was drawn from
         assert p_value(sample(drafter), joint()) > ALPHA
