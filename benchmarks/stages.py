@@ -20,8 +20,10 @@ from methods import Method, Pair
 
 import specdec.drafters.draft_model
 import specdec.target
+from specdec.cache import RaggedCache
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.layout.repad import RepadCache
 from specdec.target import Target
 
 OTHER = "other"
@@ -33,6 +35,8 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "draft": [(DraftModel, "propose"), (PromptLookup, "propose")],
     "verify": [(Target, "verify")],
     "commit": [(Target, "_commit")],
+    "realign": [(RepadCache, "realign")],
+    "move rows": [(RaggedCache, "keep_rows")],
 }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.compatibility import build_network, check_architecture, check_lengths
-from specdec.drafter import Draft, Drafter, Verified
+from specdec.drafter import Draft, Drafter
 from specdec.errors import DrafterError
-from specdec.network import Network
+from specdec.network import Network, vocab_size_of
 from specdec.rows import Rows
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
@@ -27,6 +28,7 @@ class DraftModel(Drafter):
     """
 
     name = "draft_model"
+    shares_slots = True
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None):
         """vocab_size: the tokens that target and draft share, where that is not the smaller of the two vocabularies."""
@@ -52,56 +54,70 @@ class DraftModel(Drafter):
             raise DrafterError(
                 f"vocab_size={self.vocab_size} must be between 1 and {min(sizes)}, the smaller vocabulary"
             )
-        check_architecture(self.model)
+        check_architecture(self.model, self.layout)
         check_lengths(self.model, max_length, "draft model")
 
     def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
         self.num_calls = 0
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
-        self._network = build_network(self.model, len(rows), rows.capacity, rows.max_limit)
+        limit = rows.max_limit if len(rows) else None
+        self._network = build_network(self.model, len(rows.slots), rows.capacity, limit, self.layout)
         self._running.enter_context(self._network.running())
-        self._network.prefill(rows, self._known(rows.token_ids))
-        self._catch_up = False
+        if len(rows):
+            self._network.prefill(rows, self._known(rows.token_ids))
+        self._cached = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: tokens in the cache, drafts among them
+        self._cached[: len(rows)] = rows.host_lengths
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
-        inputs = rows.last_tokens(2 if self._catch_up else 1)
+        inputs = self._not_cached(rows)
         drafted = inputs.new_empty(len(rows), 0)
-        probs: list[Tensor] = []
-        uniforms = None if self.sampler is None else self.sampler.draw(rows, max_tokens)
+        sampler = self.sampler
+        probs = None if sampler is None else sampler.probs(rows, max_tokens)
+        uniforms = None if sampler is None else sampler.draw(rows, max_tokens)
         for place in range(max_tokens):
             end = rows.lengths + place
-            logits = self._forward(inputs, end - inputs.shape[1], rows.max_length + place)[:, -1, : self._shared_vocab]
-            if self.sampler is None or uniforms is None:
+            width = inputs.shape[1]
+            host_starts = rows.host_lengths + place - width
+            output = self._forward(inputs, end - width, rows.max_length + place, host_starts)
+            logits = output[:, -1, : self._shared_vocab]
+            if sampler is None or probs is None or uniforms is None:
                 inputs = logits.argmax(-1, keepdim=True)
             else:
-                tokens, q = self.sampler.sample(rows, drafted, logits, uniforms[:, place])
-                inputs = tokens[:, None]
-                probs.append(q)
+                inputs = sampler.sample(rows, drafted, logits, uniforms[:, place], probs[:, place])[:, None]
             drafted = torch.cat([drafted, inputs], 1)
-        return Draft(drafted, torch.stack(probs, 1) if probs else None)
-
-    def observe(self, verified: Verified) -> None:
-        self._catch_up = verified.all_accepted
+        self._cached[: len(rows)] = rows.host_lengths + drafted.shape[1] - 1
+        return Draft(drafted, probs)
 
     def keep_rows(self, index: Tensor) -> None:
         assert self._network is not None
         self._network.keep_rows(index)
+        self._cached[: len(index)] = self._cached[index.cpu().numpy()]
+
+    def join(self, rows: Rows, begin: int, end: int) -> None:
+        assert self._network is not None
+        self._network.prefill_columns(self._known(rows.token_ids), rows.lengths, rows.first, begin, end)
+        self._cached[rows.first : rows.first + len(rows)] = end
+
+    def resize(self, num_slots: int, capacity: int) -> None:
+        assert self._network is not None
+        self._network.resize(num_slots, capacity)
+        self._cached = np.concatenate([self._cached[:num_slots], np.zeros(max(num_slots - len(self._cached), 0), int)])
 
     def finish(self) -> None:
         self._running.close()
         self._network = None
 
-    def _forward(self, token_ids: Tensor, starts: Tensor, used_slots: int) -> Tensor:
+    def _not_cached(self, rows: Rows) -> Tensor:
+        """The newest tokens, [rows, 1 or 2], that the next forward takes."""
+        # Of a draft, what was committed stays cached; the last committed token always lacks its keys.
+        cached = np.minimum(self._cached[: len(rows)], rows.host_lengths - 1)
+        return rows.last_tokens(int((rows.host_lengths - cached).max()))
+
+    def _forward(self, token_ids: Tensor, starts: Tensor, used_slots: int, host_starts: np.ndarray) -> Tensor:
         assert self._network is not None
         self.num_calls += 1
-        return self._network.forward(self._known(token_ids), starts, used_slots).logits
+        return self._network.forward(self._known(token_ids), starts, used_slots, host_starts=host_starts).logits
 
     def _known(self, token_ids: Tensor) -> Tensor:
         """What is no token of the draft model enters as token 0: a poor draft, never a wrong output."""
         return token_ids.masked_fill((token_ids < 0) | (token_ids >= self._shared_vocab), 0)
-
-
-def vocab_size_of(model: PreTrainedModel) -> int:
-    """Rows of the output projection: what the logits' last dimension is."""
-    head = model.get_output_embeddings()
-    return model.config.get_text_config(decoder=True).vocab_size if head is None else head.weight.shape[0]

@@ -13,6 +13,7 @@ class PromptLookup(Drafter):
     """Costs no network call. The longest matching n-gram wins, and among its occurrences the latest."""
 
     name = "prompt_lookup"
+    shares_slots = True
 
     def __init__(self, max_ngram_size: int = 3, min_ngram_size: int = 1):
         if not 1 <= min_ngram_size <= max_ngram_size:

@@ -14,6 +14,7 @@ from specdec.errors import DrafterError
 DRAFTERS = {
     "draft_model": ("specdec.drafters.draft_model", "DraftModel", False),
     "prompt_lookup": ("specdec.drafters.prompt_lookup", "PromptLookup", True),
+    "any_subset": ("specdec.drafters.any_subset", "AnySubsetDrafter", False),
     "synthetic": ("specdec.drafters.synthetic", "Synthetic", False),
 }
 
@@ -34,7 +35,8 @@ def resolve(drafter: Drafter | PreTrainedModel | str, **options) -> Drafter:
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, PreTrainedModel):
-        return drafter_class("draft_model")(drafter)
+        is_any_subset = getattr(drafter.config, "model_type", None) == "xlnet"
+        return drafter_class("any_subset" if is_any_subset else "draft_model")(drafter)
     if not isinstance(drafter, str):
         what = f"the class {drafter.__name__}" if isinstance(drafter, type) else f"a {type(drafter).__name__}"
         raise DrafterError(

@@ -21,6 +21,7 @@ class Synthetic(Drafter):
     """
 
     name = "synthetic"
+    shares_slots = True
 
     def __init__(self, acceptance_rate: float, continuations: Sequence[Tensor], seed: int = 0):
         """continuations: one [new_tokens] int64 tensor per row of the batch, without the prompt."""
@@ -34,22 +35,20 @@ class Synthetic(Drafter):
 
     def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
         super().start(target, rows, max_draft_tokens)
-        if len(self.continuations) != len(rows):
+        if len(rows) and len(self.continuations) != len(rows):
             raise DrafterError(f"{len(self.continuations)} continuations for {len(rows)} rows; pass one per row")
         self._vocab_size = target.config.get_text_config(decoder=True).vocab_size
         longest = max(len(tokens) for tokens in self.continuations)
-        padded = torch.zeros(len(rows), longest + max_draft_tokens, dtype=torch.long)
-        for slot, row in enumerate(rows.row_ids):
-            padded[slot, : len(self.continuations[row])] = self.continuations[row].cpu()
+        padded = torch.zeros(len(self.continuations), longest + max_draft_tokens, dtype=torch.long)
+        for row, tokens in enumerate(self.continuations):
+            padded[row, : len(tokens)] = tokens.cpu()
         self._future = padded.to(rows.device)
         self._generator = torch.Generator(rows.device).manual_seed(self.seed)
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         done = (rows.lengths - rows.prompt_lengths)[:, None]
         place = done + torch.arange(max_tokens, device=rows.device)
-        draft = self._future.gather(1, place.clamp(max=self._future.shape[1] - 1))
+        future = self._future[torch.from_numpy(rows.row_ids).to(rows.device)]
+        draft = future.gather(1, place.clamp(max=self._future.shape[1] - 1))
         wrong = torch.rand(draft.shape, device=rows.device, generator=self._generator) >= self.acceptance_rate
         return Draft(torch.where(wrong, (draft + 1) % self._vocab_size, draft))
-
-    def keep_rows(self, index: Tensor) -> None:
-        self._future = self._future[index]

@@ -1,23 +1,36 @@
 """specdec: batched speculative decoding for Hugging Face causal LMs that does not change a token."""
 
-from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
-from specdec.equivalence import EquivalenceReport, check_equivalence
-from specdec.errors import (
-    ConfigError,
-    DrafterError,
-    InputError,
-    NumericalError,
-    SpecDecError,
-    UnsupportedModelError,
-)
-from specdec.generate import SpeculativeOutput, generate, speculative
-from specdec.invariant import batch_invariant, make_batch_invariant
-from specdec.metrics import Speculation
-from specdec.rows import Rows, StepReport
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from specdec.version import __version__
+
+if TYPE_CHECKING:
+    from specdec.any_subset import AnySubsetModel
+    from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
+    from specdec.equivalence import EquivalenceReport, check_equivalence
+    from specdec.errors import (
+        ConfigError,
+        DrafterError,
+        InputError,
+        NumericalError,
+        SpecDecError,
+        UnsupportedModelError,
+    )
+    from specdec.generate import SpeculativeOutput, generate, speculative
+    from specdec.generate_many import Completion, Completions, generate_many
+    from specdec.infill import infill
+    from specdec.invariant import batch_invariant, make_batch_invariant
+    from specdec.metrics import Speculation
+    from specdec.rows import Rows, StepReport
 
 __all__ = [
     "NO_TOKEN",
+    "AnySubsetModel",
+    "Completion",
+    "Completions",
     "ConfigError",
     "Draft",
     "Drafter",
@@ -36,6 +49,42 @@ __all__ = [
     "batch_invariant",
     "check_equivalence",
     "generate",
+    "generate_many",
+    "infill",
     "make_batch_invariant",
     "speculative",
 ]
+
+# Public names are imported when they are first used, so that `specdec --help` does not wait for torch.
+_HOMES = {
+    "any_subset": "AnySubsetModel",
+    "drafter": "NO_TOKEN Draft Drafter Verified",
+    "equivalence": "EquivalenceReport check_equivalence",
+    "errors": "ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
+    "generate": "SpeculativeOutput generate speculative",
+    "infill": "infill",
+    "generate_many": "Completion Completions generate_many",
+    "invariant": "batch_invariant make_batch_invariant",
+    "metrics": "Speculation",
+    "rows": "Rows StepReport",
+}
+
+
+class _Package(ModuleType):
+    """Importing the submodule `generate` must not hide the function of that name, so its binding is left out."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names.split():
+                return getattr(import_module(f"specdec.{home}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *__all__]
+
+
+sys.modules[__name__].__class__ = _Package

@@ -65,7 +65,11 @@ def ragged_mask(
 ) -> Tensor | None:
     """The mask of a forward over a ragged cache; of any other, a call of the user's meanwhile, the stock one."""
     if isinstance(q_offset, Tensor) and q_offset.dim() == 1:
-        return visible_slots(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)
+        visible = visible_slots(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)
+        if attention_mask is None:
+            return visible
+        # Rows that are padded on the left within the cache.
+        return visible & attention_mask[:, None, None, kv_offset : kv_offset + kv_length].bool()
     return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
         batch_size=batch_size,
         q_length=q_length,
@@ -92,7 +96,8 @@ def ragged_attention(
     position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """query [rows, heads, width, dim], key and value [rows, kv_heads, slots, dim], mask [rows, 1, width, slots] bool.
+    """query [rows, heads, width, dim], key and value [rows, kv_heads, slots, dim],
+    mask [rows, 1 or heads, width, slots], bool or additive.
 
     Returns [rows, width, heads, value_dim]. Soft-capping, attention sinks (`s_aux`, [heads]) and additive position
     biases take the explicit path; everything else is one SDPA call with the queries of a key head packed together.
@@ -104,7 +109,9 @@ def ragged_attention(
     group = num_heads // num_kv_heads
     packed = query.reshape(rows, num_kv_heads, group * width, query.shape[-1])
     if softcap is None and s_aux is None and position_bias is None:
-        mask = attention_mask.expand(rows, group, width, -1).reshape(rows, 1, group * width, -1)
+        # One mask for all heads, or, where the model adds something of its own, one for each.
+        mask_heads = 1 if attention_mask.shape[1] == 1 else num_kv_heads
+        mask = attention_mask.expand(rows, mask_heads * group, width, -1).reshape(rows, mask_heads, group * width, -1)
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
         return _heads_last(out.reshape(rows, num_heads, width, -1)), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

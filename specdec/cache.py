@@ -10,6 +10,7 @@ The class is also a transformers `Cache`, so that any model can run its own modu
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -52,8 +53,28 @@ class RaggedLayer(CacheLayerMixin):
 
     def move_rows(self, moved_from: Tensor, moved_to: Tensor) -> None:
         if self.is_initialized and moved_to.numel():
-            self.keys[moved_to] = self.keys[moved_from]
-            self.values[moved_to] = self.values[moved_from]
+            filled = self.owner.num_filled
+            self.keys[moved_to, :filled] = self.keys[moved_from, :filled]
+            self.values[moved_to, :filled] = self.values[moved_from, :filled]
+
+    def resize(self) -> None:
+        """To the owner's new size; what fits is kept."""
+        if self.is_initialized:
+            with torch.inference_mode(False):
+                self.keys, self.values = self._resized(self.keys), self._resized(self.values)
+
+    def _resized(self, old: Tensor) -> Tensor:
+        new = old.new_zeros(self.owner.max_rows, self.owner.num_slots, *old.shape[2:])
+        kept = slice(0, min(len(old), len(new))), slice(0, min(old.shape[1], new.shape[1], self.owner.num_filled))
+        new[kept] = old[kept]
+        return new
+
+    def move_slots(self, moved_from: Tensor, moved_to: Tensor) -> None:
+        """Tokens of any rows, as [tokens] int64 indices into [rows * slots]."""
+        if self.is_initialized:
+            for buffer in (self.keys, self.values):
+                flat = buffer.view(-1, buffer.shape[2] * buffer.shape[3])
+                flat.index_copy_(0, moved_to, flat.index_select(0, moved_from))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.used_slots, 0
@@ -78,27 +99,57 @@ class RaggedCache(Cache):
 
     Before each forward `begin` says where the rows start. Sliding windows are a matter of the mask: a layer keeps
     every slot, so that a rewind never needs a key that was evicted.
+
+    pads: [rows] int64, unused slots before each row's first token, None where there are none, as in this class.
+    query_slots: [rows, width] int64, where the tokens of the forward are written.
+    num_realignments: forwards that had to move rows first. num_filled: no slot from here on has ever been written.
     """
 
     def __init__(self, num_layers: int, max_rows: int, num_slots: int, device: torch.device):
         self.max_rows, self.num_slots, self.device = max_rows, num_slots, device
         self.rows, self.used_slots, self.width = slice(0, max_rows), 0, 0
+        self.pads: Tensor | None = None
+        self.num_realignments = self.num_filled = 0
         self._row_offsets = torch.arange(max_rows, device=device)[:, None] * num_slots
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
-    def begin(self, starts: Tensor, width: int, used_slots: int, first_row: int = 0) -> Tensor:
+    def begin(
+        self,
+        starts: Tensor,
+        width: int,
+        used_slots: int,
+        first_row: int = 0,
+        host_starts: np.ndarray | None = None,
+    ) -> Tensor:
         """Announce a forward over [rows, width] tokens and return their positions, [rows, width] int64.
 
         starts: [rows] int64, tokens of each row that stay visible; these are the rows from `first_row` on.
         used_slots: an upper bound of starts + width known to the host; what lies behind it is neither read nor masked.
+        host_starts: `starts` on the host, for layouts that decide there what to move.
         """
         assert used_slots <= self.num_slots, f"{used_slots} slots needed, {self.num_slots} allocated"
         self.rows = slice(first_row, first_row + len(starts))
-        self.width, self.used_slots = width, used_slots
-        self.starts = starts
+        self.width, self.used_slots, self.num_filled = width, used_slots, max(self.num_filled, used_slots)
         self.positions = starts[:, None] + torch.arange(width, device=self.device)
-        self.write_index = (self._row_offsets[self.rows] + self.positions).flatten()
+        self.starts = starts if self.pads is None else starts + self.pads
+        self.query_slots = self.positions if self.pads is None else self.positions + self.pads[:, None]
+        self.write_index = (self._row_offsets[self.rows] + self.query_slots).flatten()
         return self.positions
+
+    def resize(self, max_rows: int, num_slots: int) -> None:
+        """Room for other numbers of rows and tokens; what still fits stays."""
+        self.max_rows, self.num_slots = max_rows, num_slots
+        self._row_offsets = torch.arange(max_rows, device=self.device)[:, None] * num_slots
+        for layer in self.layers:
+            layer.resize()
+        self.num_filled = min(self.num_filled, num_slots)
+
+    def copy_from(self, other: RaggedCache) -> None:
+        """Take over all that a smaller cache holds."""
+        for layer, old in zip(self.layers, other.layers, strict=True):
+            layer.keys[: other.max_rows, : other.num_filled] = old.keys[:, : other.num_filled]
+            layer.values[: other.max_rows, : other.num_filled] = old.values[:, : other.num_filled]
+        self.num_filled = max(self.num_filled, other.num_filled)
 
     def keep_rows(self, index: Tensor) -> None:
         """The new row i is the old row index[i]; only rows that change their place are copied."""
@@ -108,7 +159,7 @@ class RaggedCache(Cache):
             layer.move_rows(moved_from, moved_to)
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:
-        """transformers' mask code accepts one offset per row here, [rows] int64."""
+        """The slot of each row's first query; transformers' mask code accepts one per row, [rows] int64."""
         return self.starts
 
     @property

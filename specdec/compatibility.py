@@ -15,12 +15,16 @@ from transformers import PreTrainedModel
 
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.fused import FusedNetwork, can_fuse
+from specdec.invariant_network import InvariantNetwork, can_shorten
+from specdec.layout import Layout, Ragged, Repad
+from specdec.network import Network
 from specdec.rows import Rows
 from specdec.stock import StockNetwork, evaluating
 
 SERVED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "rwkv", "hybrid")
 # These attend to later tokens unless they are told to be decoders.
+ONE_LENGTH_PER_BATCH = ("gpt_neo",)
 BIDIRECTIONAL = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -33,29 +37,51 @@ PROBE_ATTEMPTS = 3  # with other tokens each: a router's near-tie that rounds ei
 MAX_STEP_WIDTH = 33  # tokens of a row in one verify forward, at most
 
 
-NetworkType = type[FusedNetwork] | type[StockNetwork]
+NetworkType = type[FusedNetwork] | type[InvariantNetwork] | type[StockNetwork]
 
 
 def build_network(
-    model: PreTrainedModel, max_rows: int, num_slots: int, max_length: int | None = None
-) -> FusedNetwork | StockNetwork:
+    model: PreTrainedModel,
+    max_rows: int,
+    num_slots: int,
+    max_length: int | None = None,
+    layout: Layout | None = None,
+) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
 
-    Raises UnsupportedModelError if none does.
+    Raises UnsupportedModelError if none does, naming the layout that would.
     """
-    check_architecture(model)
-    if can_fuse(model):
-        try:
-            _probe_once(model, FusedNetwork)
-        except UnsupportedModelError:
-            pass  # something about it is edited; its own modules decide
-        else:
-            return FusedNetwork(model, max_rows, num_slots, max_length)
-    _probe_once(model, StockNetwork)
-    return StockNetwork(model, max_rows, num_slots, max_length)
+    layout = layout or Ragged()
+    check_architecture(model, layout)
+    if model.config.model_type in ONE_LENGTH_PER_BATCH and num_slots > model.config.max_position_embeddings:
+        raise ConfigError(
+            f"prompt, new tokens and drafts make {num_slots} tokens, but {type(model).__name__} has masks for "
+            f"{model.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
+        )
+    for can_serve, network_type in ((can_fuse, FusedNetwork), (can_shorten, InvariantNetwork)):
+        if can_serve(model) and (network_type is FusedNetwork or not layout.one_length):
+            try:
+                _probe_once(model, network_type, layout)
+            except UnsupportedModelError:
+                pass  # something about it is edited; its own modules decide
+            else:
+                return network_type(model, max_rows, num_slots, max_length, layout)
+    _probe_once(model, StockNetwork, layout)
+    return StockNetwork(model, max_rows, num_slots, max_length, layout)
 
 
-def check_architecture(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless `model` is a transformers model with a generation config."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}; pass a transformers PreTrainedModel "
+            "(of a wrapped model, the one inside)"
+        )
+    if getattr(model, "generation_config", None) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot generate; load it with AutoModelForCausalLM")
+
+
+def check_architecture(model: PreTrainedModel, layout: Layout | None = None) -> None:
     """Refuse by name what cannot work."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
@@ -86,11 +112,13 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{name} slides a window over its cache but not over its masks, so its text depends on how it is cached; "
             "use transformers' own generate for it"
         )
-    if kind in ("gpt_neo", "doge"):
+    if kind == "doge" and "create_masks_for_generate" not in vars(type(model)):
         raise UnsupportedModelError(
-            f"{name} builds its masks for one length per batch and has no ragged layout yet; "
-            "use transformers' own generate for it"
+            f"{name} attends to later tokens in this version of transformers, whose cached decoding then differs from "
+            "its own forward; upgrade transformers"
         )
+    if kind in ONE_LENGTH_PER_BATCH and not (layout and layout.one_length):
+        raise UnsupportedModelError(f"{name} builds its masks for one length per batch; pass layout='repad' for it")
 
 
 def check_lengths(model: PreTrainedModel, max_length: int, role: str) -> None:
@@ -128,9 +156,10 @@ def check_lengths(model: PreTrainedModel, max_length: int, role: str) -> None:
 _probed: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDictionary()
 
 
-def _probe_once(model: PreTrainedModel, network_type: NetworkType) -> None:
+def _probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layout) -> None:
     key = (
         network_type,
+        layout.one_length,
         model.dtype,
         model.device,
         model.config._attn_implementation,
@@ -142,7 +171,7 @@ def _probe_once(model: PreTrainedModel, network_type: NetworkType) -> None:
     tolerance = probe_tolerance(model)
     for attempt in range(PROBE_ATTEMPTS):
         try:
-            difference = probe(model, network_type, attempt)
+            difference = probe(model, network_type, attempt, layout)
         except (
             AttributeError,
             AssertionError,
@@ -156,16 +185,28 @@ def _probe_once(model: PreTrainedModel, network_type: NetworkType) -> None:
             if isinstance(error, UnsupportedModelError):
                 raise
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot run over a ragged cache ({type(error).__name__}: "
-                f"{str(error)[:200]}); use transformers' own generate for it"
+                f"{type(model).__name__} cannot run over a {layout.name} cache ({type(error).__name__}: "
+                f"{str(error)[:200]}); {_remedy(model, network_type, layout)}"
             ) from error
         if difference <= tolerance:
             known[key] = difference
             return
     raise UnsupportedModelError(
-        f"{type(model).__name__} gives other logits over a ragged cache than without a cache (relative difference "
-        f"{difference:.1e}, limit {tolerance:.0e} in {model.dtype}); use transformers' own generate for it"
+        f"{type(model).__name__} gives other logits over a {layout.name} cache than without a cache (relative "
+        f"difference {difference:.1e}, limit {tolerance:.0e} in {model.dtype}); {_remedy(model, network_type, layout)}"
     )
+
+
+def _remedy(model: PreTrainedModel, network_type: NetworkType, refused: Layout) -> str:
+    """What to do with a model that one layout cannot serve."""
+    if not refused.one_length:
+        try:
+            _probe_once(model, network_type, Repad())
+        except UnsupportedModelError:
+            pass
+        else:
+            return "pass layout='repad', which serves it"
+    return "use transformers' own generate for it"
 
 
 def probe_tolerance(model: PreTrainedModel) -> float:
@@ -176,7 +217,7 @@ def probe_tolerance(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0) -> float:
+def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layout: Layout | None = None) -> float:
     """How far ragged logits are from uncached ones, at the worst position; see `relative_difference`.
 
     Two rows of made-up tokens are prefilled, verified with drafts that turn wrong in a different column of each row,
@@ -196,7 +237,7 @@ def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0) -> f
             for ids in sequences
         ]
     rows = Rows([ids[:n] for ids, n in zip(sequences, prompt_lengths, strict=True)], 2 * width, 0, model.device)
-    network = network_type(model, len(rows), rows.capacity)
+    network = network_type(model, len(rows), rows.capacity, layout=layout)
     differences = []
 
     def compare(row: int, logits: torch.Tensor, begin: int) -> None:

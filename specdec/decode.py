@@ -6,19 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from specdec.drafter import Draft, Drafter
 from specdec.errors import DrafterError
+from specdec.layout.grouped import order_with_first
 from specdec.metrics import Speculation
 from specdec.rows import Rows, StepReport
+from specdec.schedule import FixedBatch, Schedule
 from specdec.stopping import Stopping
 from specdec.target import Target, usable
 
 OnCommit = Callable[[StepReport], None]
 
 
-@torch.no_grad()
 def decode(
     target: Target,
     drafter: Drafter,
@@ -27,31 +30,91 @@ def decode(
     stopping: Stopping | None = None,
     on_commit: OnCommit | None = None,
 ) -> Speculation:
-    """Decode every row to its end; the result is in `rows.output_ids` and `rows.output_lengths`.
+    """Decode a batch of rows to their ends; the result is in `rows.output_ids` and `rows.output_lengths`.
 
     stopping: ends rows early. on_commit: called with each step's report, prefill's included.
     """
     statistics = Speculation()
+    schedule = FixedBatch()
+    for report in decode_steps(target, drafter, rows, num_speculative_tokens, schedule, statistics, stopping):
+        if on_commit is not None:
+            on_commit(report)
+    return statistics
+
+
+@torch.no_grad()
+def decode_steps(
+    target: Target,
+    drafter: Drafter,
+    rows: Rows,
+    num_speculative_tokens: int,
+    schedule: Schedule,
+    statistics: Speculation,
+    stopping: Stopping | None = None,
+) -> Iterator[StepReport]:
+    """Decode until the schedule has no rows left; yields each report when its finished rows have left.
+
+    statistics: filled in. rows: those that take part; the schedule says which join.
+    """
+    check_shared_slots(drafter, target.layout.takes_turns or schedule.takes_newcomers)
     with target.network.running(), drafting(drafter, target, rows, num_speculative_tokens):
-        report = target.prefill(rows)
         while True:
-            if stopping:
-                report = stopping.apply(rows, report)
-            statistics.add(report)
-            if on_commit is not None:
-                on_commit(report)
-            if report.finished.any():
-                kept = rows.retire(report.finished)
-                if not len(rows):
-                    statistics.num_draft_calls = drafter.num_calls
-                    return statistics
-                target.keep_rows(kept)
-                drafter.keep_rows(kept)
-            max_tokens = min(num_speculative_tokens, rows.max_remaining - 1)
-            draft = drafter.propose(rows, max_tokens) if max_tokens > 0 else Draft.empty(len(rows), rows.device)
-            draft = usable(rows, draft, max_tokens, target.vocab_size, drafter.name)
-            report, verified = target.verify(rows, draft)
-            drafter.observe(verified)
+            joined = schedule.admit(target, drafter, rows)  # with the first token behind their prompts
+            if joined is not None:
+                yield settle(target, drafter, *joined, statistics, stopping)
+            rows.take(rows.slots.num_residents)
+            if len(rows):
+                take_turns(target, drafter, rows)
+                max_tokens = min(num_speculative_tokens, rows.max_remaining - 1)
+                draft = drafter.propose(rows, max_tokens) if max_tokens > 0 else Draft.empty(len(rows), rows.device)
+                draft = usable(rows, draft, max_tokens, target.vocab_size, drafter.name)
+                report, verified = target.verify(rows, draft)
+                drafter.observe(verified)
+                yield settle(target, drafter, rows, report, statistics, stopping)
+            elif schedule.is_done:
+                return
+
+
+def settle(
+    target: Target,
+    drafter: Drafter,
+    rows: Rows,
+    report: StepReport,
+    statistics: Speculation,
+    stopping: Stopping | None,
+) -> StepReport:
+    """Stop rows that are to stop, count, and let finished rows leave; the report of what remains committed."""
+    if stopping:
+        report = stopping.apply(rows, report)
+    statistics.add(report)
+    statistics.num_draft_calls = drafter.num_calls
+    statistics.num_realignments = target.network.cache.num_realignments
+    if report.finished.any():
+        move(target, drafter, rows.retire(report.finished))
+    return report
+
+
+def take_turns(target: Target, drafter: Drafter, rows: Rows) -> None:
+    """Of all residents, let those take part whose turn the layout says it is."""
+    if target.layout.takes_turns:
+        chosen = target.layout.next_turn(target.network.cache, rows.slots)
+        order = order_with_first(chosen, len(rows))
+        if (order != np.arange(len(rows))).any():
+            move(target, drafter, rows.slots.arrange(order))
+        rows.take(len(chosen))
+
+
+def move(target: Target, drafter: Drafter, index: Tensor) -> None:
+    target.keep_rows(index)
+    drafter.keep_rows(index)
+
+
+def check_shared_slots(drafter: Drafter, needed: bool) -> None:
+    if needed and not drafter.shares_slots:
+        raise DrafterError(
+            f"drafter {drafter.name!r} serves fixed batches only: rows that take turns or join later need one with "
+            "shares_slots=True; use generate() in the ragged or repad layout"
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
+    from specdec.layout import Layout
     from specdec.rows import Rows
     from specdec.sampling import Sampler
 
@@ -83,6 +84,12 @@ class Drafter(ABC):
     # Set before `start` when the output is sampled. A drafter may sample by it and return the distributions in
     # `Draft.probs`; one that does not has its drafts verified as deterministic ones, which is lossless too.
     sampler: Sampler | None = None
+    # Set before `check`: how the caches of this generation are laid out. A drafter with a network of its own builds
+    # it with this layout.
+    layout: Layout | None = None
+    # Whether `propose` and `observe` may see other rows of the batch each time, and new ones: whatever the drafter
+    # keeps per row, it then keeps by slot or by `rows.row_ids`, and `join` and `resize` say what to keep.
+    shares_slots: bool = False
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:  # noqa: B027 - optional hook
         """Raise DrafterError if this drafter cannot serve `target` for sequences of `max_length` tokens."""
@@ -99,7 +106,20 @@ class Drafter(ABC):
         """See what became of the last draft; `rows` given to the next `propose` already contains the result."""
 
     def keep_rows(self, index: Tensor) -> None:  # noqa: B027 - optional hook
-        """Rows left the batch: the new row i is the old row index[i] (int64, [kept rows])."""
+        """Rows moved or left: the row in slot i is now the one that was in slot index[i] (int64, [slots]).
+
+        Without turns and newcomers these are all the rows that are left. With them (`shares_slots`), rows behind the
+        index stay where they are, and those behind `rows` wait for their turn.
+        """
+
+    def join(self, rows: Rows, begin: int, end: int) -> None:  # noqa: B027 - optional hook
+        """Newcomers: the tokens in columns begin .. end - 1 of these rows, which stand in slots from `rows.first` on.
+
+        Called for each piece of their prompts, before `propose` sees them; asked only of drafters that share slots.
+        """
+
+    def resize(self, num_slots: int, capacity: int) -> None:  # noqa: B027 - optional hook
+        """There are now `num_slots` slots of `capacity` tokens; asked only of drafters that share slots."""
 
     def finish(self) -> None:  # noqa: B027 - optional hook
         """The generation is over, by success or by an exception; give back what `start` took."""
@@ -109,6 +129,7 @@ class NoDrafts(Drafter):
     """Plain decoding: every step commits the target's next token."""
 
     name = "none"
+    shares_slots = True
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         return Draft.empty(len(rows), rows.device)

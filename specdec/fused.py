@@ -24,6 +24,7 @@ from transformers import (
 from transformers.activations import SiLUActivation
 
 from specdec.cache import RaggedLayer
+from specdec.layout import Layout
 from specdec.network import Network, NetworkOutput
 from specdec.packed_linear import MergedLinear, can_pack
 
@@ -35,23 +36,25 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def can_fuse(model: PreTrainedModel) -> bool:
     """Whether `model` is exactly one of the known classes, with nothing attached that its own forward would honour."""
-    if type(model) not in FUSED_CLASSES or not all(
-        isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) for layer in model.model.layers
-    ):
-        return False
-    rotation = getattr(model.model.rotary_emb, "rope_type", None)
-    if rotation not in STATIC_ROTATIONS:
+    if not is_known_class(model):
         return False
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return False
     if len({parameter.dtype for parameter in model.parameters()}) != 1:
         return False
-    return all(_is_plain(module) for module in model.modules())
+    return all(is_plain(module) for module in model.modules())
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_known_class(model: PreTrainedModel) -> bool:
+    """Whether a layer of `model` computes what this file's does."""
+    if type(model) not in FUSED_CLASSES or model.model.rotary_emb.rope_type not in STATIC_ROTATIONS:
+        return False
+    return all(isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) for layer in model.model.layers)
+
+
+def is_plain(module: nn.Module, may_be_replaced: bool = False) -> bool:
     """No hooks, no replaced forward (accelerate, PEFT, compile), no parametrisation, no Linear of another kind."""
-    if any(getattr(module, hooks) for hooks in HOOKS) or "forward" in module.__dict__:
+    if any(getattr(module, hooks) for hooks in HOOKS) or ("forward" in module.__dict__ and not may_be_replaced):
         return False
     if module._compiled_call_impl is not None or hasattr(module, "parametrizations"):
         return False
@@ -192,13 +195,27 @@ def fused_weights(model: PreTrainedModel) -> FusedWeights:
 class FusedNetwork(Network):
     """Runs the merged weights; the model's own modules are not touched."""
 
-    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int, max_length: int | None = None):
-        super().__init__(model, model.config.num_hidden_layers, max_rows, num_slots)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_rows: int,
+        num_slots: int,
+        max_length: int | None = None,
+        layout: Layout | None = None,
+    ):
+        super().__init__(model, model.config.num_hidden_layers, max_rows, num_slots, layout)
         self.weights = fused_weights(model)
         self.embedding, self.norm = model.model.embed_tokens, model.model.norm
-        with torch.no_grad():
-            positions = torch.arange(num_slots, device=model.device)[None]
-            cos, sin = model.model.rotary_emb(self.embedding.weight[:1], positions)
+        self._make_rotation(num_slots)
+
+    def resize(self, max_rows: int, num_slots: int) -> None:
+        super().resize(max_rows, num_slots)
+        self._make_rotation(num_slots)
+
+    @torch.no_grad()
+    def _make_rotation(self, num_slots: int) -> None:
+        positions = torch.arange(num_slots, device=self.model.device)[None]
+        cos, sin = self.model.model.rotary_emb(self.embedding.weight[:1], positions)
         self.cos, self.sin = cos[0], torch.cat(sin[0].chunk(2, -1), -1)
         half = self.sin.shape[-1] // 2
         self.sin[:, :half] *= -1
@@ -227,20 +244,23 @@ class FusedNetwork(Network):
         used = self.cache.used_slots
         flat = positions.flatten()
         windowed = any(layer.window is not None and layer.window < used for layer in self.weights.layers)
-        # used == starts + width for the longest row, so used == width says that every row starts at 0.
+        slots, pads = self.cache.query_slots, self.cache.pads
+        # used == starts + width for the longest row, so used == width says that every row starts at slot 0.
         is_causal = used == width and not windowed
         masks = {}
-        if not is_causal and (rows > 1 or width > 1 or windowed):
+        if not is_causal and (rows > 1 or width > 1 or windowed or pads is not None):
             for layer in self.weights.layers:
                 if layer.window not in masks:
-                    masks[layer.window] = self._mask(positions, layer)
+                    masks[layer.window] = self._mask(slots, pads, layer)
         return Attend(rows, width, self.cos[flat, None], self.sin[flat, None], masks, is_causal)
 
-    def _mask(self, positions: Tensor, layer: FusedLayer) -> Tensor:
-        key = torch.arange(self.cache.used_slots, device=positions.device)
-        hidden = key > positions[..., None]  # [rows, width, slots]
+    def _mask(self, slots: Tensor, pads: Tensor | None, layer: FusedLayer) -> Tensor:
+        key = torch.arange(self.cache.used_slots, device=slots.device)
+        hidden = key > slots[..., None]  # [rows, width, slots]
+        if pads is not None:
+            hidden |= key < pads[:, None, None]
         if layer.window is not None:
-            hidden |= key <= positions[..., None] - layer.window
+            hidden |= key <= slots[..., None] - layer.window
         mask = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=hidden.device)
         mask = mask.masked_fill(hidden, float("-inf"))
         return mask.repeat_interleave(layer.num_heads // layer.num_kv_heads, 1)[:, None]

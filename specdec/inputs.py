@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,20 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
         row = int((visible[:, 1:] < visible[:, :-1]).any(1).long().argmax())
         raise InputError(f"row {row}'s attention_mask has a gap; only padding on the left can be masked")
     return [ids[mask].long() for ids, mask in zip(input_ids, visible, strict=True)]
+
+
+def refuse_model_inputs(model_kwargs: dict[str, Any], attention_mask: Tensor) -> None:
+    """Raise InputError for model inputs that are not text, a cache that is filled, and positions of the user's own."""
+    name = "cache" if "cache" in model_kwargs else "past_key_values"
+    cache = model_kwargs.get(name)
+    if cache is not None and cache.get_seq_length() > 0:
+        raise InputError(f"{name} already holds {cache.get_seq_length()} tokens; pass the whole prompt instead")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.shape[-2:] == attention_mask.shape:
+        expected = attention_mask.long().cumsum(-1) - 1
+        if ((positions != expected) & attention_mask.bool()).any():
+            raise InputError("position_ids other than 0, 1, 2 ... are not served; leave them out")
+    served = {"attention_mask", name, "use_cache", "logits_to_keep", "position_ids", "cache_position"}
+    for name, value in model_kwargs.items():
+        if name not in served and value is not None and value is not False:
+            raise InputError(f"model input {name!r} is not served; pass input_ids and attention_mask only")

@@ -24,10 +24,11 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Safete
 
 @dataclass(frozen=True)
 class Prompt:
-    """place: where in its file the text stands, for messages."""
+    """place: where in its file the text stands, for messages. id: what the file calls it, if anything."""
 
     text: str
     place: str
+    id: str | int | None = None
 
 
 def find_checkpoint(name: str, role: str) -> Path:
@@ -148,6 +149,21 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) ->
     return encoded
 
 
+def read_json_lines(path: Path, what: str) -> list[tuple[Any, str]]:
+    """Each line's JSON and its place for messages. what: what the file is, for the same messages.
+
+    Raises InputError that names the line, or for a file that cannot be read or holds nothing.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from None
+    items = [(_parse(text, place), place) for text, place in _lines(path, content, what)]
+    if not items:
+        raise InputError(f"{what} {str(path)!r} is empty; it must hold at least one line of JSON")
+    return items
+
+
 def _read_txt(path: Path, content: bytes) -> list[Prompt]:
     return [Prompt(text, place) for text, place in _lines(path, content)]
 
@@ -166,7 +182,14 @@ def _read_json(path: Path, content: bytes) -> list[Prompt]:
 
 
 def _read_jsonl(path: Path, content: bytes) -> list[Prompt]:
-    return [Prompt(_prompt_of(_parse(text, place), place), place) for text, place in _lines(path, content)]
+    items = [(_parse(text, place), place) for text, place in _lines(path, content)]
+    return [Prompt(_prompt_of(item, place), place, _id_of(item)) for item, place in items]
+
+
+def _id_of(item: dict) -> str | int | None:
+    """Spec-Bench's `question_id`, or `id`."""
+    found = item.get("question_id", item.get("id"))
+    return found if isinstance(found, str | int) else None
 
 
 def _prompt_of(item: Any, place: str) -> str:
@@ -180,10 +203,10 @@ def _prompt_of(item: Any, place: str) -> str:
     return text
 
 
-def _lines(path: Path, content: bytes) -> list[tuple[str, str]]:
+def _lines(path: Path, content: bytes, what: str = "prompt file") -> list[tuple[str, str]]:
     """Each line and its place. Only line feeds end lines, and blank ones at the end of the file are none."""
     lines = content.rstrip(b"\r\n").split(b"\n") if content.strip(b"\r\n") else []
-    places = [f"prompt file {str(path)!r}, line {number}" for number in range(1, len(lines) + 1)]
+    places = [f"{what} {str(path)!r}, line {number}" for number in range(1, len(lines) + 1)]
     return [(_decode(line.removesuffix(b"\r"), place), place) for line, place in zip(lines, places, strict=True)]
 
 

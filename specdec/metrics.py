@@ -19,6 +19,8 @@ class Speculation:
     num_target_calls: batched target forwards, prefill apart. num_draft_calls: forwards of the drafter's network,
         its prefill apart. num_new_tokens: committed tokens of all rows.
     num_spec_steps: row-steps. num_draft_tokens, num_accepted_draft_tokens: over all row-steps.
+    num_realignments: of the target calls, those before which the layout had to move keys and values; `grouping_rate`
+        is the share of the others.
     acceptance_histogram: entry i counts the row-steps that accepted i draft tokens.
     tried_histogram: entry i counts the row-steps that drafted token i and accepted all before it.
     """
@@ -29,6 +31,7 @@ class Speculation:
     num_spec_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
+    num_realignments: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
     tried_histogram: list[int] = field(default_factory=list)
 
@@ -36,6 +39,11 @@ class Speculation:
     def mean_acceptance_length(self) -> float:
         """1 + accepted / steps: tokens that a row gains per step, bonus included; 1.0 is plain decoding."""
         return 1.0 + self.num_accepted_draft_tokens / max(self.num_spec_steps, 1)
+
+    @property
+    def grouping_rate(self) -> float:
+        """Steps whose rows ended together already / steps; 1.0 in the ragged layout, which never moves a row."""
+        return 1.0 - self.num_realignments / max(self.num_target_calls, 1)
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -77,6 +85,7 @@ class Speculation:
         names = (
             "mean_acceptance_length",
             "draft_acceptance_rate",
+            "grouping_rate",
             "acceptance_by_position",
             "conditional_acceptance_by_position",
         )

@@ -7,16 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.cache import RaggedCache
+from specdec.layout import Layout, Ragged
 from specdec.rows import Rows
 
 # Tokens per prefill forward. They bound the memory of masks and activations; on a CPU these also stay in the cache.
 PREFILL_TOKENS = {"cpu": 512}
 PREFILL_TOKENS_ELSEWHERE = 8192
+
+
+def prefill_budget(device: torch.device) -> int:
+    """Tokens per prefill forward."""
+    return PREFILL_TOKENS.get(device.type, PREFILL_TOKENS_ELSEWHERE)
 
 
 class NetworkOutput(NamedTuple):
@@ -29,9 +35,12 @@ class NetworkOutput(NamedTuple):
 class Network(ABC):
     """One model and its cache. Rows are the first rows of the cache; `keep_rows` moves them when some leave."""
 
-    def __init__(self, model: PreTrainedModel, num_layers: int, max_rows: int, num_slots: int):
+    def __init__(
+        self, model: PreTrainedModel, num_layers: int, max_rows: int, num_slots: int, layout: Layout | None = None
+    ):
+        """layout: of the cache, by default ragged."""
         self.model = model
-        self.cache = RaggedCache(num_layers, max_rows, num_slots, model.device)
+        self.cache = (layout or Ragged()).new_cache(num_layers, max_rows, num_slots, model.device)
 
     @abstractmethod
     def _run(
@@ -45,14 +54,20 @@ class Network(ABC):
         yield
 
     def forward(
-        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...] = ()
+        self,
+        token_ids: Tensor,
+        starts: Tensor,
+        used_slots: int,
+        layers: tuple[int, ...] = (),
+        host_starts: np.ndarray | None = None,
     ) -> NetworkOutput:
         """Feed [rows, width] tokens to follow each row's first starts[b] ([rows] int64) cached ones.
 
         used_slots: an upper bound of starts + width known to the host. layers: hidden states to return, numbered as
-        in transformers (0 = embeddings, -1 = behind the final norm).
+        in transformers (0 = embeddings, -1 = behind the final norm). host_starts: `starts` on the host; a layout that
+        needs them copies them there if they are not given.
         """
-        positions = self.cache.begin(starts, token_ids.shape[1], used_slots)
+        positions = self.cache.begin(starts, token_ids.shape[1], used_slots, host_starts=host_starts)
         return self._run(token_ids, positions, None, layers)
 
     def prefill(self, rows: Rows, token_ids: Tensor | None = None) -> Tensor:
@@ -61,7 +76,7 @@ class Network(ABC):
         token_ids: in place of `rows.token_ids`, where this network knows fewer tokens.
         """
         token_ids = rows.token_ids if token_ids is None else token_ids
-        budget = PREFILL_TOKENS.get(rows.device.type, PREFILL_TOKENS_ELSEWHERE)
+        budget = prefill_budget(rows.device)
         logits, first = [], 0
         while first < len(rows):
             # Rows are sorted by falling length, so neighbours waste little on each other's padding.
@@ -78,13 +93,31 @@ class Network(ABC):
         out = token_ids.new_empty(num_rows, 0)
         for begin in range(0, longest, width):
             end = min(begin + width, longest)
-            starts = torch.full((num_rows,), begin, device=token_ids.device)
-            positions = self.cache.begin(starts, end - begin, end, first_row)
-            last = (lengths - 1 - begin).clamp(0, end - begin - 1)
-            logits = self._run(token_ids[:, begin:end], positions, last, ()).logits[:, 0]
-            # A shorter row has its last token in an earlier chunk; what it computes here is overwritten later.
+            logits = self.prefill_columns(token_ids, lengths, first_row, begin, end)
             out = logits if begin == 0 else torch.where((lengths > begin)[:, None], logits, out)
         return out
 
+    def prefill_columns(self, token_ids: Tensor, lengths: Tensor, first_row: int, begin: int, end: int) -> Tensor:
+        """Cache columns begin .. end - 1 of [rows, columns] tokens, in the cache's rows from `first_row` on.
+
+        Returns [rows, vocab] logits: behind a row's last token if it is among the columns. Of a row that ended before
+        them they mean nothing, and what is cached for it here is overwritten later.
+        """
+        starts = torch.full((len(token_ids),), begin, device=token_ids.device)
+        host_starts = np.full(len(token_ids), begin)
+        positions = self.cache.begin(starts, end - begin, end, first_row, host_starts)
+        last = (lengths - 1 - begin).clamp(0, end - begin - 1)
+        return self._run(token_ids[:, begin:end], positions, last, ()).logits[:, 0]
+
     def keep_rows(self, index: Tensor) -> None:
         self.cache.keep_rows(index)
+
+    def resize(self, max_rows: int, num_slots: int) -> None:
+        """Room for other numbers of rows and tokens; what still fits stays cached."""
+        self.cache.resize(max_rows, num_slots)
+
+
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """Rows of the output projection: what the logits' last dimension is."""
+    head = model.get_output_embeddings()
+    return model.config.get_text_config(decoder=True).vocab_size if head is None else head.weight.shape[0]

@@ -33,6 +33,8 @@ SERVED = WARPER_OPTIONS | frozenset(
         "pad_token_id",
         "bos_token_id",
         "return_dict_in_generate",
+        "output_scores",
+        "output_logits",
         "num_assistant_tokens",
         "prompt_lookup_num_tokens",
         "max_matching_ngram_size",
@@ -83,8 +85,6 @@ NEUTRAL: dict[str, tuple] = {
     "watermarking_config": (None,),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
     "num_assistant_tokens_schedule": (None, "constant"),
     "assistant_confidence_threshold": (None, 0),
     "assistant_early_exit": (None,),
@@ -113,6 +113,8 @@ class GenerationOptions:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     return_dict: bool
+    output_scores: bool
+    output_logits: bool
     max_time: float | None
     stop_strings: tuple[str, ...]
     do_sample: bool
@@ -166,6 +168,9 @@ def check_served(config: GenerationConfig, explicit: set[str] | None, defaults: 
             f"num_return_sequences={config.num_return_sequences} without do_sample=True; greedy decoding has one "
             "result per prompt, pass num_return_sequences=1"
         )
+    for name in ("output_scores", "output_logits"):
+        if getattr(config, name) and not config.return_dict_in_generate:
+            raise ConfigError(f"{name}=True has nowhere to go; pass return_dict_in_generate=True with it")
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name, None)
         if value in neutral or (name in defaults and value == defaults[name]):
@@ -222,6 +227,8 @@ def resolve_options(
         eos_token_ids,
         whole_number("pad_token_id", int(pad) if isinstance(pad, Tensor) else pad),
         bool(config.return_dict_in_generate),
+        bool(config.output_scores),
+        bool(config.output_logits),
         max_time,
         strings,
         bool(config.do_sample),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafter import NO_TOKEN
+from specdec.slots import ON_DEVICE, ON_HOST, Slots
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class StepReport:
 
 
 class Rows:
-    """Token ids and lengths of the rows still in the batch.
+    """The rows that take part in a step: a run of slots, each row with its own length.
 
     token_ids: [rows, capacity] int64, left-aligned; what lies behind a row's length is meaningless.
     lengths: [rows] int64, committed tokens, prompt included.
@@ -42,34 +43,62 @@ class Rows:
     row_ids: [rows] int64 on the host, each row's index in the caller's batch.
     host_lengths: [rows] int64 on the host, as of the last report.
 
-    Rows start in order of falling prompt length, so that a prefill in chunks touches a shrinking prefix of them.
+    All are views of `slots`, where rows that do not take part stand as well. Rows start in order of falling prompt
+    length, so that a prefill in chunks touches a shrinking prefix of them.
     """
 
-    def __init__(self, prompts: Sequence[Tensor], max_new_tokens: int, spare: int, device: torch.device):
-        """`spare`: slots behind the longest row that a step may write before it knows how much is accepted."""
+    token_ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    limits: Tensor
+    row_ids: np.ndarray
+    host_lengths: np.ndarray
+    host_prompt_lengths: np.ndarray
+    host_limits: np.ndarray
+
+    def __init__(
+        self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
+    ):
+        """max_new_tokens: of every row, or one number a row.
+        spare: slots behind the longest row that a step may write before it knows how much is accepted.
+        """
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        self.row_ids = np.argsort(-lengths, kind="stable")
-        self.host_lengths = lengths[self.row_ids]
-        self.host_prompt_lengths = self.host_lengths.copy()
-        self.host_limits = self.host_lengths + max_new_tokens
-        self.capacity = int(self.host_limits.max()) + spare
-        token_ids = torch.zeros(len(prompts), self.capacity, dtype=torch.long)
-        for slot, row in enumerate(self.row_ids):
-            token_ids[slot, : lengths[row]] = prompts[row]
-        self.token_ids = token_ids.to(device)
-        self.lengths = torch.from_numpy(self.host_lengths.copy()).to(device)
-        self.prompt_lengths = self.lengths.clone()
-        self.limits = torch.from_numpy(self.host_limits.copy()).to(device)
+        limits = lengths + np.asarray(max_new_tokens, dtype=np.int64)
+        row_ids = np.argsort(-lengths, kind="stable")
+        lengths, limits = lengths[row_ids], limits[row_ids]
+        slots = Slots(len(prompts), int(limits.max()) + spare, device)
+        slots.add([prompts[row] for row in row_ids], row_ids, lengths, limits)
+        slots.num_residents, slots.num_newcomers = len(prompts), 0
+        self.slots, self.first = slots, 0
+        self.take(len(prompts))
         # Where finished rows end up, in the caller's order.
-        self.output_ids = torch.zeros_like(self.token_ids)
+        self.keeps_outputs, self.output_ids = True, torch.zeros_like(slots.token_ids)
         self.output_lengths = np.zeros(len(prompts), dtype=np.int64)
+
+    @classmethod
+    def of(cls, slots: Slots, first: int = 0, count: int = 0) -> Rows:
+        """The rows in `count` slots from `first` on; they keep no outputs when they end."""
+        rows = cls.__new__(cls)
+        rows.slots, rows.first, rows.keeps_outputs = slots, first, False
+        rows.take(count)
+        return rows
+
+    def take(self, count: int) -> None:
+        """Let the rows in `count` slots from `first` on take part; to be called anew when rows have moved."""
+        for name in (*ON_DEVICE, *ON_HOST):
+            setattr(self, name, getattr(self.slots, name)[self.first : self.first + count])
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     @property
     def device(self) -> torch.device:
-        return self.token_ids.device
+        return self.slots.device
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for."""
+        return self.slots.capacity
 
     @property
     def max_length(self) -> int:
@@ -109,9 +138,9 @@ class Rows:
         num_drafted = (draft != NO_TOKEN).sum(1)
         columns = [num_committed, num_accepted, num_drafted, finished.long(), fault]
         packed = torch.cat([torch.stack(columns, 1), committed], 1).cpu().numpy()
-        self.host_lengths = self.host_lengths + packed[:, 0]
+        self.host_lengths += packed[:, 0]
         return StepReport(
-            self.row_ids,
+            self.row_ids.copy(),  # its rows may move
             packed[:, 0],
             packed[:, 1],
             packed[:, 2],
@@ -122,8 +151,8 @@ class Rows:
 
     def cut(self, report: StepReport, num_committed: np.ndarray) -> StepReport:
         """Take back committed tokens of this step: row i keeps the first num_committed[i] ([rows] int64)."""
-        self.host_lengths = self.host_lengths - (report.num_committed - num_committed)
-        self.lengths = torch.from_numpy(self.host_lengths.copy()).to(self.device)
+        self.host_lengths -= report.num_committed - num_committed
+        self.lengths.copy_(torch.from_numpy(self.host_lengths))
         behind = np.arange(report.token_ids.shape[1]) >= num_committed[:, None]
         return replace(
             report,
@@ -133,30 +162,16 @@ class Rows:
         )
 
     def retire(self, finished: np.ndarray) -> Tensor:
-        """Take finished rows out of the batch and return the index that `keep_rows` calls need, [kept rows] int64.
+        """Take finished rows out of their slots and return the index that `keep_rows` calls need, [kept slots] int64.
 
-        Rows from the end fill the holes, so that caches move only as many rows as have finished.
+        finished: [rows] bool. All residents that are left take part afterwards.
         """
-        done = torch.from_numpy(np.flatnonzero(finished)).to(self.device)
-        done_ids = self.row_ids[finished]
-        self.output_ids[torch.from_numpy(done_ids).to(self.device)] = self.token_ids[done]
-        self.output_lengths[done_ids] = self.host_lengths[finished]
-        keep = fill_holes(finished)
-        index = torch.from_numpy(keep).to(self.device)
-        for name in ("token_ids", "lengths", "prompt_lengths", "limits"):
-            setattr(self, name, getattr(self, name)[index])
-        for name in ("row_ids", "host_lengths", "host_prompt_lengths", "host_limits"):
-            setattr(self, name, getattr(self, name)[keep])
+        done = np.flatnonzero(finished)
+        if self.keeps_outputs:
+            done_ids = self.row_ids[finished]
+            place = torch.from_numpy(done_ids).to(self.device)
+            self.output_ids[place] = self.token_ids[torch.from_numpy(done).to(self.device)]
+            self.output_lengths[done_ids] = self.host_lengths[finished]
+        index = self.slots.remove(done + self.first)
+        self.take(max(self.slots.num_residents - self.first, 0))
         return index
-
-
-def fill_holes(finished: np.ndarray) -> np.ndarray:
-    """The kept slots in their new order: slot i stays at i unless it is a hole, which a slot from the end fills.
-
-    >>> fill_holes(np.array([False, True, False, False])).tolist()
-    [0, 3, 2]
-    """
-    num_kept = int((~finished).sum())
-    keep = np.arange(num_kept, dtype=np.int64)
-    keep[finished[:num_kept]] = num_kept + np.flatnonzero(~finished[num_kept:])
-    return keep

@@ -12,16 +12,25 @@ from transformers import PreTrainedModel
 
 from specdec import attention
 from specdec.invariant_attention import INVARIANT
+from specdec.layout import Layout
+from specdec.model_cache import cache_argument
 from specdec.network import Network, NetworkOutput
 
 
 class StockNetwork(Network):
     """Switches the model to ragged attention while it runs and back afterwards."""
 
-    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int, max_length: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_rows: int,
+        num_slots: int,
+        max_length: int | None = None,
+        layout: Layout | None = None,
+    ):
         """max_length: no row grows longer; slots behind it are for drafts that are never committed."""
         config = model.config.get_text_config(decoder=True)
-        super().__init__(model, config.num_hidden_layers, max_rows, num_slots)
+        super().__init__(model, config.num_hidden_layers, max_rows, num_slots, layout)
         attention.register()
         is_sdpa = config._attn_implementation == "sdpa"
         if config._attn_implementation == INVARIANT:
@@ -34,9 +43,16 @@ class StockNetwork(Network):
         parameters = inspect.signature(type(model).forward).parameters
         self.accepts_positions = "position_ids" in parameters
         self.accepts_logits_to_keep = "logits_to_keep" in parameters
-        self.last_position = (
-            min(getattr(config, "max_position_embeddings", None) or num_slots, max_length or num_slots) - 1
-        )
+        self.max_length = max_length
+        self._limit_positions(num_slots)
+
+    def resize(self, max_rows: int, num_slots: int) -> None:
+        super().resize(max_rows, num_slots)
+        self._limit_positions(num_slots)
+
+    def _limit_positions(self, num_slots: int) -> None:
+        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.last_position = min(positions or num_slots, self.max_length or num_slots) - 1
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -52,11 +68,14 @@ class StockNetwork(Network):
         if self.accepts_positions:
             # Only drafts beyond a row's length limit are clamped; they are never committed.
             options["position_ids"] = positions.clamp(max=self.last_position)
+        if self.cache.pads is not None:
+            slots = torch.arange(self.cache.used_slots, device=positions.device)
+            options["attention_mask"] = (slots >= self.cache.pads[:, None]).long()
         if logits_at is not None and self.accepts_logits_to_keep:
             # One set of columns serves all rows; each row then picks its own.
             columns, logits_at = torch.unique(logits_at, return_inverse=True)
             options["logits_to_keep"] = columns
-        output = self.model(input_ids=token_ids, past_key_values=self.cache, **options)
+        output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)
         logits = output.logits
         if logits_at is not None:
             logits = logits[torch.arange(len(logits), device=logits.device), logits_at][:, None]

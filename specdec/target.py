@@ -11,7 +11,10 @@ from transformers import PreTrainedModel
 
 from specdec.compatibility import build_network
 from specdec.drafter import NO_TOKEN, Draft, Verified
+from specdec.emitted import Emitted, committed
 from specdec.errors import DrafterError, NumericalError
+from specdec.layout import Layout, Ragged
+from specdec.network import vocab_size_of
 from specdec.processors import Processors
 from specdec.rows import Rows, StepReport
 from specdec.verify import BAD_SCORES, Verification
@@ -28,19 +31,29 @@ class Target:
         eos_token_ids: Sequence[int],
         max_rows: int,
         num_slots: int,
-        max_length: int,
+        max_length: int | None,
         layers: tuple[int, ...] = (),
+        layout: Layout | None = None,
+        emitted_scores: Emitted | None = None,
+        emitted_logits: Emitted | None = None,
     ):
-        """eos_token_ids: any of them ends a row. layers: the hidden states that the drafter wants to observe."""
-        self.network = build_network(model, max_rows, num_slots, max_length)
+        """eos_token_ids: any of them ends a row. layers: the hidden states that the drafter wants to observe.
+        emitted_scores, emitted_logits: where to keep processed scores and raw logits of the emitted tokens.
+        """
+        self.layout = layout or Ragged()
+        self.network = build_network(model, max_rows, num_slots, max_length, self.layout)
         self.processors, self.verification, self.layers = processors, verification, layers
-        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.emitted_scores, self.emitted_logits = emitted_scores, emitted_logits
+        self.vocab_size = vocab_size_of(model)
         self.eos_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=model.device)
 
     def prefill(self, rows: Rows) -> StepReport:
         """Cache the prompts and commit each row's first token."""
-        logits = self.network.prefill(rows)[:, None]
-        report, _ = self._commit(rows, Draft.empty(len(rows), rows.device), logits, ())
+        return self.first_tokens(rows, self.network.prefill(rows))
+
+    def first_tokens(self, rows: Rows, logits: Tensor) -> StepReport:
+        """Commit the token behind each prompt. logits: [rows, vocab]"""
+        report, _ = self._commit(rows, Draft.empty(len(rows), rows.device), logits[:, None], ())
         return replace(report, is_prefill=True)
 
     def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
@@ -48,7 +61,9 @@ class Target:
         width = draft.token_ids.shape[1] + 1
         inputs = torch.cat([rows.last_tokens(1), draft.token_ids.clamp(min=0)], 1)
         # The last committed token has no keys yet, so a row's cache is one shorter than the row.
-        output = self.network.forward(inputs, rows.lengths - 1, rows.max_length - 1 + width, self.layers)
+        output = self.network.forward(
+            inputs, rows.lengths - 1, rows.max_length - 1 + width, self.layers, rows.host_lengths - 1
+        )
         return self._commit(rows, draft, output.logits, output.hidden_states)
 
     def keep_rows(self, index: Tensor) -> None:
@@ -72,9 +87,20 @@ class Target:
             raise DrafterError(
                 f"the drafter's probabilities in row {row} are no distribution: each must be finite and sum to 1"
             )
+        self._keep_emitted(rows, report, logits, scores)
         drafted = report.num_drafted
         all_accepted = bool(((report.num_accepted == drafted) & (drafted > 0)).any())
         return report, Verified(draft, done.num_accepted, done.num_committed, all_accepted, hidden_states)
+
+    def _keep_emitted(self, rows: Rows, report: StepReport, logits: Tensor, scores: Tensor) -> None:
+        if self.emitted_scores is None and self.emitted_logits is None:
+            return
+        slots, columns, places = committed(rows, report)
+        index = torch.from_numpy(slots).to(rows.device), torch.from_numpy(columns).to(rows.device)
+        if self.emitted_logits is not None:
+            self.emitted_logits.add(report.row_ids[slots], places, logits[index])
+        if self.emitted_scores is not None:
+            self.emitted_scores.add(report.row_ids[slots], places, self.processors.warped(scores[index]))
 
 
 def usable(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> Draft:

@@ -101,6 +101,7 @@ DENSE: dict[str, dict] = {
     "diffllama": {},
     "bitnet": {},
     "ctrl": {},
+    "doge": dict(keep_window_size=WINDOW),
     "cwm": dict(layer_types=[SLIDING, FULL, SLIDING]),
     "jais2": {},
     "minicpm3": LATENT,
@@ -208,7 +209,7 @@ MULTIMODAL: dict[str, dict] = {
 RECURRENT = "keeps recurrent state"
 ENCODER_DECODER = "encoder-decoder"
 BIDIRECTIONAL = "is_decoder=False"
-ONE_LENGTH = "one length per batch"
+ONE_LENGTH = "one length per batch; pass layout='repad'"
 OTHER_LOGITS = "gives other logits over a ragged cache"
 NOTHING_CACHED = "keeps no keys and values in its cache"
 MORE_STATE = "caches more than keys and values"
@@ -218,7 +219,6 @@ CRASHES = "cannot run over a ragged cache"
 # family: (words of the refusal, options)
 REFUSED: dict[str, tuple[str, dict]] = {
     "gpt_neo": (ONE_LENGTH, dict(num_hidden_layers=2, attention_types=[[["global", "local"], 1]], window_size=WINDOW)),
-    "doge": (ONE_LENGTH, {}),
     "mamba": (RECURRENT, {}),
     "mamba2": (RECURRENT, dict(num_heads=4, head_dim=16, expand=2, state_size=8, n_groups=1)),
     "falcon_mamba": (RECURRENT, {}),
@@ -254,6 +254,9 @@ REFUSED: dict[str, tuple[str, dict]] = {
     "gpt_neox_japanese": (CRASHES, {}),
     "cpmant": (CRASHES, dict(dim_head=8)),
 }  # fmt: skip
+
+# family: the versions of transformers whose own plain decoding of it fails or is wrong.
+BROKEN = {"doge": "<5.18", "llama4": "==5.24.0"}
 
 SERVED = {**DENSE, **MOE, **OWN_ATTENTION, **MULTIMODAL}
 MODEL_TYPES = {"falcon_alibi": "falcon", "bert_encoder": "bert", "electra_encoder": "electra"}

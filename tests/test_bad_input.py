@@ -174,7 +174,7 @@ def test_a_drafter_that_is_none():
 
 
 def test_unknown_drafter_name_lists_the_names():
-    refused(DrafterError, "'medusa'", "draft_model, prompt_lookup, synthetic", drafter="medusa")
+    refused(DrafterError, "'medusa'", "draft_model, prompt_lookup, any_subset, synthetic", drafter="medusa")
 
 
 def test_drafter_name_that_needs_arguments():
@@ -208,12 +208,6 @@ def test_synthetic_drafter():
 def test_a_model_that_is_none():
     refused(UnsupportedModelError, "str", model="gpt2")
     refused(UnsupportedModelError, "LlamaModel", model=TARGET.model)
-
-
-def test_streamer_with_a_batch():
-    from transformers import TextStreamer
-
-    refused(ConfigError, "one prompt, not 2", streamer=TextStreamer(None))
 
 
 def test_n_gram_sizes():

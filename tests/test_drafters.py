@@ -90,7 +90,7 @@ def test_draft_model_proposes_its_own_greedy_text():
     drafter.start(tiny_llama(0), rows, 5)
     rows.token_ids[torch.arange(3), rows.lengths] = 17  # each row's first token, from the target's prefill
     rows.lengths += 1
-    rows.host_lengths = rows.host_lengths + 1
+    rows.host_lengths += 1
     proposed = drafter.propose(rows, 5).token_ids
     drafter.finish()
     for slot, row in enumerate(rows.row_ids):

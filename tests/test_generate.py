@@ -22,6 +22,7 @@ class Hostile(Drafter):
     """Drafts what the target just refused to say: every token is wrong."""
 
     name = "hostile"
+    shares_slots = True
 
     def __init__(self, model):
         self.model = model
@@ -39,6 +40,7 @@ class Ragged(Drafter):
     """Drafts a random number of true tokens per row, then nothing or a wrong one."""
 
     name = "ragged"
+    shares_slots = True
 
     def __init__(self, truth, seed):
         self.truth, self.generator = truth, torch.Generator().manual_seed(seed)

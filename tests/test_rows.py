@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.rows import Rows, fill_holes
+from specdec.rows import Rows
+from specdec.slots import fill_holes
 
 
 def make(lengths, max_new_tokens=5):

@@ -1,0 +1,127 @@
+"""How a caller configures the speculation: which drafter, how many tokens, where random numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from specdec.drafter import Drafter, NoDrafts
+from specdec.errors import ConfigError, DrafterError
+from specdec.layout import Layout, Ragged, resolve_layout
+from specdec.options import is_whole
+from specdec.random_streams import RowStreams
+
+DEFAULT_SPECULATIVE_TOKENS = 5
+MAX_SPECULATIVE_TOKENS = 32
+VERIFICATIONS = ("token", "block")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """The drafter, the most tokens it drafts per row and step, 1 to 32, and the layout of the caches."""
+
+    drafter: Drafter
+    num_speculative_tokens: int
+    layout: Layout = field(default_factory=Ragged)
+
+
+def speculative_config(
+    drafter: Drafter | PreTrainedModel | str | None,
+    num_speculative_tokens: int | None,
+    config: GenerationConfig | None = None,
+    explicit: Collection[str] = (),
+    assistant_model: PreTrainedModel | None = None,
+    layout: Layout | str = "ragged",
+) -> SpeculativeConfig:
+    """The speculation that our arguments and transformers' ask for; without any, plain decoding.
+
+    explicit: the fields of `config` that the caller set; others of them are transformers' defaults.
+
+    Raises DrafterError or ConfigError for contradictions and for numbers outside 1 .. 32.
+    """
+    from specdec.drafters.registry import resolve
+
+    chosen_layout = resolve_layout(layout)
+    lookup = config.prompt_lookup_num_tokens if config is not None else None
+    named = [
+        name
+        for name, value in (
+            ("drafter", drafter),
+            ("assistant_model", assistant_model),
+            ("prompt_lookup_num_tokens", lookup),
+        )
+        if value is not None
+    ]
+    if len(named) > 1:
+        raise DrafterError(f"{' and '.join(named)} both choose a drafter; pass one of them")
+    tokens = {"num_speculative_tokens": num_speculative_tokens, "prompt_lookup_num_tokens": lookup}
+    if config is not None and "num_assistant_tokens" in explicit:
+        tokens["num_assistant_tokens"] = config.num_assistant_tokens
+    given = {name: value for name, value in tokens.items() if value is not None}
+    if len(set(given.values())) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'{name}={value}' for name, value in given.items())} contradict each other; "
+            "pass one of them"
+        )
+    name, k = next(iter(given.items()), ("num_speculative_tokens", DEFAULT_SPECULATIVE_TOKENS))
+    if not is_whole(k) or k < 1:
+        raise ConfigError(
+            f"{name}={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for plain decoding pass "
+            "drafter=None"
+        )
+    if k > MAX_SPECULATIVE_TOKENS:
+        raise ConfigError(f"{name}={k} exceeds {MAX_SPECULATIVE_TOKENS}; lower it")
+    ngram = getattr(config, "max_matching_ngram_size", None) if "max_matching_ngram_size" in explicit else None
+    if lookup is not None:
+        drafter = "prompt_lookup"
+    elif assistant_model is not None:
+        drafter = assistant_model
+    if ngram is not None and drafter != "prompt_lookup":
+        raise ConfigError(
+            f"max_matching_ngram_size={ngram} belongs to prompt lookup; pass drafter='prompt_lookup' with it"
+        )
+    if drafter is None:
+        if given:
+            raise DrafterError(
+                f"{name}={k} without a drafter; pass drafter=, or leave the number out for plain decoding"
+            )
+        return SpeculativeConfig(NoDrafts(), 1, chosen_layout)
+    chosen = resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram}))
+    return SpeculativeConfig(chosen, k, chosen_layout)
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Where the numbers of sampling come from, and how sampled drafts are verified."""
+
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | None = None
+    verification: str = "token"
+
+    def checked(self, do_sample: bool) -> Randomness:
+        """Raise ConfigError for values that cannot be served, or that greedy decoding would ignore."""
+        if self.verification not in VERIFICATIONS:
+            raise ConfigError(f"verification={self.verification!r}; choose {' or '.join(map(repr, VERIFICATIONS))}")
+        if self.seed is not None and self.generator is not None:
+            raise ConfigError("seed and generator both say where random numbers come from; pass one of them")
+        one = self.seed is None or is_whole(self.seed)
+        if not one and not (isinstance(self.seed, Sequence) and all(map(is_whole, self.seed))):
+            raise ConfigError(f"seed={self.seed!r}; pass a whole number, or one per row")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ConfigError(f"generator is a {type(self.generator).__name__}; pass a torch.Generator")
+        for name in ("seed", "generator"):
+            if not do_sample and getattr(self, name) is not None:
+                raise ConfigError(f"{name}= has no effect on greedy decoding; pass do_sample=True, or leave it out")
+        if not do_sample and self.verification != "token":
+            raise ConfigError(f"verification={self.verification!r} is for sampled drafts; pass do_sample=True with it")
+        return self
+
+    def streams(self, num_rows: int | None, device: torch.device) -> RowStreams:
+        seed = self.seed
+        if seed is None:
+            device_of = torch.device("cpu") if self.generator is None else self.generator.device
+            seed = int(torch.randint(2**62, (), generator=self.generator, device=device_of))
+        return RowStreams(seed, num_rows, device)

@@ -1,0 +1,113 @@
+"""The places that rows occupy: tensors on the device and their mirror on the host, one entry per slot.
+
+Residents, rows whose prompts are cached, come first; behind them stand newcomers, whose prompts are being cached; the
+rest is free. Caches follow the same order, so that whoever takes part in a step is a prefix of all of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ON_DEVICE = ("token_ids", "lengths", "prompt_lengths", "limits")
+ON_HOST = ("row_ids", "host_lengths", "host_prompt_lengths", "host_limits")
+
+
+class Slots:
+    """token_ids: [slots, capacity] int64, left-aligned. lengths, prompt_lengths, limits: [slots] int64; the host's
+    mirrors of the same, and row_ids, which nothing on the device needs."""
+
+    def __init__(self, num_slots: int, capacity: int, device: torch.device):
+        self.device = device
+        self.num_residents = self.num_newcomers = 0
+        self.token_ids = torch.zeros(num_slots, capacity, dtype=torch.long, device=device)
+        self.lengths, self.prompt_lengths, self.limits = torch.zeros(3, num_slots, dtype=torch.long, device=device)
+        self.row_ids, self.host_lengths, self.host_prompt_lengths, self.host_limits = (
+            np.zeros(num_slots, dtype=np.int64) for _ in ON_HOST
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.token_ids.shape[1]
+
+    @property
+    def num_occupied(self) -> int:
+        return self.num_residents + self.num_newcomers
+
+    def add(self, tokens: list[Tensor], row_ids: np.ndarray, prompt_lengths: np.ndarray, limits: np.ndarray) -> None:
+        """Put rows of [length] int64 tokens on the host into the first free slots, as newcomers."""
+        first, count = self.num_occupied, len(tokens)
+        lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+        padded = torch.zeros(count, int(lengths.max()), dtype=torch.long)
+        for slot, row in enumerate(tokens):
+            padded[slot, : len(row)] = row
+        taken = slice(first, first + count)
+        self.token_ids[taken, : padded.shape[1]] = padded.to(self.device)
+        for name, values in zip(ON_DEVICE[1:], (lengths, prompt_lengths, limits), strict=True):
+            getattr(self, f"host_{name}")[taken] = values
+            getattr(self, name)[taken] = torch.from_numpy(values).to(self.device)
+        self.row_ids[taken] = row_ids
+        self.num_newcomers += count
+
+    def arrange(self, order: np.ndarray) -> Tensor:
+        """Slot i becomes what slot order[i] is ([kept slots] int64); returns the same index on the device.
+
+        Slots from len(order) on keep what they hold; whoever removes rows says who is left.
+        """
+        index = torch.from_numpy(order).to(self.device)
+        for name in ON_DEVICE:
+            tensor = getattr(self, name)
+            tensor[: len(order)] = tensor[index]
+        for name in ON_HOST:
+            array = getattr(self, name)
+            array[: len(order)] = array[order]
+        return index
+
+    def remove(self, leaving: np.ndarray) -> Tensor:
+        """Take rows out of their slots ([leaving] int64); returns the index that caches need to follow.
+
+        Residents from the end fill the holes among them, and newcomers close up behind, so that few rows move.
+        """
+        is_left = np.ones(self.num_occupied, dtype=bool)
+        is_left[leaving] = False
+        residents = fill_holes(~is_left[: self.num_residents])
+        newcomers = np.flatnonzero(is_left[self.num_residents :]) + self.num_residents
+        # Only as many newcomers move as places have become free before them.
+        begin = len(residents)
+        moved = np.setdiff1d(newcomers, np.arange(begin, begin + len(newcomers)))
+        order = np.concatenate([residents, np.arange(begin, begin + len(newcomers))])
+        order[np.setdiff1d(np.arange(begin, begin + len(newcomers)), newcomers)] = moved
+        self.num_residents, self.num_newcomers = len(residents), len(newcomers)
+        return self.arrange(order)
+
+    def resize(self, num_slots: int, capacity: int) -> None:
+        """Other numbers of slots and tokens; occupied slots keep what they hold."""
+        kept, columns = min(num_slots, len(self)), min(capacity, self.capacity)
+        for name in ON_DEVICE:
+            old = getattr(self, name)
+            new = old.new_zeros(num_slots, *([capacity] if old.dim() > 1 else []))
+            if old.dim() > 1:
+                new[:kept, :columns] = old[:kept, :columns]
+            else:
+                new[:kept] = old[:kept]
+            setattr(self, name, new)
+        for name in ON_HOST:
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old[:kept], np.zeros(num_slots - kept, dtype=np.int64)]))
+
+
+def fill_holes(finished: np.ndarray) -> np.ndarray:
+    """The kept slots in their new order: slot i stays at i unless it is a hole, which a slot from the end fills.
+
+    >>> fill_holes(np.array([False, True, False, False])).tolist()
+    [0, 3, 2]
+    """
+    num_kept = int((~finished).sum())
+    keep = np.arange(num_kept, dtype=np.int64)
+    keep[finished[:num_kept]] = num_kept + np.flatnonzero(~finished[num_kept:])
+    return keep
