@@ -15,6 +15,7 @@ from specdec.kernels.in_order_linear import in_order_linear
 from specdec.kernels.linear_tiles import Tile
 from specdec.kernels.norms import layer_norm, rms_norm
 from specdec.kernels.ragged_attention import ragged_attention
+from specdec.model_cache import cache_argument
 from specdec.rows import Rows
 
 ROW_COUNTS = (1, 2, 3, 5, 8, 16, 17, 33, 40, 64, 100, 160, 256)
@@ -154,9 +155,13 @@ def decoded(model: PreTrainedModel, sequences: Sequence[Tensor], num_checked: in
     for row, ids in enumerate(sequences):
         cache = DynamicCache(config=model.config)
         begin = len(ids) - num_checked
-        model(input_ids=ids[None, :begin], past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids[None, :begin], logits_to_keep=1, **cache_argument(model, cache))
         for i in range(num_checked):
-            yield row, i, model(input_ids=ids[None, begin + i : begin + i + 1], past_key_values=cache).logits[0]
+            yield (
+                row,
+                i,
+                model(input_ids=ids[None, begin + i : begin + i + 1], **cache_argument(model, cache)).logits[0],
+            )
 
 
 def padded(model: PreTrainedModel, sequences: Sequence[Tensor], num_checked: int) -> Found:

@@ -25,6 +25,7 @@ from specdec.invariant_attention import INVARIANT
 from specdec.invariant_guard import InvarianceGuard, own_arithmetic
 from specdec.kernels.in_order_linear import in_order_linear
 from specdec.kernels.norms import layer_norm, rms_norm
+from specdec.model_cache import cache_argument
 from specdec.stock import evaluating
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -134,6 +135,11 @@ def invariant_forward(name: str, module: nn.Module) -> Callable[[Tensor], Tensor
     raise UnsupportedModelError(f"{name} ({kind.__name__}) is not a plain LayerNorm over the last dimension")
 
 
+def is_invariant_forward(forward: Callable | None) -> bool:
+    """Whether it is one that `invariant_forward` made."""
+    return isinstance(forward, partial) and forward.func in (_linear, _layer_norm, _rms_norm)
+
+
 @torch.no_grad()
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     with own_arithmetic():
@@ -237,7 +243,7 @@ def bit_pairs(model: PreTrainedModel, logits: Tensor) -> Iterator[tuple[str, Ten
     ids = sequences[0][None]
     cache = DynamicCache(config=model.config)
     pieces = [
-        model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True, return_dict=True).logits[0]
+        model(input_ids=ids[:, begin:end], use_cache=True, return_dict=True, **cache_argument(model, cache)).logits[0]
         for begin, end in ((0, 8), (8, 9), (9, 10), (10, 15), (15, 16), (16, 19))
     ]
     yield "one forward and prefill, decoding and verification", logits, torch.cat(pieces)

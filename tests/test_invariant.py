@@ -42,6 +42,8 @@ from specdec.fused import can_fuse
 from specdec.invariant import invariant_forward, is_batch_invariant, rms_norm_variant
 from specdec.invariant_attention import INVARIANT, span_mask
 from specdec.invariant_guard import is_harmless
+from specdec.invariant_network import InvariantNetwork
+from specdec.model_cache import cache_argument
 from specdec.stock import StockNetwork
 
 SIZES = dict(
@@ -137,7 +139,8 @@ def test_logits_are_bitwise_equal_however_they_are_computed(name):
         cache = DynamicCache(config=model.config)
         longest = PROMPTS[2][None]
         pieces = [
-            model(input_ids=longest[:, a:b], past_key_values=cache).logits[0] for a, b in ((0, 4), (4, 5), (5, 11))
+            model(input_ids=longest[:, a:b], **cache_argument(model, cache)).logits[0]
+            for a, b in ((0, 4), (4, 5), (5, 11))
         ]
         assert torch.equal(torch.cat(pieces), alone[2])
 
@@ -164,10 +167,11 @@ def test_generate_runs_the_swapped_modules():
     calls = []
     with batch_invariant(model):
         assert not can_fuse(model)
-        network = build_network(model, 1, 32)
-        assert isinstance(network, StockNetwork) and network.attention == INVARIANT
+        assert isinstance(build_network(model, 1, 32), InvariantNetwork)
         swapped = model.lm_head.forward
         model.lm_head.forward = lambda x: (calls.append(len(x)), swapped(x))[1]
+        network = build_network(model, 1, 32)
+        assert isinstance(network, StockNetwork) and network.attention == INVARIANT
         specdec.generate(model, PROMPTS[0][None], max_new_tokens=4)
         model.lm_head.forward = swapped
     assert calls and can_fuse(model)

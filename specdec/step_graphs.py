@@ -1,0 +1,104 @@
+"""Decode steps as CUDA graphs: captured once per shape, replayed by one launch.
+
+A graph fixes shapes and addresses, so rows, width and the slots that attention looks at are rounded up to buckets and
+the inputs are copied into place. Rows and columns that pad a bucket compute something that nobody reads; their keys
+go to slots behind the texts, and no other row's bits depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.cache import RaggedCache
+from specdec.network import NetworkOutput
+
+MAX_STEP_WIDTH = 33  # the newest token and 32 draft tokens
+ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+ROWS_BEYOND = 32  # larger batches are rounded up to a multiple of it
+WIDTH_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, MAX_STEP_WIDTH)
+FEWEST_SLOTS = 1024
+
+Forward = Callable[[Tensor, Tensor, int, tuple[int, ...]], NetworkOutput]
+
+
+class CapturedStep(NamedTuple):
+    """token_ids: [rows, width] int64 and starts: [rows] int64, to be filled; output: overwritten by each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    token_ids: Tensor
+    starts: Tensor
+    output: NetworkOutput
+
+
+class StepGraphs:
+    """The graphs of one network over one cache; they share one pool of memory."""
+
+    def __init__(self, cache: RaggedCache):
+        """cache: its last MAX_STEP_WIDTH slots hold no text."""
+        self.cache = cache
+        self.pool = torch.cuda.graph_pool_handle()
+        self.captured: dict[tuple, CapturedStep] = {}
+
+    def replay(
+        self, forward: Forward, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]
+    ) -> NetworkOutput:
+        """As `Network.forward`. The result is valid until the next replay of the same shape.
+
+        forward: (token_ids, starts, used_slots, layers) of the cache's first rows, free of synchronisation; always
+            the same. It is not kept, since it owns these graphs: a cycle would be freed at any time, within a capture
+            too, which that would break.
+        """
+        rows, width = token_ids.shape
+        slots = min(slot_bucket(used_slots), self.cache.num_slots)
+        key = (row_bucket(rows), width_bucket(width), slots, layers)
+        step = self.captured.get(key) or self._capture(forward, *key)
+        step.token_ids[:rows, :width] = token_ids
+        step.starts[:rows] = starts
+        step.starts[rows:] = self.cache.num_slots - MAX_STEP_WIDTH
+        step.graph.replay()
+        logits, states = step.output
+        return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))
+
+    def _capture(self, forward: Forward, rows: int, width: int, slots: int, layers: tuple[int, ...]) -> CapturedStep:
+        token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
+        # The last slots of every row are behind any text, so trying the step out leaves no trace.
+        starts = torch.full((rows,), self.cache.num_slots - MAX_STEP_WIDTH, dtype=torch.long, device=self.cache.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward(token_ids, starts, slots, layers)  # compiles what is not compiled yet
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = forward(token_ids, starts, slots, layers)
+        self.captured[rows, width, slots, layers] = CapturedStep(graph, token_ids, starts, output)
+        return self.captured[rows, width, slots, layers]
+
+
+def row_bucket(rows: int) -> int:
+    """
+    >>> [row_bucket(rows) for rows in (1, 5, 33, 65)]
+    [1, 8, 48, 96]
+    """
+    return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), -(-rows // ROWS_BEYOND) * ROWS_BEYOND)
+
+
+def width_bucket(width: int) -> int:
+    """
+    >>> [width_bucket(width) for width in (1, 6, 10)]
+    [1, 6, 12]
+    """
+    return next(bucket for bucket in WIDTH_BUCKETS if bucket >= width)
+
+
+def slot_bucket(used_slots: int) -> int:
+    """A power of two: a text that grows meets few of them.
+
+    >>> [slot_bucket(slots) for slots in (7, 1024, 1025)]
+    [1024, 1024, 2048]
+    """
+    return max(FEWEST_SLOTS, 1 << (used_slots - 1).bit_length())
