@@ -1,0 +1,328 @@
+"""Filling in any places of a text with an any-subset model, exactly and with fewer network calls than tokens (ASSD).
+
+The loop of `decode.py` in rank order: a drafter proposes the tokens of the next ranks, one call gives the joint density
+of all of them, and the shared verification keeps what the model itself would have written one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.any_subset import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
+from specdec.config import MAX_SPECULATIVE_TOKENS, Randomness
+from specdec.drafter import Draft
+from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
+from specdec.generate import SpeculativeOutput
+from specdec.inputs import check_input_ids
+from specdec.kernels.distribution import Truncation
+from specdec.metrics import Speculation
+from specdec.options import is_whole
+from specdec.rows import Rows, StepReport
+from specdec.verify import GreedyVerification, SampledVerification, Verification
+
+if TYPE_CHECKING:
+    from specdec.drafters.any_subset import InfillDrafter, Sampling
+
+DRAFTERS = ("self", "ahead", "ngram")
+
+
+def infill(
+    model: PreTrainedModel | AnySubsetModel,
+    input_ids: Tensor,
+    mask: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    drafter: str | None = "self",
+    num_speculative_tokens: int = 5,
+    bonus_token: bool = True,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    verification: str = "token",
+    mask_token_id: int | None = None,
+    return_dict_in_generate: bool = False,
+) -> Tensor | SpeculativeOutput:
+    """Fill in the masked places of every row: greedily, token for token what the model writes one by one in ascending
+    order, or with `do_sample=True` by exact samples of its joint distribution.
+
+    model: an XLNetLMHeadModel, or an AnySubsetModel of yours.
+    input_ids: [rows, columns] integers; what stands at masked places is not read. mask: the same shape, bool, True at
+        the places to fill, which may differ from row to row in number and place. attention_mask: the same shape, 0 for
+        padding on either side.
+    drafter: "self" drafts by the model's own marginals, in a call of their own; "ahead" by marginals asked for in the
+        call that verifies the draft before; "ngram" by bigrams of the row; None fills in one token a call.
+    num_speculative_tokens: tokens drafted per row and step, 1 to 32.
+    bonus_token: behind a draft accepted in full, commit one more token of the same call. Without it, as in the paper,
+        drafts of one token gain nothing and are not made. Either way there are never more calls than tokens.
+    temperature, top_k, top_p: of sampling, applied to the model's conditionals.
+    seed: an int, or one per row; with the same seed a row's sample does not depend on its batch. generator: where a
+        seed is drawn from otherwise, by default torch's global generator.
+    verification: of sampled drafts, "token" or "block".
+    mask_token_id: the token that must never be written, by default `config.mask_token_id`.
+
+    Returns [rows, columns] int64; with `return_dict_in_generate=True` a `SpeculativeOutput` with `.sequences` and
+    `.speculation`, where `num_target_calls + num_draft_calls` are all network calls.
+
+    Raises SpecDecError (a ValueError) before any call of the network if something cannot be served, and NumericalError
+    if the model's logits become NaN.
+    """
+    from specdec.drafters.any_subset import Sampling
+
+    served = model if isinstance(model, AnySubsetModel) else XLNet(model)
+    if getattr(model, "training", False):
+        raise ConfigError("the model is in training mode, where dropout changes every call; call model.eval() first")
+    order = checked_order(served, input_ids, mask, attention_mask)
+    mask_token = checked_mask_token(served, mask_token_id)
+    check_visible_tokens(input_ids, order, mask_token)
+    check_drafting(drafter, num_speculative_tokens)
+    truncation = checked_truncation(do_sample, temperature, top_k, top_p)
+    randomness = Randomness(seed, generator, verification).checked(do_sample)
+    order = Order(*(part.to(served.device) for part in (order.positions, order.num_visible, order.lengths)))
+    rows = rows_of(input_ids.to(served.device).long(), order, num_speculative_tokens)
+    conditionals = Forbidding(conditionals_of(model, order, rows), mask_token)
+    sampling, verify = None, cast(Verification, GreedyVerification())
+    if do_sample:
+        sampling = Sampling(randomness.streams(len(rows), rows.device), truncation)
+        verify = SampledVerification(sampling.streams, truncation, verification)
+    by = drafter_of(drafter, conditionals, order, rows, sampling, served.vocab_size, num_speculative_tokens)
+    speculation = fill(rows, Filling(conditionals, by, verify, num_speculative_tokens, bonus_token))
+    sequences = sequences_of(rows, order, input_ids)
+    if return_dict_in_generate:
+        return SpeculativeOutput(sequences=sequences, speculation=speculation)
+    return sequences
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What one `fill` works with."""
+
+    conditionals: Conditionals
+    drafter: InfillDrafter | None
+    verification: Verification
+    num_speculative_tokens: int
+    bonus_token: bool = True
+
+
+@torch.no_grad()
+def fill(rows: Rows, filling: Filling) -> Speculation:
+    """Fill all rows to their limits."""
+    speculation = Speculation()
+    drafter, no_ends = filling.drafter, rows.token_ids.new_empty(0)
+    while len(rows):
+        draft, first = proposal(rows, filling)
+        num_ahead = drafter.num_ahead if drafter is not None else 0
+        scores = filling.conditionals.logits(rows, draft.token_ids, 1 + num_ahead)
+        density = scores[:, :, 0]
+        if first is not None:  # the same to the last bit: then the first draft token is certain to be accepted
+            density[:, 0] = first
+        done, fault = filling.verification(within_step(rows, draft, filling.bonus_token), draft, density, no_ends)
+        report = rows.read(done.num_committed, done.num_accepted, done.finished, fault, draft.token_ids, done.token_ids)
+        check_report(report)
+        speculation.add(report)
+        if drafter is not None:
+            drafter.observe(scores, done)
+        finished = rows.host_lengths >= rows.host_limits
+        if finished.any():
+            kept = rows.retire(finished)
+            filling.conditionals.keep_rows(kept)
+            if drafter is not None:
+                drafter.keep_rows(kept)
+    speculation.num_draft_calls = drafter.num_calls if drafter is not None else 0
+    return speculation
+
+
+def proposal(rows: Rows, filling: Filling) -> tuple[Draft, Tensor | None]:
+    """The step's draft, and the scores of its first place if drafting has computed them ([rows, vocab])."""
+    # A verifying call writes one token more than it accepts, or no more than were drafted.
+    least = 1 if filling.bonus_token else 2
+    remaining = rows.limits - rows.lengths
+    room = remaining - 1 if filling.bonus_token else remaining.masked_fill(remaining < 2, 0)
+    max_tokens = min(filling.num_speculative_tokens, rows.max_remaining - (1 if filling.bonus_token else 0))
+    if filling.drafter is None or max_tokens < least:
+        return Draft.empty(len(rows), rows.device), None
+    return filling.drafter.propose(rows, room, max_tokens)
+
+
+def within_step(rows: Rows, draft: Draft, bonus_token: bool) -> Rows:
+    """The same rows, with limits that leave no room for a bonus token unless it is wanted."""
+    if bonus_token:
+        return rows
+    num_drafted = (draft.token_ids >= 0).sum(1)
+    limited = copy.copy(rows)
+    limited.limits = torch.minimum(rows.limits, rows.lengths + num_drafted.clamp(min=1))
+    return limited
+
+
+def check_report(report: StepReport) -> None:
+    if report.fault.any():
+        raise NumericalError(
+            f"the model's logits are NaN in row {report.row_ids[int(report.fault.argmax())]}; check the weights and "
+            "the dtype (float16 overflows where bfloat16 or float32 do not)"
+        )
+
+
+def rows_of(input_ids: Tensor, order: Order, spare: int) -> Rows:
+    """The visible tokens as prompts, to be continued in rank order to each row's length."""
+    tokens = input_ids.gather(1, order.positions)
+    num_visible, lengths = order.num_visible.tolist(), order.lengths.tolist()
+    prompts = [row[:count].cpu() for row, count in zip(tokens, num_visible, strict=True)]
+    missing = [length - count for length, count in zip(lengths, num_visible, strict=True)]
+    # All columns have a slot, padding too, so that rows and their order are of one width.
+    return Rows(prompts, missing, spare + 1 + tokens.shape[1] - max(lengths), input_ids.device)
+
+
+def sequences_of(rows: Rows, order: Order, input_ids: Tensor) -> Tensor:
+    """The filled texts in the places of `input_ids`, [rows, columns] int64; padding stays as it came in."""
+    rank = torch.arange(input_ids.shape[1], device=rows.device)
+    assert rows.output_ids is not None
+    filled = rows.output_ids[:, : input_ids.shape[1]]
+    given = input_ids.to(rows.device).long()
+    chosen = torch.where(rank < order.lengths[:, None], filled, given.gather(1, order.positions))
+    return given.scatter(1, order.positions, chosen).to(input_ids.device)
+
+
+class Forbidding:
+    """Conditionals without the mask token, which is ruled out before anything is normalised: were its probability taken
+    away afterwards, p and q would sum to different things and samples be biased."""
+
+    def __init__(self, conditionals: Conditionals, mask_token_id: int):
+        self.conditionals, self.mask_token_id = conditionals, mask_token_id
+
+    def logits(self, rows: Rows, draft_ids: Tensor, width: int) -> Tensor:
+        logits = self.conditionals.logits(rows, draft_ids, width)
+        logits[..., self.mask_token_id] = float("-inf")
+        return logits
+
+    def keep_rows(self, index: Tensor) -> None:
+        self.conditionals.keep_rows(index)
+
+
+def checked_truncation(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> Truncation:
+    top_k, top_p = top_k or 0, 1.0 if top_p is None else top_p
+    if not do_sample and (temperature != 1.0 or top_k or top_p != 1.0):
+        raise ConfigError("temperature, top_k and top_p shape samples; pass do_sample=True with them")
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature!r} is not positive; for greedy filling leave do_sample out")
+    if not is_whole(top_k) or top_k < 0:
+        raise ConfigError(f"top_k={top_k!r} is no number of tokens; use 1 or more, or leave it out")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p!r} is outside (0, 1]; leave it out to keep all tokens")
+    return Truncation(float(temperature), int(top_k), float(top_p))
+
+
+def drafter_of(
+    name: str | None,
+    conditionals: Conditionals,
+    order: Order,
+    rows: Rows,
+    sampling: Sampling | None,
+    vocab_size: int,
+    num_speculative_tokens: int,
+) -> InfillDrafter | None:
+    from specdec.drafters.any_subset import AheadDraft, NgramDraft, SelfDraft
+
+    if name is None:
+        return None
+    if name == "self":
+        return SelfDraft(conditionals, sampling)
+    if name == "ahead":
+        return AheadDraft(num_speculative_tokens, sampling)
+    return NgramDraft(order, rows, vocab_size, sampling)
+
+
+def check_drafting(drafter: str | None, num_speculative_tokens: int) -> None:
+    if drafter is not None and drafter not in DRAFTERS:
+        raise DrafterError(
+            f"drafter={drafter!r} cannot draft for infilling; choose {', '.join(map(repr, DRAFTERS))}, or None"
+        )
+    k = num_speculative_tokens
+    if not is_whole(k) or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
+        raise ConfigError(
+            f"num_speculative_tokens={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for one token a "
+            "call pass drafter=None"
+        )
+
+
+def checked_mask_token(model: AnySubsetModel, mask_token_id: int | None) -> int:
+    token = model.mask_token_id if mask_token_id is None else mask_token_id
+    if token is None:
+        raise ConfigError(
+            "neither the model's config nor mask_token_id= says which token is the mask, and it must never be written; "
+            "pass mask_token_id=tokenizer.mask_token_id"
+        )
+    if not is_whole(token) or not 0 <= token < model.vocab_size:
+        raise ConfigError(f"mask_token_id={token!r} is no token of the vocabulary 0..{model.vocab_size - 1}")
+    return int(token)
+
+
+def checked_order(model: AnySubsetModel, input_ids: Tensor, mask: Tensor, attention_mask: Tensor | None) -> Order:
+    """The lattice order of the rows.
+
+    Raises InputError for masks of another shape or kind, that lie over padding, or that leave a row nothing to fill or
+    nothing to go by, and for texts longer than the model's positions.
+    """
+    if isinstance(input_ids, Tensor) and isinstance(mask, Tensor) and mask.shape == input_ids.shape:
+        input_ids = input_ids.masked_fill(mask.to(input_ids.device).bool(), 0)  # not read, so not checked
+    check_input_ids(input_ids, model.vocab_size)
+    mask = bool_of(mask, input_ids, "mask", "True at the places to fill, False elsewhere")
+    present = torch.ones_like(mask)
+    if attention_mask is not None:
+        present = bool_of(attention_mask, input_ids, "attention_mask", "1 for tokens and 0 for padding")
+    for row, (fills, there) in enumerate(zip(mask.cpu().numpy(), present.cpu().numpy(), strict=True)):
+        places = np.flatnonzero(there)
+        if (fills & ~there).any():
+            raise InputError(
+                f"mask and padding overlap in row {row}: column {int((fills & ~there).argmax())} is to be filled and "
+                "has attention_mask 0; set one of them right"
+            )
+        if not fills.any():
+            raise InputError(
+                f"row {row} has no mask, so nothing to fill; set mask=True somewhere, or leave the row out"
+            )
+        if not (there & ~fills).any():
+            raise InputError(
+                f"row {row} is masked all over; an any-subset model needs at least one visible token, such as the "
+                "beginning- or end-of-text token"
+            )
+        if places[-1] - places[0] + 1 != len(places):
+            raise InputError(f"row {row}'s attention_mask has a gap; only padding at its ends can be left out")
+        if model.max_positions is not None and len(places) > model.max_positions:
+            raise InputError(
+                f"row {row} has {len(places)} tokens, but the model has {model.max_positions} positions; cut the text "
+                "around the places to fill"
+            )
+    return Order.lattice(mask, present)
+
+
+def bool_of(values: Tensor, input_ids: Tensor, name: str, meaning: str) -> Tensor:
+    if not isinstance(values, Tensor) or values.shape != input_ids.shape:
+        shape = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise InputError(f"{name} is {shape}; it must be a tensor of the shape of input_ids, {list(input_ids.shape)}")
+    if values.dtype != torch.bool and not ((values == 0) | (values == 1)).all():
+        raise InputError(f"{name} holds values other than 0 and 1; pass {meaning}")
+    return values.bool()
+
+
+def check_visible_tokens(input_ids: Tensor, order: Order, mask_token_id: int) -> None:
+    """Raise InputError if a visible token is the mask token: it is no text, and mask= has forgotten it."""
+    tokens = input_ids.gather(1, order.positions.to(input_ids.device)).cpu()
+    visible = torch.arange(tokens.shape[1]) < order.num_visible.cpu()[:, None]
+    forgotten = (tokens == mask_token_id) & visible
+    if forgotten.any():
+        row = int(forgotten.any(1).long().argmax())
+        column = int(order.positions[row, int(forgotten[row].long().argmax())])
+        raise InputError(
+            f"row {row} has the mask token at column {column}, where mask is False; pass "
+            "mask=(input_ids == mask_token_id), or put a token there"
+        )
