@@ -7,27 +7,25 @@ difference is a tie where the target's margin is within twice the measured error
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.compatibility import check_architecture, check_lengths
+from specdec.compatibility import check_architecture, check_lengths, check_model
+from specdec.config import DEFAULT_SPECULATIVE_TOKENS, SpeculativeConfig, speculative_config
 from specdec.drafter import Drafter
+from specdec.environment import versions
 from specdec.errors import ConfigError, InputError
-from specdec.generate import DEFAULT_SPECULATIVE_TOKENS, check_model, choose_drafter
 from specdec.inputs import check_input_ids
 from specdec.metrics import Speculation
-from specdec.oracle import OnProgress, greedy_settings, run_plain, run_speculative, tell
+from specdec.oracle import OnProgress, Run, greedy_settings, run_plain, run_speculative, tell
 from specdec.referee import TIE_MULTIPLE, Referee, name_of
 from specdec.stock import evaluating
-from specdec.version import __version__
+from specdec.ways import Way, generate_options
 
 TIE, BUG = "tie", "bug"
 
@@ -57,8 +55,9 @@ class Divergence:
 class EquivalenceReport:
     """What `check_equivalence` found.
 
-    Rates count new tokens up to each row's end. margin_dtype: None if nothing had to be judged; margin_note: why it
-    is not float64. ignored_settings: what the model's generation config asks for and neither run did.
+    Rates count new tokens up to each row's end; plain decoding runs one prompt at a time. margin_dtype: None if nothing
+    had to be judged; margin_note: why it is not float64. options: further keywords of `generate`. ignored_settings:
+    what the model's generation config asks for and neither run did.
     """
 
     num_prompts: int
@@ -75,12 +74,17 @@ class EquivalenceReport:
     device: str
     margin_dtype: str | None
     margin_note: str
-    ignored_settings: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    ignored_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def equivalent(self) -> bool:
         """Whether every row is equal; a tie is a difference too."""
         return self.num_equal == self.num_prompts
+
+    @property
+    def num_ties(self) -> int:
+        return sum(divergence.kind == TIE for divergence in self.divergences)
 
     @property
     def only_ties(self) -> bool:
@@ -117,23 +121,62 @@ def check_equivalence(
 
     Raises SpecDecError before any token is generated if something cannot be checked.
     """
+    speculation = speculative_config(drafter, None if drafter is None else num_speculative_tokens)
+    way = Way(speculation.drafter.name, speculation.num_speculative_tokens, batch_size)
+    return check_matrix(model, prompts, [way], {way.drafter: speculation.drafter}, max_new_tokens, on_progress)[0]
+
+
+def check_matrix(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    ways: Sequence[Way],
+    drafters: Mapping[str, Drafter | PreTrainedModel | str],
+    max_new_tokens: int = 64,
+    on_progress: OnProgress | None = None,
+) -> list[EquivalenceReport]:
+    """`check_equivalence` for every way, against one plain run. drafters: by the names that the ways give them.
+
+    Raises SpecDecError before any token is generated if something cannot be checked.
+    """
     check_model(model)
-    chosen, k = choose_drafter(drafter, None, None if drafter is None else num_speculative_tokens, None, set())
-    check_prompts(model, prompts, chosen, batch_size, max_new_tokens)
+    configs = [
+        speculative_config(drafters.get(way.drafter), way.num_speculative_tokens, **generate_options(way))
+        for way in ways
+    ]
+    for way, config in zip(ways, configs, strict=True):
+        check_prompts(model, prompts, config, way.batch_size, max_new_tokens)
+    reports = []
     with greedy_settings(model) as ignored, evaluating(model):
-        # Packs, probes and compiles; long enough that drafts are verified.
-        warm_up = min(max_new_tokens, k + 2)
-        run_speculative(model, prompts[:batch_size], chosen, k, batch_size, warm_up)
-        run_plain(model, prompts[:1], warm_up)
+        run_plain(model, prompts[:1], min(max_new_tokens, 2))
         plain = run_plain(model, prompts, max_new_tokens, on_progress)
-        ours = run_speculative(model, prompts, chosen, k, batch_size, max_new_tokens, on_progress)
-        places = first_differences(plain.outputs, ours.outputs)
-        referee = Referee(model, k, batch_size) if places else None
-        divergences = []
-        for row, position in places.items():
-            assert referee is not None
-            divergences.append(judge(referee, row, position, prompts[row], plain.outputs[row], ours.outputs[row]))
-            tell(on_progress, "judging", 1)
+        for way, config in zip(ways, configs, strict=True):
+            # Packs, probes and compiles; long enough that drafts are verified.
+            warm_up = min(max_new_tokens, config.num_speculative_tokens + 2)
+            options = generate_options(way)
+            run_speculative(model, prompts[: way.batch_size], config, way.batch_size, warm_up, options=options)
+            ours = run_speculative(model, prompts, config, way.batch_size, max_new_tokens, on_progress, options)
+            reports.append(compare(model, prompts, way, config, max_new_tokens, plain, ours, on_progress))
+    return [replace(report, ignored_settings=ignored) for report in reports]
+
+
+def compare(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    way: Way,
+    config: SpeculativeConfig,
+    max_new_tokens: int,
+    plain: Run,
+    ours: Run,
+    on_progress: OnProgress | None,
+) -> EquivalenceReport:
+    """Judge each row's first difference, within `greedy_settings`."""
+    places = first_differences(plain.outputs, ours.outputs)
+    referee = Referee(model, config.num_speculative_tokens, way.batch_size) if places else None
+    divergences = []
+    for row, position in places.items():
+        assert referee is not None
+        divergences.append(judge(referee, row, position, prompts[row], plain.outputs[row], ours.outputs[row]))
+        tell(on_progress, "judging", 1)
     return EquivalenceReport(
         num_prompts=len(prompts),
         num_equal=len(prompts) - len(divergences),
@@ -141,20 +184,20 @@ def check_equivalence(
         plain_tokens_per_second=plain.tokens_per_second,
         speculative_tokens_per_second=ours.tokens_per_second,
         speculation=ours.speculation,
-        drafter=chosen.name,
-        batch_size=batch_size,
-        num_speculative_tokens=k,
+        drafter=config.drafter.name,
+        batch_size=way.batch_size,
+        num_speculative_tokens=config.num_speculative_tokens,
         max_new_tokens=max_new_tokens,
         dtype=name_of(model.dtype),
         device=str(model.device),
         margin_dtype=referee.margin_dtype if referee else None,
         margin_note=referee.margin_note if referee else "",
-        ignored_settings=ignored,
+        options=generate_options(way),
     )
 
 
 def check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Tensor], drafter: Drafter, batch_size: int, max_new_tokens: int
+    model: PreTrainedModel, prompts: Sequence[Tensor], config: SpeculativeConfig, batch_size: int, max_new_tokens: int
 ) -> None:
     """Raise SpecDecError for whatever `generate` would refuse in some later batch."""
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
@@ -174,9 +217,9 @@ def check_prompts(
         except InputError as error:
             raise InputError(f"prompt {row}: {error}") from None
     max_length = max(map(len, prompts)) + max_new_tokens
-    check_architecture(model)
+    check_architecture(model, config.layout)
     check_lengths(model, max_length, "target")
-    drafter.check(model, max_length)
+    config.drafter.check(model, max_length)
 
 
 def judge(
@@ -200,12 +243,3 @@ def first_differences(expected: Sequence[list[int]], actual: Sequence[list[int]]
         if position is not None:
             places[row] = position
     return places
-
-
-def versions() -> dict[str, str]:
-    return {
-        "specdec": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from specdec.drafter import Drafter
+from specdec.config import SpeculativeConfig
 from specdec.generate import generate
 from specdec.metrics import Speculation
 from specdec.rows import StepReport
@@ -108,13 +108,13 @@ def run_batched(model: PreTrainedModel, prompts: Sequence[Tensor], max_new_token
 def run_speculative(
     model: PreTrainedModel,
     prompts: Sequence[Tensor],
-    drafter: Drafter,
-    num_speculative_tokens: int,
+    config: SpeculativeConfig,
     batch_size: int,
     max_new_tokens: int,
     on_progress: OnProgress | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Our decoding in batches, within `greedy_settings`."""
+    """Our decoding in batches, within `greedy_settings`. options: further keywords of `generate`."""
     begin, outputs, speculation = now(model), [], Speculation()
 
     def on_commit(report: StepReport) -> None:
@@ -128,14 +128,15 @@ def run_speculative(
             model,
             ids,
             mask,
-            drafter=drafter,
-            num_speculative_tokens=num_speculative_tokens,
+            drafter=config.drafter,
+            num_speculative_tokens=config.num_speculative_tokens,
             on_commit=on_commit,
             max_new_tokens=max_new_tokens,
+            **(options or {}),
         )
         assert isinstance(sequences, Tensor)
         outputs += [until_end(row, ends_of(model), pad) for row in sequences[:, ids.shape[1] :].tolist()]
-        speculation.num_draft_calls += drafter.num_calls
+        speculation.num_draft_calls += config.drafter.num_calls
     return Run(outputs, now(model) - begin, speculation)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+
+from specdec.model_cache import cache_argument, returned_cache
 
 # |margin| <= TIE_MULTIPLE * error is a tie. If rounding alone exchanged two tokens, one run's margin is not below 0 and
 # the other's not above, so the float64 margin is at most what one run's margin is off by: the errors of two logits.
@@ -89,13 +91,13 @@ class Referee:
         logits: list[Tensor] = []
         cache = None
         if cuts[0] > 0:
-            cache = self.model(input_ids=token_ids[None, : cuts[0]], use_cache=True, **only_last(self.model, 1))
-            cache = cache.past_key_values
+            prompt = token_ids[None, : cuts[0]]
+            cache = returned_cache(self.model(input_ids=prompt, use_cache=True, **only_last(self.model, 1)))
             cache.batch_repeat_interleave(num_rows)
         for begin, end in pairwise(cuts):
             inputs = token_ids[begin:end].expand(num_rows, -1)
-            output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = self.model(input_ids=inputs, use_cache=True, **cache_argument(self.model, cache))
+            cache = returned_cache(output)
             logits = [*logits, output.logits][-width:]
         return torch.cat(logits, 1)[:, -width:]
 
@@ -111,13 +113,18 @@ class KeepFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def float64_throughout(model: PreTrainedModel) -> AbstractContextManager:
+    """Within it a float64 model computes nothing in float32; other models are left alone."""
+    return KeepFloat64() if model.dtype == torch.float64 else nullcontext()
+
+
 @torch.no_grad()
 def last_logits(model: PreTrainedModel, token_ids: Tensor, count: int = 1) -> Tensor:
     """Logits at the last `count` of [length] token ids, from one forward without a cache, [count, vocab].
 
     A float64 model stays in float64 throughout.
     """
-    with KeepFloat64() if model.dtype == torch.float64 else nullcontext():
+    with float64_throughout(model):
         output = model(input_ids=token_ids[None], use_cache=False, **only_last(model, count))
     return output.logits[0, -count:]
 

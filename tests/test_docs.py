@@ -55,6 +55,20 @@ def test_the_readmes_commands_run(command, monkeypatch):
     assert done.exit_code == 0, done.output
 
 
+def test_the_infilling_pages_python_runs(tmp_path):
+    from tiny_xlnet import tiny_xlnet
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "specdec/assets/demo_pair/target")
+    tokenizer.save_pretrained(tmp_path)
+    tiny_xlnet(vocab_size=len(tokenizer) + 1).save_pretrained(tmp_path)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for code in blocks((ROOT / "docs" / "infilling.md").read_text(), "python"):
+            exec(compile(code, "infilling.md", "exec"), {"folder": tmp_path})
+    assert re.search(r"^[1-7] calls$", out.getvalue(), re.M)
+
+
 def test_the_readmes_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", README, re.M))

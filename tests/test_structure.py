@@ -12,13 +12,13 @@ import pytest
 import specdec
 
 ROOT = Path(__file__).parent.parent
-# What a layer may import of the project; generate, infill and the CLI may also name drafters (lazily, below).
+# What a layer may import of the project; config, infill and the CLI may also name drafters (lazily, below).
 MAY_IMPORT = {
     "kernels": ("specdec.kernels",),
     "specdec": ("specdec",),
     "drafters": ("specdec",),
 }
-MAY_NAME_DRAFTERS = {"specdec/generate.py", "specdec/infill.py"}
+MAY_NAME_DRAFTERS = {"specdec/config.py", "specdec/infill.py"}
 
 
 def sources(layer):
@@ -55,6 +55,9 @@ def test_imports_go_one_way(layer):
 def test_public_names():
     assert specdec.__all__ == [
         "NO_TOKEN",
+        "AnySubsetModel",
+        "Completion",
+        "Completions",
         "ConfigError",
         "Draft",
         "Drafter",
@@ -73,6 +76,8 @@ def test_public_names():
         "batch_invariant",
         "check_equivalence",
         "generate",
+        "generate_many",
+        "infill",
         "make_batch_invariant",
         "speculative",
     ]
@@ -80,8 +85,24 @@ def test_public_names():
         assert hasattr(specdec, name)
 
 
+def test_the_command_line_answers_without_torch():
+    code = (
+        "import sys; from specdec.cli.app import app; from typer.testing import CliRunner; "
+        "assert CliRunner().invoke(app, ['check', '--help']).exit_code == 0; "
+        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_submodule_generate_does_not_hide_the_function():
+    import specdec.generate
+
+    assert callable(specdec.generate) and specdec.generate.__module__ == "specdec.generate"
+
+
 def test_importing_specdec_imports_no_drafter():
-    code = "import specdec, sys; print([m for m in sys.modules if m.startswith('specdec.drafters.')])"
+    code = "import specdec, sys; specdec.generate; print([m for m in sys.modules if m.startswith('specdec.drafters.')])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 

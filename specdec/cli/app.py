@@ -14,6 +14,11 @@ from typer.core import TyperGroup
 from specdec.cli.check import check
 from specdec.cli.demo import demo
 from specdec.cli.generate import generate
+from specdec.cli.infill import infill
+from specdec.cli.train import app as train
+from specdec.cli.train_any_subset import any_subset
+from specdec.cli.train_distill import distill
+from specdec.cli.train_heads import acceptance_head, disco
 from specdec.errors import SpecDecError
 from specdec.version import __version__
 
@@ -42,7 +47,13 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(generate)
+app.command()(infill)
 app.command()(demo)
+train.command()(distill)
+train.command()(acceptance_head)
+train.command()(disco)
+train.command()(any_subset)
+app.add_typer(train, name="train")
 
 
 def print_version(wanted: bool) -> None:

@@ -1,52 +1,52 @@
-"""`specdec check`: is the speculative output the target's own, token for token?"""
+"""`specdec check`: is the output the target's own, token for token? Of specdec in every setting, or of any engine."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from specdec.cli.common import (
-    BatchSizeOption,
-    DeviceOption,
-    DrafterOption,
-    DraftOption,
-    DraftTokensOption,
-    DtypeOption,
-    LimitOption,
-    MaxNewTokensOption,
-    TargetOption,
-    load_models,
-    print_table,
-    say_ignored,
-    stage_bars,
-)
+from specdec.cli.common import Count, DeviceOption, DraftOption, DtypeOption, LayoutOption, LimitOption, TargetOption
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from specdec.equivalence import EquivalenceReport
+CountsOption = Annotated[str, typer.Option(metavar="N,...", help="Prompts decoded together.")]
 
 
 def check(
     target: TargetOption,
     prompts: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="FILE",
             help=".txt (a prompt per line), .json (list of strings) or .jsonl (`prompt`, or first of `turns`).",
         ),
-    ],
+    ] = None,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Certify these outputs of any engine instead: .jsonl with `prompt_ids` or `prompt`, and "
+            "`completion_ids` or `completion`.",
+        ),
+    ] = None,
     draft: DraftOption = None,
-    drafter: DrafterOption = None,
-    batch_size: BatchSizeOption = 8,
-    num_speculative_tokens: DraftTokensOption = 5,
-    max_new_tokens: MaxNewTokensOption = 64,
+    drafter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Drafters: prompt_lookup, draft_model (of --draft), none."),
+    ] = None,
+    batch_size: CountsOption = "8",
+    num_speculative_tokens: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens drafted per prompt and step, 1 to 32.")
+    ] = "5",
+    layout: LayoutOption = None,
+    max_new_tokens: Annotated[
+        int | None, Count(help="Tokens to generate per prompt, by default 64; with --outputs the longest row's.")
+    ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Swap in the kernels that make half precision exact.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the report there.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="OUT", help="Write JUnit XML there, for CI.")] = None,
     allow_ties: Annotated[
         bool, typer.Option("--allow-ties", help="Succeed if all differences are numerical ties.")
     ] = False,
@@ -54,89 +54,37 @@ def check(
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Compare with transformers' plain decoding, token by token.
+    """Compare with plain greedy decoding, token by token.
 
-    Decodes every prompt with transformers' plain greedy `generate`, one at a time, then with specdec in batches. The
-    first difference of each prompt is judged: `tie` if the target's margin between the two tokens, recomputed in
-    float64, is within twice the measured error of a logit at that place, else `bug`. The error is the largest
-    difference between logits of one-token forwards, of (K+1)-token forwards, both in this dtype, and of float64.
+    Decodes every prompt with transformers' plain greedy `generate`, one at a time, then with specdec in batches, once
+    for every combination of the values given (8,16 and the like). The first difference of each prompt is judged:
+    `tie` if the target's margin between the two tokens, recomputed in float64, is within twice the measured error of
+    a logit at that place, else `bug`.
 
-    Exit status: 0 if all prompts are equal (with --allow-ties: or differ by ties only), 1 if not, 2 for bad input.
+    With --outputs, the rows of another engine are judged by one teacher-forced pass of the target, in --dtype, which
+    should be the engine's: equal, tie or bug, at every position. Ties pass: two engines round differently.
+
+    Exit status: 0 if all prompts are equal (or differ by ties only, where they pass), 1 if not, 2 for bad input.
     """
-    from specdec.equivalence import check_equivalence
-    from specdec.errors import ConfigError, DrafterError
-    from specdec.loading import read_prompts
+    from specdec.cli import check_matrix, check_outputs
+    from specdec.cli.common import Reports
+    from specdec.errors import ConfigError, InputError
 
-    if draft is None and drafter is None:
-        raise DrafterError("nothing to check against plain decoding; pass --draft FOLDER or --drafter NAME")
-    if json_path is not None and (json_path.is_dir() or not json_path.resolve().parent.is_dir()):
-        raise ConfigError(f"--json {str(json_path)!r} cannot be written; pass a file in a folder that exists")
-    texts = read_prompts(prompts, limit)
-    models = load_models(target, draft, drafter, device, dtype)
-    token_ids = models.encode(texts)
-    with stage_bars({"plain": len(texts), "speculative": len(texts)}) as on_progress:
-        report = check_equivalence(
-            models.target,
-            token_ids,
-            models.drafter,
-            batch_size,
-            num_speculative_tokens,
-            max_new_tokens,
-            on_progress,
+    if (prompts is None) == (outputs is None):
+        raise InputError("pass either --prompts FILE, to decode, or --outputs FILE, to certify what was decoded")
+    reports = Reports(json_path, junit).checked()
+    if outputs is None:
+        assert prompts is not None
+        axes = {"layout": layout}
+        choice = check_matrix.Choice(draft, drafter, batch_size, num_speculative_tokens, axes)
+        passed = check_matrix.run(
+            target, prompts, choice, max_new_tokens or 64, batch_invariant, reports, allow_ties, limit, dtype, device
         )
-    say_ignored(report.ignored_settings)
-    print_report(report, models.tokenizer)
-    if json_path is not None:
-        origin = {"target": target, "draft": draft, "prompts": str(prompts), "limit": limit}
-        command = shlex.join(["specdec", *sys.argv[1:]])
-        json_path.write_text(json.dumps({**report.to_dict(), **origin, "command": command}, indent=1) + "\n")
-    if not report.equivalent and not (allow_ties and report.only_ties):
+    else:
+        given = {"--draft": draft, "--drafter": drafter, "--layout": layout, "--limit": limit}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{name} {value} has no meaning for --outputs, which generates nothing; leave it out")
+        passed = check_outputs.run(target, outputs, max_new_tokens, batch_invariant, reports, dtype, device)
+    if not passed:
         raise typer.Exit(1)
-
-
-def print_report(report: EquivalenceReport, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The verdict, the divergences and the numbers."""
-    from specdec.referee import TIE_MULTIPLE
-
-    num_ties = sum(divergence.kind == "tie" for divergence in report.divergences)
-    typer.echo(f"{report.num_equal}/{report.num_prompts} prompts equal, token for token")
-    if report.divergences:
-        typer.echo(f"{num_ties} ties, {len(report.divergences) - num_ties} bugs:")
-        print_divergences(report, tokenizer)
-        if report.margin_dtype is not None:
-            note = f" ({report.margin_note})" if report.margin_note else ""
-            typer.echo(
-                f"margins in {report.margin_dtype}{note}; a tie is within {TIE_MULTIPLE} times noise or rounding"
-            )
-    typer.echo(
-        f"{report.drafter}, {report.num_speculative_tokens} draft tokens, {report.max_new_tokens} new tokens, "
-        f"{report.dtype} on {report.device}"
-    )
-    typer.echo(f"mean acceptance length {report.speculation.mean_acceptance_length:.2f}, ", nl=False)
-    typer.echo(f"draft acceptance rate {report.speculation.draft_acceptance_rate:.2f}")
-    typer.echo(f"plain, one by one:          {report.plain_tokens_per_second:8.1f} tokens/s")
-    typer.echo(f"speculative, batches of {report.batch_size}: {report.speculative_tokens_per_second:8.1f} tokens/s")
-
-
-def print_divergences(report: EquivalenceReport, tokenizer: PreTrainedTokenizerBase) -> None:
-    def named(token: int | None) -> str:
-        return "(ended)" if token is None else f"{token} {tokenizer.decode([token])!r}"
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3g}"
-
-    columns = ["prompt", "position", "expected", "actual", "margin", "noise", "rounding", "kind"]
-    rows = [
-        [
-            str(found.prompt),
-            str(found.position),
-            named(found.expected_token_id),
-            named(found.actual_token_id),
-            number(found.margin),
-            number(found.noise_all_tokens),
-            number(found.rounding),
-            found.kind,
-        ]
-        for found in report.divergences
-    ]
-    print_table(columns, rows)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,13 +21,20 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from specdec.junit import Case
     from specdec.loading import Prompt
     from specdec.oracle import OnProgress
 
-STAGES = {"plain": "plain greedy, one by one", "speculative": "specdec, in batches"}  # labels of progress bars
+STAGES = {
+    "plain": "plain greedy, one by one",
+    "speculative": "specdec, in batches",
+    "certifying": "teacher-forced",
+}  # labels of progress bars
 
 Folder, Count = partial(typer.Option, metavar="FOLDER"), partial(typer.Option, metavar="N", min=1)
-TargetOption = Annotated[str, Folder(help="The target model's checkpoint, with its tokenizer.")]
+TargetOption = Annotated[
+    str, typer.Option("--target", "--model", metavar="FOLDER", help="The target's checkpoint, with its tokenizer.")
+]
 DraftOption = Annotated[str | None, Folder(help="A draft model's checkpoint, with the target's tokenizer.")]
 DrafterOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="A drafter without a model, such as prompt_lookup.")
@@ -32,6 +42,9 @@ DrafterOption = Annotated[
 DraftTokensOption = Annotated[int, Count(max=32, help="Tokens drafted per prompt and step.")]
 BatchSizeOption = Annotated[int, Count(help="Prompts decoded together.")]
 MaxNewTokensOption = Annotated[int, Count(help="Tokens to generate per prompt.")]
+LayoutOption = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help="Layouts of the KV cache: ragged (the default), repad.")
+]
 LimitOption = Annotated[int | None, Count(help="Use only the first N prompts of the file.")]
 DtypeOption = Annotated[
     str | None,
@@ -44,11 +57,22 @@ DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Where to run:
 
 @dataclass(frozen=True)
 class Models:
-    """drafter: what `specdec.generate` takes as `drafter=`."""
+    """names: drafters without a model."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    drafter: PreTrainedModel | str | None
+    draft: PreTrainedModel | None
+    names: Sequence[str]
+
+    @property
+    def drafter(self) -> PreTrainedModel | str | None:
+        """What `specdec.generate` takes as `drafter=`, where there is one at most."""
+        return self.draft if self.draft is not None else next(iter(self.names), None)
+
+    def drafters(self) -> dict[str, PreTrainedModel | str]:
+        """What `specdec.generate` takes as `drafter=`, by name."""
+        named: dict[str, PreTrainedModel | str] = {name: name for name in self.names}
+        return named if self.draft is None else {"draft_model": self.draft, **named}
 
     def encode(self, prompts: list[Prompt]) -> list[Tensor]:
         from specdec.loading import encode_prompts
@@ -56,16 +80,22 @@ class Models:
         return encode_prompts(self.tokenizer, prompts)
 
 
-def load_models(target: str, draft: str | None, drafter: str | None, device: str, dtype: str | None) -> Models:
-    """Everything that can be wrong without the weights is said before they are read."""
+def load_models(
+    target: str, draft: str | None, drafters: str | Sequence[str] | None, device: str, dtype: str | None
+) -> Models:
+    """Everything that can be wrong without the weights is said before they are read.
+
+    drafters: one drafter in place of a draft model, or a list of them beside it.
+    """
     from specdec.drafters.registry import resolve
     from specdec.errors import DrafterError
     from specdec.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
 
-    if draft is not None and drafter is not None:
-        raise DrafterError(f"--draft {draft} and --drafter {drafter} both choose a drafter; pass one of them")
-    if drafter is not None:
-        resolve(drafter)
+    if draft is not None and isinstance(drafters, str):
+        raise DrafterError(f"--draft {draft} and --drafter {drafters} both choose a drafter; pass one of them")
+    names = [drafters] if isinstance(drafters, str) else list(drafters or ())
+    for name in names:
+        resolve(name)
     place = resolve_device(device)
     target_folder = find_checkpoint(target, "target")
     draft_folder = find_checkpoint(draft, "draft") if draft is not None else None
@@ -76,7 +106,46 @@ def load_models(target: str, draft: str | None, drafter: str | None, device: str
     with Console(stderr=True).status("loading"):
         model = load_model(target_folder, "target", place, dtype)
         draft_model = load_model(draft_folder, "draft", place, dtype) if draft_folder is not None else None
-    return Models(model, tokenizer, draft_model if draft_model is not None else drafter)
+    return Models(model, tokenizer, draft_model, names)
+
+
+def invariant_if(wanted: bool, model: PreTrainedModel) -> AbstractContextManager:
+    """`batch_invariant(model)` where it is wanted."""
+    import torch
+
+    from specdec.invariant import batch_invariant
+
+    if wanted and model.device.type == "cpu":
+        torch.set_num_threads(1)  # several would share element-wise operations in ways that depend on the batch
+    return batch_invariant(model) if wanted else nullcontext()
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Files to write beside what is printed; None for those that nobody asked for."""
+
+    json: Path | None = None
+    junit: Path | None = None
+
+    def checked(self) -> Reports:
+        """Raise ConfigError before any work for a file that cannot be written."""
+        from specdec.errors import ConfigError
+
+        for name, path in (("--json", self.json), ("--junit", self.junit)):
+            if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+                raise ConfigError(f"{name} {str(path)!r} cannot be written; pass a file in a folder that exists")
+        return self
+
+    def write_json(self, report: Mapping[str, Any]) -> None:
+        if self.json is not None:
+            command = shlex.join(["specdec", *sys.argv[1:]])
+            self.json.write_text(json.dumps({**report, "command": command}, indent=1) + "\n")
+
+    def write_junit(self, suite: str, cases: Sequence[Case]) -> None:
+        from specdec.junit import write_junit
+
+        if self.junit is not None:
+            write_junit(self.junit, suite, cases)
 
 
 def quiet_transformers() -> None:

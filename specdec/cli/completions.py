@@ -12,8 +12,9 @@ import typer
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from specdec.cli.common import Models, say_ignored, stage_bars
+from specdec.config import speculative_config
 from specdec.equivalence import check_prompts
-from specdec.generate import choose_drafter, generate
+from specdec.generate import generate
 from specdec.loading import Prompt
 from specdec.metrics import Speculation
 from specdec.oracle import greedy_settings, left_pad, now, tell
@@ -53,11 +54,13 @@ def print_completions(
     num_speculative_tokens: int | None,
     max_new_tokens: int,
     as_json: bool,
+    layout: str = "ragged",
 ) -> None:
     """A single prompt's text streams; several are printed as they finish; a summary goes to stderr."""
     model, token_ids = models.target, models.encode(prompts)
-    drafter, k = choose_drafter(models.drafter, None, num_speculative_tokens, None, set())
-    check_prompts(model, token_ids, drafter, batch_size, max_new_tokens)
+    speculation = speculative_config(models.drafter, num_speculative_tokens, layout=layout)
+    drafter, k = speculation.drafter, speculation.num_speculative_tokens
+    check_prompts(model, token_ids, speculation, batch_size, max_new_tokens)
     streams = len(prompts) == 1 and not as_json
     streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     total = Speculation()
@@ -85,6 +88,7 @@ def print_completions(
                 mask,
                 drafter=drafter,
                 num_speculative_tokens=k,
+                layout=layout,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
                 on_commit=on_commit,

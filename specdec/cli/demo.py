@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from specdec.drafter import Drafter
+    from specdec.config import SpeculativeConfig
     from specdec.oracle import OnProgress, Run
 
 NUM_PROMPTS = 8
@@ -35,8 +35,8 @@ def demo(
     Decodes eight prompts in under a minute on a CPU, with small models of Python code that come with specdec.
     Exit status 1 if any output differs from transformers' plain greedy decoding of that prompt alone.
     """
+    from specdec.config import speculative_config
     from specdec.equivalence import check_prompts, first_differences
-    from specdec.generate import choose_drafter
     from specdec.loading import read_prompts
     from specdec.oracle import greedy_settings, run_plain
 
@@ -44,9 +44,9 @@ def demo(
     texts = read_prompts(folder / "prompts.json", NUM_PROMPTS)
     loaded = load_models(str(folder / "target"), str(folder / "draft"), None, "cpu", None)
     model, prompts = loaded.target, loaded.encode(texts)
-    drafter, k = choose_drafter(loaded.drafter, None, num_speculative_tokens, None, set())
-    check_prompts(model, prompts, drafter, len(prompts), max_new_tokens)
-    ways = ways_to_decode(model, prompts, drafter, k)
+    speculation = speculative_config(loaded.drafter, num_speculative_tokens)
+    check_prompts(model, prompts, speculation, len(prompts), max_new_tokens)
+    ways = ways_to_decode(model, prompts, speculation)
     totals = {"plain": len(prompts), "measuring": len(ways) * (NUM_REPEATS + 1)}
     with greedy_settings(model), stage_bars(totals) as on_progress:
         oracle = run_plain(model, prompts, max_new_tokens, on_progress).outputs
@@ -71,17 +71,17 @@ def shipped_pair() -> Path:
 
 
 def ways_to_decode(
-    model: PreTrainedModel, prompts: list[Tensor], drafter: Drafter, num_speculative_tokens: int
+    model: PreTrainedModel, prompts: list[Tensor], speculation: SpeculativeConfig
 ) -> dict[str, Callable[[int], Run]]:
     """Name -> a function of max_new_tokens; each decodes all prompts in one batch."""
-    from specdec.drafter import NoDrafts
+    from specdec.config import speculative_config
     from specdec.oracle import run_batched, run_speculative
 
     rows = len(prompts)
     return {
         f"transformers, batch of {rows}": lambda length: run_batched(model, prompts, length),
-        PLAIN: lambda length: run_speculative(model, prompts, NoDrafts(), 1, rows, length),
-        SPECULATIVE: lambda length: run_speculative(model, prompts, drafter, num_speculative_tokens, rows, length),
+        PLAIN: lambda length: run_speculative(model, prompts, speculative_config(None, None), rows, length),
+        SPECULATIVE: lambda length: run_speculative(model, prompts, speculation, rows, length),
     }
 
 

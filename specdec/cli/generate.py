@@ -38,6 +38,22 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON per prompt, with token ids and acceptance.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Write rows to this file as they finish; the same command goes on where it was interrupted.",
+        ),
+    ] = None,
+    layout: Annotated[str, typer.Option(metavar="NAME", help="ragged, repad or grouped; the text is the same.")] = (
+        "ragged"
+    ),
+    kv_tokens: Annotated[
+        int | None, Count(help="With --out: the most tokens that the target's cache may have room for.")
+    ] = None,
+    order: Annotated[
+        str, typer.Option(metavar="ORDER", help="With --out: arrival, or longest_first, which reads all prompts first.")
+    ] = "arrival",
     limit: LimitOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -48,7 +64,7 @@ def generate(
     config says. Without a drafter it is plain decoding.
     """
     from specdec.cli.completions import print_completions
-    from specdec.errors import InputError
+    from specdec.errors import ConfigError, InputError
     from specdec.loading import Prompt, read_prompts
 
     if (prompt is None) == (prompts is None):
@@ -56,5 +72,17 @@ def generate(
     if prompt == "":
         raise InputError("--prompt is empty; give it at least one token")
     texts = [Prompt(prompt, "--prompt")] if prompt is not None else read_prompts(Path(str(prompts)), limit)
+    if out is None:
+        given = {"--kv-tokens": kv_tokens is not None, "--order": order != "arrival"}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise ConfigError(f"{name} is for prompts that are written to a file; pass --out FILE.jsonl with it")
+    elif as_json:
+        raise ConfigError("--json prints rows, --out writes them to a file; pass one of them")
     models = load_models(target, draft, drafter, device, dtype)
-    print_completions(models, texts, batch_size, num_speculative_tokens, max_new_tokens, as_json)
+    if out is not None:
+        from specdec.cli.to_file import write_completions
+
+        speculation = batch_size, num_speculative_tokens, max_new_tokens
+        write_completions(models, texts, out, *speculation, layout, kv_tokens, order)
+        return
+    print_completions(models, texts, batch_size, num_speculative_tokens, max_new_tokens, as_json, layout)

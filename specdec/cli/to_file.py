@@ -1,0 +1,92 @@
+"""Continues a file of prompts into a file of rows, from where an earlier run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedModel
+
+from specdec.cli.common import Models, say_ignored
+from specdec.cli.completions import print_summary
+from specdec.fingerprint import Fingerprint
+from specdec.generate_many import Completion, generate_many
+from specdec.loading import Prompt
+from specdec.oracle import greedy_settings
+from specdec.output_file import OutputFile
+
+
+def write_completions(
+    models: Models,
+    prompts: Sequence[Prompt],
+    out: Path,
+    max_rows: int,
+    num_speculative_tokens: int | None,
+    max_new_tokens: int,
+    layout: str,
+    kv_tokens: int | None,
+    order: str,
+) -> None:
+    """Rows are written as they finish, each once; a bar and tokens/s on stderr."""
+    token_ids = models.encode(list(prompts))
+    # Neither batch nor layout nor order change a row, so they may differ when a run is continued.
+    settings = {
+        "target": fingerprint(models.target),
+        "draft": fingerprint(models.drafter) if isinstance(models.drafter, PreTrainedModel) else models.drafter,
+        "num_speculative_tokens": num_speculative_tokens,
+        "max_new_tokens": max_new_tokens,
+        "dtype": str(models.target.dtype),
+    }
+    with greedy_settings(models.target) as ignored:
+        say_ignored(ignored)
+        # The run checks all prompts, also those that are done, before the file is begun.
+        options: dict[str, Any] = dict(
+            drafter=models.drafter, num_speculative_tokens=num_speculative_tokens, layout=layout
+        )
+        options |= dict(max_rows=max_rows, kv_tokens=kv_tokens, order=order, max_new_tokens=max_new_tokens)
+        generate_many(models.target, token_ids, **options).close()
+        file = OutputFile(out, settings, [prompt.text for prompt in prompts])
+        try:
+            left = [index for index in range(len(prompts)) if index not in file.done]
+            if file.done:
+                typer.echo(f"{out}: {len(file.done)} of {len(prompts)} rows are there, going on", err=True)
+            run = generate_many(models.target, [token_ids[index] for index in left], **options)
+            begin = time.perf_counter()
+            with progress() as bar:
+                task = bar.add_task("rows", total=len(prompts), completed=len(file.done), rate="")
+                for done in run:
+                    index = left[done.index]
+                    file.append(row_of(models, prompts[index], index, done))
+                    rate = run.speculation.num_new_tokens / (time.perf_counter() - begin)
+                    bar.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
+            if left:
+                print_summary(run.speculation, time.perf_counter() - begin, models.drafter is not None)
+        finally:
+            file.close()
+
+
+def row_of(models: Models, prompt: Prompt, index: int, done: Completion) -> dict:
+    text = models.tokenizer.decode(done.token_ids, skip_special_tokens=True)
+    numbers = asdict(done)
+    own = {"index": index, "id": prompt.id, "prompt": prompt.text, "completion": text}
+    own |= {"prompt_ids": numbers.pop("prompt_ids"), "completion_ids": numbers.pop("token_ids")}
+    del numbers["index"]
+    return {**own, **numbers}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells checkpoints apart."""
+    return sha256(json.dumps(asdict(Fingerprint.of(model)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True))
