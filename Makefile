@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
 PYTEST_ARGS ?=
+# Test processes; the tests keep to one thread each.
+JOBS ?= auto
 BENCH_ARGS ?=
 BIN := $(VENV)/bin
 
@@ -22,11 +24,11 @@ demo: setup
 	$(BIN)/specdec demo
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 # The equality suites in full: every held-out prompt, every batch size, K from 1 to 8.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
 
 # The same tests on the oldest transformers that the package admits.
 test-oldest:
