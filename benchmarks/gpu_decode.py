@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import specdec
 from specdec import StepReport, invariant_network
+from specdec.environment import environment
 from specdec.invariant_network import InvariantForward
 from specdec.loading import read_prompts
 from specdec.step_graphs import row_bucket
@@ -258,9 +260,9 @@ def main() -> None:
     batch_sizes = [int(size) for size in arguments.batch_sizes.split(",")]
     draft_lengths = [int(k) for k in arguments.num_speculative_tokens.split(",")]
     record = Record(arguments.out, {
+        **environment(torch.device("cuda"), ["benchmarks/gpu_decode.py", *sys.argv[1:]]),
         "stand_ins": f"{arguments.target_shape} and {arguments.draft_shape} of Qwen3 from {arguments.pair.name}",
-        "device": torch.cuda.get_device_name(), "dtype": "bfloat16", "context": arguments.context,
-        "torch": torch.__version__, "specdec": specdec.__version__,
+        "dtype": "bfloat16", "context": arguments.context,
     })  # fmt: skip
     if "copy" in parts:
         record.add("copy", {"gb_s": round(copy_bandwidth() / 1e9)})
