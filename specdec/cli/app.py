@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from specdec.cli.bench import app as bench
 from specdec.cli.check import check
 from specdec.cli.demo import demo
 from specdec.cli.generate import generate
@@ -49,6 +50,7 @@ app.command()(check)
 app.command()(generate)
 app.command()(infill)
 app.command()(demo)
+app.add_typer(bench, name="bench")
 train.command()(distill)
 train.command()(acceptance_head)
 train.command()(disco)

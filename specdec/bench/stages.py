@@ -15,24 +15,32 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measure import run, synchronise
-from methods import Method, Pair
 
 import specdec.drafters.draft_model
 import specdec.target
+from specdec.bench.latency import synchronise
+from specdec.bench.measure import run
+from specdec.bench.methods import Method, Pair
 from specdec.cache import RaggedCache
-from specdec.drafters.draft_model import DraftModel
-from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.registry import DRAFTERS, drafter_class
 from specdec.layout.repad import RepadCache
 from specdec.target import Target
 
 OTHER = "other"
+
+
+def own_methods(name: str) -> list[tuple[Any, str]]:
+    """The method of that name of every registered drafter that has one of its own."""
+    classes: list[Any] = [drafter_class(drafter) for drafter in DRAFTERS]
+    return [(owner, name) for owner in classes if name in vars(owner)]
+
+
 # stage -> (owner, attribute) of what it times
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "set-up": [(specdec.target, "build_network"), (specdec.drafters.draft_model, "build_network")],
     "target prefill": [(Target, "prefill")],
-    "draft prefill": [(DraftModel, "start")],
-    "draft": [(DraftModel, "propose"), (PromptLookup, "propose")],
+    "draft prefill": own_methods("start"),
+    "draft": own_methods("propose") + own_methods("observe"),
     "verify": [(Target, "verify")],
     "commit": [(Target, "_commit")],
     "realign": [(RepadCache, "realign")],
@@ -90,12 +98,10 @@ def profile(pair: Pair, method: Method, num_repeats: int) -> dict:
             total_seconds += sum(seconds)
     stages = {stage: clock.seconds[stage] for stage in STAGES}
     stages[OTHER] = total_seconds - sum(stages.values())
+    assert speculation is not None
     num_steps = max(speculation.num_target_calls * num_repeats, 1)
     num_draft_calls = speculation.num_draft_calls * num_repeats
     return {
-        "method": method.name,
-        "batch_size": method.batch_size,
-        "num_speculative_tokens": method.num_speculative_tokens,
         "seconds": stages,
         "share": {stage: seconds / total_seconds for stage, seconds in stages.items()},
         "verify_ms_per_call": 1e3 * stages["verify"] / num_steps,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +10,25 @@ from dataclasses import dataclass, field
 
 import psutil
 import torch
-from methods import Batch, Decoded, Method, Pair, batches, new_tokens, total
 
 from specdec import Speculation
+from specdec.bench.latency import RowTimes, StepClock, synchronise
+from specdec.bench.memory import PeakMemory
+from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, new_tokens, total
+from specdec.bench.statistics import Timing
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A run of its own, with a clock inside the calls, which the timed runs do without.
+
+    rows: of each prompt. num_target_forwards: of a peer, all forwards of the target; of ours None, `Speculation` says.
+    peak_memory_mib: None where the system does not tell.
+    """
+
+    rows: list[RowTimes]
+    num_target_forwards: int | None
+    peak_memory_mib: float | None
 
 
 @dataclass
@@ -21,8 +36,9 @@ class Result:
     """What one method did.
 
     outputs: new tokens per prompt, as the check run wrote them. num_equal: prompts whose outputs were the
-    reference's in the check run and in every timed run. seconds: [repeat][batch], empty if it was not timed.
-    foreign_cores: [repeat], cores that other processes kept busy meanwhile; a quiet machine shows about 0.
+    reference's in the check run and in every timed run. seconds: [repeat][call], empty if it was not timed; a call
+    decodes one batch. foreign_cores: [repeat], cores that other processes kept busy meanwhile; a quiet machine shows
+    about 0.
     """
 
     method: Method
@@ -31,6 +47,7 @@ class Result:
     speculation: Speculation | None
     seconds: list[list[float]] = field(default_factory=list)
     foreign_cores: list[float] = field(default_factory=list)
+    observed: Observed | None = None
 
     @property
     def all_equal(self) -> bool:
@@ -41,25 +58,37 @@ class Result:
         """Ours and wrong: its speed means nothing."""
         return self.method.is_ours and not self.all_equal
 
-    def tokens_per_second(self, prompts: Sequence[int] | None = None) -> list[float]:
-        """One figure per repeat, over all prompts or, at batch 1, over the chosen ones."""
-        if prompts is None:
-            num_tokens = sum(len(tokens) for tokens in self.outputs)
-            return [num_tokens / sum(repeat) for repeat in self.seconds]
+    @property
+    def is_timed(self) -> bool:
+        return bool(self.seconds)
+
+    @property
+    def timing(self) -> Timing:
+        size = self.method.batch_size
+        counts = [len(tokens) for tokens in self.outputs]
+        calls = [sum(counts[first : first + size]) for first in range(0, len(counts), size)]
+        return Timing.of(self.seconds, calls)
+
+    def timing_of(self, prompts: Sequence[int]) -> Timing:
+        """Of some prompts alone, whose time is known at batch 1."""
         if self.method.batch_size != 1:
             raise ValueError(f"the time of single prompts is known at batch 1, not at {self.method.batch_size}")
-        num_tokens = sum(len(self.outputs[i]) for i in prompts)
-        return [num_tokens / sum(repeat[i] for i in prompts) for repeat in self.seconds]
+        return self.timing.only(prompts)
 
 
 def measure(
-    pair: Pair, reference_method: Method, methods: Sequence[Method], num_repeats: int, log: Callable[[str], None]
+    pair: Pair,
+    reference: Sequence[list[int]],
+    methods: Sequence[Method],
+    num_repeats: int,
+    log: Callable[[str], None],
+    observing: bool = True,
 ) -> list[Result]:
-    """Check every method's token ids against the reference method's, which also warms it up; then time them.
+    """Check every method's token ids against the reference's, which also warms it up; then time them, then look inside.
 
-    Methods of ours that are not equal are not timed. Each repeat runs every method once, starting at another one.
+    reference: of each prompt, new tokens of transformers' plain greedy decoding of it alone. Methods of ours that are
+    not equal are not timed. Each repeat runs every method once, starting at another one.
     """
-    reference, _, _ = run(pair, reference_method)
     results = []
     for method in methods:
         outputs, _, speculation = run(pair, method)
@@ -80,27 +109,55 @@ def measure(
     for result in results:
         if result.refused:
             result.seconds.clear()
+        elif observing:
+            result.observed = observe(pair, result.method)
     return results
 
 
 @torch.no_grad()
 def run(pair: Pair, method: Method) -> tuple[list[list[int]], list[float], Speculation | None]:
     """New tokens per prompt, seconds per batch, and our statistics; inputs are on the device before the clock runs."""
-    outputs, seconds, statistics_ = [], [], []
+    outputs, seconds, statistics = [], [], []
     gc.collect()
     for batch in batches(pair, method.batch_size):
         decoded, elapsed = timed_decode(method, batch)
         outputs += new_tokens(decoded, batch, pair.eos_ids)
         seconds.append(elapsed)
         if decoded.speculation is not None:
-            statistics_.append(decoded.speculation)
-    return outputs, seconds, total(statistics_) if statistics_ else None
+            statistics.append(decoded.speculation)
+    return outputs, seconds, total(statistics) if statistics else None
+
+
+@torch.no_grad()
+def observe(pair: Pair, method: Method) -> Observed:
+    """Decode everything once more with a clock inside."""
+    gc.collect()
+    rows: list[RowTimes] = []
+    num_forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_forwards
+        num_forwards += 1
+
+    # A hook on the model would turn our own short forward away, so only peers are counted by one.
+    hook = None if method.is_ours else pair.target.register_forward_pre_hook(count)
+    peak = PeakMemory(pair.target.device)
+    try:
+        for batch in batches(pair, method.batch_size):
+            clock = StepClock(pair.target.device)
+            clock.begin()
+            decoded = method.decode(batch, clock)
+            rows += clock.rows(new_tokens(decoded, batch, pair.eos_ids))
+    finally:
+        if hook is not None:
+            hook.remove()
+    return Observed(rows, None if method.is_ours else num_forwards, peak.mib())
 
 
 class ForeignLoad:
     """Cores that processes other than this one keep busy, from its making on."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.begin = self._read()
 
     def cores(self) -> float:
@@ -124,35 +181,9 @@ def timed_decode(method: Method, batch: Batch) -> tuple[Decoded, float]:
     return decoded, time.perf_counter() - begin
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def count_equal(outputs: Sequence[list[int]], reference: Sequence[list[int]]) -> int:
     """Prompts with the same token ids, of all; a missing prompt is an error, not a match."""
     return sum(ours == theirs for ours, theirs in zip(outputs, reference, strict=True))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of repeats with its range."""
-
-    median: float
-    min: float
-    max: float
-    repeats: tuple[float, ...]
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread | None:
-        """None without values."""
-        return Spread(statistics.median(values), min(values), max(values), tuple(values)) if values else None
-
-
-def speedup(result: Result, baseline: Result, prompts: Sequence[int] | None = None) -> Spread | None:
-    """Tokens per second over the baseline's, repeat by repeat; the median of these ratios."""
-    ours, theirs = result.tokens_per_second(prompts), baseline.tokens_per_second(prompts)
-    return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)]) if ours else None
 
 
 def log_to_stderr(line: str) -> None:

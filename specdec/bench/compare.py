@@ -1,0 +1,205 @@
+"""Two records of the same work: what has become slower, beyond what chance and the machine explain.
+
+Two runs meet another machine, or the same one at another hour, so tokens per second are compared as multiples of
+transformers' plain decoding in the same repeat of the same run. The ratio of these multiples, after over before, has a
+bootstrap interval: repeats are drawn anew in each record, calls (batches of prompts) in both alike. Its confidence is
+shared among all methods compared, so that the chance of any false alarm is that of one comparison. A method is slower
+only if the whole interval lies below 1 - min_effect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specdec.bench.methods import PLAIN
+from specdec.bench.record import FORMAT, label_of
+from specdec.bench.statistics import CONFIDENCE, Timing, interval, resampled_calls, resampled_rates, resampled_repeats
+from specdec.errors import ConfigError, InputError
+
+MIN_EFFECT = 0.05
+MIN_REPEATS = 3
+SLOWER, FASTER, SAME, UNCLEAR, NOT_EQUAL = "slower", "faster", "same", "unclear", "not equal any more"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One method. before, after: its speedup over plain decoding, median over repeats; None where not timed.
+    ratio, low, high: after over before, with the bootstrap interval. verdict: `SLOWER` and its kind above; same means
+    that the interval lies within 1 +- min_effect, unclear that it reaches across a limit."""
+
+    suite: str
+    label: str
+    before: float | None
+    after: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+
+    @property
+    def is_regression(self) -> bool:
+        return self.verdict in (SLOWER, NOT_EQUAL)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """min_effect: the least change that counts. only_before, only_after: methods that one record lacks.
+    notes: what else differs between the runs. plain: tokens/s of plain decoding, after over before, by batch size."""
+
+    changes: list[Change]
+    min_effect: float
+    confidence: float
+    only_before: list[str]
+    only_after: list[str]
+    plain: dict[str, float]
+    notes: list[str]
+
+    @property
+    def regressions(self) -> list[Change]:
+        return [change for change in self.changes if change.is_regression]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"num_regressions": len(self.regressions), **asdict(self)}
+
+
+def read_record(path: Path) -> dict:
+    """Raises InputError for what is no record of `specdec bench`."""
+    try:
+        record = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"record {str(path)!r} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"record {str(path)!r} is not JSON: {error}") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise InputError(f"{str(path)!r} is no record of this specdec bench (format {found!r}, not {FORMAT}); run it")
+    return record
+
+
+def compare(before: dict, after: dict, min_effect: float = MIN_EFFECT, seed: int = 0) -> Comparison:
+    """Raises ConfigError if the records are not of the same work, or have too few repeats to compare."""
+    if not 0 <= min_effect < 1:
+        raise ConfigError(f"min_effect={min_effect} is no share; pass 0 to below 1, such as {MIN_EFFECT}")
+    check_same_work(before, after)
+    olds, news = ({(e["suite"], label_of(e)): e for e in record["results"]} for record in (before, after))
+    ours = [key for key in olds if key in news and olds[key]["is_ours"]]
+    if not ours:
+        raise ConfigError("the records have no method of ours in common; run both with the same drafters and batches")
+    confidence = 1 - (1 - CONFIDENCE) / len(ours)
+    changes = [
+        change_of(key, olds[key], news[key], baselines(olds, key), baselines(news, key), confidence, min_effect, seed)
+        for key in ours
+    ]
+    plain = {
+        f"{suite}, {label}": rate_of(news[suite, label]) / rate_of(old)
+        for (suite, label), old in olds.items()
+        if old["method"] == PLAIN and (suite, label) in news
+    }
+    only_before, only_after = (
+        [", ".join(key) for key in ones if key not in others] for ones, others in ((olds, news), (news, olds))
+    )
+    return Comparison(changes, min_effect, confidence, only_before, only_after, plain, differences(before, after))
+
+
+def check_same_work(before: dict, after: dict) -> None:
+    wanted: dict[str, Callable[[dict], Any]] = {
+        "models": lambda record: record["models"],
+        "prompts": lambda record: {suite["name"]: suite["digest"] for suite in record["suites"]},
+        **{name: lambda record, name=name: record[name] for name in ("max_new_tokens", "dtype", "device")},
+    }
+    for name, read in wanted.items():
+        if read(before) != read(after):
+            raise ConfigError(
+                f"the records differ in {name} ({read(before)} and {read(after)}), so their speeds cannot be compared; "
+                "run both with the same options"
+            )
+    for name, record in (("first", before), ("second", after)):
+        if record["repeats"] < MIN_REPEATS:
+            raise ConfigError(
+                f"the {name} record has {record['repeats']} repeats, too few to tell chance from change; "
+                f"run it with --repeats {MIN_REPEATS} or more"
+            )
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """What does not forbid comparing, and may explain a change."""
+    names = ("cpu_count", "num_threads", "processor", "gpu")
+    pairs = [(name, before["machine"].get(name), after["machine"].get(name)) for name in names]
+    pairs += [(name, before["versions"].get(name), after["versions"].get(name)) for name in before["versions"]]
+    pairs.append(("seed", before["seed"], after["seed"]))
+    return [f"{name}: {old}, then {new}" for name, old, new in pairs if old != new]
+
+
+def baselines(entries: dict[tuple[str, str], dict], key: tuple[str, str]) -> dict:
+    """Plain decoding of the same suite at the same batch size. Every run measures it."""
+    size = entries[key]["batch_size"]
+    return next(
+        entry
+        for (suite, _), entry in entries.items()
+        if suite == key[0] and entry["method"] == PLAIN and entry["batch_size"] == size
+    )
+
+
+def change_of(
+    key: tuple[str, str],
+    old: dict,
+    new: dict,
+    old_plain: dict,
+    new_plain: dict,
+    confidence: float,
+    min_effect: float,
+    seed: int,
+) -> Change:
+    if not (old["timed"] and new["timed"]):
+        verdict = NOT_EQUAL if old["timed"] else UNCLEAR
+        before, after = (e["speedup_over_plain"]["median"] if e["timed"] else None for e in (old, new))
+        return Change(*key, before, after, None, None, None, verdict)
+    timings = [(timing_of(old), timing_of(old_plain)), (timing_of(new), timing_of(new_plain))]
+    before, after = (float(np.median(ours.rates() / plain.rates())) for ours, plain in timings)
+    low, high = interval(resampled_ratios(*timings, seed=seed), confidence)
+    return Change(*key, before, after, after / before, low, high, verdict_of(low, high, min_effect))
+
+
+def resampled_ratios(before: tuple[Timing, Timing], after: tuple[Timing, Timing], seed: int) -> np.ndarray:
+    """Each of (ours, plain). The calls are the same prompts, so both are drawn alike; repeats are not."""
+    generator = np.random.default_rng(seed)
+    calls = resampled_calls(len(before[0].tokens), generator)
+    medians = []
+    for ours, plain in (before, after):
+        repeats = resampled_repeats(len(ours.seconds), generator)
+        rates = resampled_rates(ours, repeats, calls) / resampled_rates(plain, repeats, calls)
+        medians.append(np.median(rates, 1))
+    return medians[1] / medians[0]
+
+
+def verdict_of(low: float, high: float, min_effect: float) -> str:
+    if high < 1 - min_effect:
+        return SLOWER
+    if low > 1 + min_effect:
+        return FASTER
+    return SAME if low >= 1 - min_effect and high <= 1 + min_effect else UNCLEAR
+
+
+def timing_of(entry: dict) -> Timing:
+    return Timing.of(entry["calls"]["seconds"], entry["calls"]["num_new_tokens"])
+
+
+def rate_of(entry: dict) -> float:
+    return entry["tokens_per_second"]["median"]
+
+
+def table(changes: Sequence[Change]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    rows = []
+    for one in changes:
+        spread = "-" if one.low is None else f"{number(one.ratio)} ({number(one.low)}-{number(one.high)})"
+        rows.append((one.label, number(one.before), number(one.after), spread, one.verdict))
+    return ("method", "x plain, before", "after", "ratio (interval)", "verdict"), rows

@@ -1,0 +1,65 @@
+"""How close a call came to what the memory allows: decoding reads all weights and the cached keys at every forward.
+
+The roofline is the least time in which the device could have read what the forwards of a run had to read: the weights
+of the target once per target forward, those of the draft once per draft forward, and each row's keys and values once
+per step it took part in. The ratio of that time to the time measured is 1 for a perfect decoder of the same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec import Speculation
+from specdec.bench.latency import RowTimes, synchronise
+
+COPY_BYTES = 2**30
+NUM_COPIES = 10
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    synchronise(device)
+    begin = time.perf_counter()
+    for _ in range(NUM_COPIES):
+        target.copy_(source)
+    synchronise(device)
+    return 2 * COPY_BYTES * NUM_COPIES / (time.perf_counter() - begin)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """What a forward reads: every parameter but the embedding table, of which it looks up a few rows.
+
+    A table that is also the output projection is read as such.
+    """
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is table
+    return sum(p.nbytes for p in model.parameters() if p is not table or tied)
+
+
+def bytes_read(
+    target: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    speculation: Speculation,
+    num_prefills: int,
+    rows: Sequence[RowTimes],
+    prompt_lengths: Sequence[int],
+    kv_bytes_per_token: float,
+) -> float:
+    """Of the run whose steps `rows` tells. The draft's cache, which is small, is left out; so the bound is low."""
+    forwards = (speculation.num_target_calls + num_prefills) * weight_bytes(target)
+    if draft is not None:
+        forwards += (speculation.num_draft_calls + num_prefills) * weight_bytes(draft)
+    cached = 0
+    for times, length in zip(rows, prompt_lengths, strict=True):
+        for step, accepted in enumerate(times.accept_lengths):
+            cached += length if step else 0  # the first is the prompt's own forward, which finds nothing cached
+            length += accepted
+    return forwards + cached * kv_bytes_per_token

@@ -1,0 +1,34 @@
+"""Methods whose acceptance is forced: what a drafter would gain that is right so often."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from specdec.bench.latency import StepClock
+from specdec.bench.methods import Batch, Decoded, Method, Pair, generate
+from specdec.drafters.synthetic import Synthetic
+
+SYNTHETIC = "specdec synthetic"
+
+
+def forced_acceptance(
+    pair: Pair,
+    reference: Sequence[list[int]],
+    rates: Sequence[float],
+    ks: Sequence[int],
+    batch_sizes: Sequence[int],
+    max_new_tokens: int,
+) -> list[Method]:
+    """Each rate, K and batch size. reference: the target's greedy continuations, which are drafted from."""
+    continuations = [torch.tensor(tokens) for tokens in reference]
+
+    def method(rate: float, k: int, batch_size: int) -> Method:
+        def decode(batch: Batch, clock: StepClock | None = None) -> Decoded:
+            drafter = Synthetic(rate, [continuations[index] for index in batch.prompt_indices])
+            return generate(pair, batch, drafter, k, max_new_tokens, clock)
+
+        return Method(f"{SYNTHETIC} {rate:g}", batch_size, True, k, decode)
+
+    return [method(rate, k, size) for size in batch_sizes for rate in rates for k in ks]

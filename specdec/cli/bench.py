@@ -1,0 +1,145 @@
+"""`specdec bench`: every method on the same prompts, equality first, then time; and what is made of such records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from click.core import ParameterSource
+
+from specdec.cli.common import (
+    Count,
+    DeviceOption,
+    DraftOption,
+    DtypeOption,
+    LayoutOption,
+    LimitOption,
+    MaxNewTokensOption,
+)
+
+app = typer.Typer(help="Measure every method on the same prompts; compare two records.", rich_markup_mode=None)
+RecordArgument = Annotated[Path, typer.Argument(metavar="RECORD.json", help="Written by `specdec bench --json`.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the record there.")]
+MarkdownOption = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the tables there.")]
+HtmlOption = Annotated[
+    Path | None, typer.Option(metavar="OUT", help="Write one self-contained page with plots (needs matplotlib).")
+]
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "--model", metavar="FOLDER", help="The target's checkpoint; by default the pair that ships."
+        ),
+    ] = None,
+    draft: DraftOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Spec-Bench's .jsonl (question_id, category, turns), or .txt, .json, .jsonl as for `specdec check`; "
+            "by default those of the pair that ships.",
+        ),
+    ] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="none, draft_model, prompt_lookup, ...; by default all at hand."),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens drafted per prompt and step, 1 to 32.")
+    ] = "3,5",
+    batch_size: Annotated[str, typer.Option(metavar="N,...", help="Prompts decoded together.")] = "1,8",
+    layout: LayoutOption = None,
+    acceptance_rates: Annotated[
+        str | None, typer.Option(metavar="P,...", help="Also a drafter that is right with these probabilities.")
+    ] = None,
+    context_lengths: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Also prompts of so many tokens, made of those in the file.")
+    ] = None,
+    max_new_tokens: MaxNewTokensOption = 64,
+    max_prompt_tokens: Annotated[int | None, Count(help="Longer prompts keep their last N tokens.")] = None,
+    repeats: Annotated[int, Count(help="Timed runs of every method.")] = 5,
+    limit: LimitOption = None,
+    peers: Annotated[
+        bool, typer.Option(help="Also transformers' assisted generation and prompt lookup, at batch 1.")
+    ] = True,
+    stages: Annotated[bool, typer.Option(help="Also a run with a clock around the stages of a step.")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Swap in the kernels that make half precision exact.")
+    ] = False,
+    json_path: JsonOption = None,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write Spec-Bench's answer file of every method there.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of anything random.")] = 0,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Measure every method on the same prompts, in one process; or compare two such records.
+
+    Compares every method's token ids with transformers' plain greedy decoding of each prompt alone, and times only
+    what is equal (a peer that differs is timed and marked). Timed runs are interleaved; figures are medians with 95 %
+    bootstrap intervals. docs/reading-the-report.md defines every column.
+
+    Exit status: 0 if all of ours are equal, 1 if not, 2 for bad input.
+    """
+    if context.invoked_subcommand is not None:
+        refuse_options(context)
+        return
+    from specdec.cli import bench_run
+
+    wanted = bench_run.Wanted(
+        target, draft, prompts, drafter, num_speculative_tokens, batch_size, {"layout": layout}, acceptance_rates,
+        context_lengths, max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, seed,
+    )  # fmt: skip
+    files = bench_run.Files(json_path, markdown, html, answers).checked()
+    if not bench_run.run(wanted, files, batch_invariant, dtype, device):
+        raise typer.Exit(1)
+
+
+def refuse_options(context: typer.Context) -> None:
+    """Options of the measurement mean nothing to a subcommand."""
+    from specdec.errors import ConfigError
+
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise ConfigError(
+                f"{parameter.opts[0]} has no meaning for `specdec bench {context.invoked_subcommand}`; leave it out"
+            )
+
+
+@app.command()
+def compare(
+    before: RecordArgument,
+    after: RecordArgument,
+    min_effect: Annotated[
+        float, typer.Option(metavar="SHARE", help="The least slowdown that counts, as a share of the speed.")
+    ] = 0.05,
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the comparison there.")] = None,
+) -> None:
+    """Say which methods have become slower, beyond chance.
+
+    Compares speeds as multiples of transformers' plain decoding in the same run, so that a slower machine is no
+    regression. A method is slower if the whole bootstrap interval of the ratio lies below 1 - SHARE.
+
+    Exit status: 0 if none is slower and all that were equal are equal still, 1 if not, 2 for records of other work.
+    """
+    from specdec.cli import bench_run
+
+    if not bench_run.compare_files(before, after, min_effect, json_path):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(record: RecordArgument, markdown: MarkdownOption = None, html: HtmlOption = None) -> None:
+    """Print a record's tables, and write them or the page with plots."""
+    from specdec.cli import bench_run
+
+    bench_run.show(record, bench_run.Files(None, markdown, html, None).checked())

@@ -1,0 +1,194 @@
+"""`specdec bench`: from options to a plan, and from a record to what is printed and written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+
+from specdec.bench.compare import Comparison, compare, read_record, table
+from specdec.bench.page import page
+from specdec.bench.run import Plan, Subject
+from specdec.bench.run import run as run_plan
+from specdec.bench.suite import read_questions
+from specdec.bench.tables import all_tables, document, summary
+from specdec.cli.common import Models, invariant_if, load_models, print_table
+from specdec.cli.demo import shipped_pair
+from specdec.errors import ConfigError
+from specdec.ways import PLAIN, axis_values, ways, whole_numbers, words
+
+DRAFT_MODEL, PROMPT_LOOKUP = "draft_model", "prompt_lookup"
+QUIET_CORES = 0.2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured, as it was typed. axes: of `ways.AXES`, None where nothing was said."""
+
+    target: str | None
+    draft: str | None
+    prompts: Path | None
+    drafter: str | None
+    num_speculative_tokens: str
+    batch_size: str
+    axes: Mapping[str, str | None]
+    acceptance_rates: str | None
+    context_lengths: str | None
+    max_new_tokens: int
+    max_prompt_tokens: int | None
+    repeats: int
+    limit: int | None
+    peers: bool
+    stages: bool
+    seed: int
+
+    def with_defaults(self) -> Wanted:
+        """The pair that ships stands in for a target, its prompts for prompts."""
+        pair = shipped_pair()
+        found = self if self.prompts is not None else replace(self, prompts=pair / "prompts.json")
+        if self.target is None:
+            if self.draft is not None:
+                raise ConfigError(f"--draft {self.draft} without --target; pass its target too")
+            found = replace(found, target=str(pair / "target"), draft=str(pair / "draft"))
+        return found
+
+    def drafters(self) -> tuple[str, ...]:
+        if self.drafter is not None:
+            return words("--drafter", self.drafter)
+        return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), PROMPT_LOOKUP)
+
+    def plan(self) -> Plan:
+        """Raises ConfigError for what cannot be read."""
+        ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, 32)
+        sizes = whole_numbers("--batch-size", self.batch_size)
+        lengths = () if self.context_lengths is None else whole_numbers("--context-lengths", self.context_lengths)
+        rates = () if self.acceptance_rates is None else probabilities("--acceptance-rates", self.acceptance_rates)
+        return Plan(
+            ways(self.drafters(), ks, sizes, axis_values(self.axes)), sizes, ks, self.max_new_tokens, self.repeats,
+            self.seed, rates, lengths, self.peers, self.stages, self.max_prompt_tokens,
+        )  # fmt: skip
+
+    def load(self, device: str, dtype: str | None) -> Models:
+        names = self.drafters()
+        if DRAFT_MODEL in names and self.draft is None:
+            raise ConfigError(f"drafter={DRAFT_MODEL!r} needs arguments; pass --draft FOLDER")
+        assert self.target is not None
+        return load_models(self.target, self.draft, [n for n in names if n not in (DRAFT_MODEL, PLAIN)], device, dtype)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What to write beside what is printed; None for what nobody asked for. answers: a folder."""
+
+    json: Path | None
+    markdown: Path | None
+    html: Path | None
+    answers: Path | None
+
+    def checked(self) -> Files:
+        """Raise ConfigError before any work for what cannot be written."""
+        for name in ("json", "markdown", "html"):
+            path = getattr(self, name)
+            if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+                raise ConfigError(f"--{name} {str(path)!r} cannot be written; pass a file in a folder that exists")
+        if self.answers is not None and self.answers.exists() and not self.answers.is_dir():
+            raise ConfigError(f"--answers {str(self.answers)!r} is a file; pass a folder")
+        if self.html is not None and find_spec("matplotlib") is None:
+            raise ConfigError(
+                "--html draws with matplotlib, which is not installed; pip install 'specdec-toolkit[bench]', or leave "
+                "it out and run `specdec bench report` on the record elsewhere"
+            )
+        return self
+
+    def write(self, record: dict) -> None:
+        if self.json is not None:
+            self.json.write_text(json.dumps(record) + "\n")
+        if self.markdown is not None:
+            self.markdown.write_text(document(record))
+        if self.html is not None:
+            self.html.write_text(page(record))
+
+
+def probabilities(option: str, text: str) -> tuple[float, ...]:
+    found = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{option} {text}: {part.strip()!r} is no probability; pass 0.8 or 0,0.5,1")
+        found.append(value)
+    return tuple(dict.fromkeys(found))
+
+
+def run(wanted: Wanted, files: Files, batch_invariant: bool, dtype: str | None, device: str) -> bool:
+    """Measure, print, write; whether all of ours are equal."""
+    wanted = wanted.with_defaults()
+    plan = wanted.plan()
+    assert wanted.prompts is not None
+    questions = read_questions(wanted.prompts, wanted.limit)
+    models = wanted.load(device, dtype)
+    target = Path(str(wanted.target)).resolve()
+    name = target.parent.name if target.name == "target" else target.name
+    subject = Subject(name, models.target, models.draft, models.tokenizer, models.drafters())
+    with invariant_if(batch_invariant, models.target):
+        record = run_plan(subject, questions, plan, ["specdec", *sys.argv[1:]], log, files.answers)
+    record["batch_invariant"] = batch_invariant
+    files.write(record)
+    print_record(record)
+    busiest = max((cores for entry in record["results"] for cores in entry["foreign_cores"]), default=0.0)
+    if busiest > QUIET_CORES:
+        log(f"other processes kept up to {busiest:.1f} cores busy meanwhile; repeat it on a quiet machine")
+    return all(entry["num_equal"] == entry["num_prompts"] for entry in record["results"] if entry["is_ours"])
+
+
+def log(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def show(path: Path, files: Files) -> None:
+    record = read_record(path)
+    files.write(record)
+    print_record(record)
+
+
+def print_record(record: dict) -> None:
+    for title, (header, rows) in all_tables(record):
+        typer.echo(f"\n{title}")
+        print_table(header, rows)
+    typer.echo("")
+    for line in summary(record):
+        typer.echo(line)
+
+
+def compare_files(before: Path, after: Path, min_effect: float, json_path: Path | None) -> bool:
+    """Compare, print, write; whether nothing has become worse."""
+    Files(json_path, None, None, None).checked()
+    found = compare(read_record(before), read_record(after), min_effect)
+    print_comparison(found)
+    if json_path is not None:
+        json_path.write_text(json.dumps(asdict(found) | {"num_regressions": len(found.regressions)}, indent=1) + "\n")
+    return not found.regressions
+
+
+def print_comparison(found: Comparison) -> None:
+    for suite in dict.fromkeys(change.suite for change in found.changes):
+        typer.echo(f"\n{suite}")
+        print_table(*table([change for change in found.changes if change.suite == suite]))
+    typer.echo("")
+    for name, ratio in found.plain.items():
+        typer.echo(f"{name}: tokens/s after over before {ratio:.2f}")
+    for note in found.notes:
+        typer.echo(f"the runs differ in {note}")
+    for when, labels in (("before", found.only_before), ("after", found.only_after)):
+        for label in labels:
+            typer.echo(f"only {when}: {label}")
+    count = len(found.regressions)
+    limits = f"(least change that counts {found.min_effect:.0%}, intervals {found.confidence:.2%})"
+    typer.echo(f"{count} of {len(found.changes)} methods worse {limits}")
