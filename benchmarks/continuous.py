@@ -28,18 +28,22 @@ from typing import Any
 
 import torch
 import transformers
-from decode import DEMO_PAIR, RESULTS, positive
-from measure import log_to_stderr, synchronise
-from methods import Pair, load_pair
-from record import REPOSITORY, describe_pair, environment, markdown
+from pairs import DEMO_PAIR, load_pair, positive, write_record
 from transformers import AutoTokenizer
 
 import specdec
+from specdec.bench.latency import synchronise
+from specdec.bench.measure import log_to_stderr
+from specdec.bench.methods import Pair
+from specdec.bench.record import describe_pair
+from specdec.bench.tables import markdown
+from specdec.environment import environment
 from specdec.layout import LAYOUTS
 from specdec.loading import encode_prompts, read_prompts
 from specdec.oracle import greedy_settings, run_plain
 
 MODES = ("equality", "kill", "throughput")
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -194,10 +198,12 @@ def main(argv: Sequence[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     now, device = datetime.now(timezone.utc), torch.device(arguments.device)
-    record = {"date": now.isoformat(timespec="seconds")} | environment(device, "benchmarks/continuous.py", argv)
+    record = {"date": now.isoformat(timespec="seconds")} | environment(
+        device, ["python", "benchmarks/continuous.py", *argv]
+    )
     pair = load(arguments, device)
     names = ("device", "dtype", "max_rows", "max_new_tokens", "max_prompt_tokens", "layout", "repeats")
-    record |= {name: getattr(arguments, name) for name in names} | describe_pair(pair)
+    record |= {name: getattr(arguments, name) for name in names} | {"models": describe_pair(pair)}
     num_prompts, sound = len(pair.prompts), []
     for mode in arguments.modes.split(","):
         log_to_stderr(f"{mode}: {num_prompts} prompts")
@@ -206,9 +212,7 @@ def main(argv: Sequence[str]) -> int:
         sound += [count == num_prompts for count in (equal.values() if isinstance(equal, dict) else [equal])]
         sound.append(result.get("every_row_once", True))
     print(summary(record))
-    path = arguments.json or RESULTS / f"continuous-{arguments.device}-{now:%Y-%m-%d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record, arguments.json, f"continuous-{arguments.device}", now)
     return 0 if all(sound) else 1
 
 

@@ -25,14 +25,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from loops import ends_in_loop
-from record import environment, markdown
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import specdec
+from specdec.bench.loops import ends_in_loop
+from specdec.bench.tables import markdown
 from specdec.drafters.training.divergences import NAMES
 from specdec.drafters.training.trainer import read_losses
 from specdec.drafters.training.validation import Validation, weighted_mean
+from specdec.environment import environment
 from specdec.loading import encode_prompts, load_model, read_prompts, resolve_device
 
 DATA = ("fixed", "target", "on-policy")
@@ -235,7 +236,7 @@ def main() -> None:
     arms = [arm for arm in arms if (options.work / arm.name / "config.json").exists()]
     device = resolve_device(options.device)
     record = {
-        **environment(device, "benchmarks/distillation.py", sys.argv[1:]),
+        **environment(device, ["python", "benchmarks/distillation.py", *sys.argv[1:]]),
         "models": options.models.name,
         "tokens_per_arm": options.steps * options.batch_rows * options.row_tokens,
         "tokens_of_the_warm_start": options.warm_steps * options.batch_rows * options.row_tokens,

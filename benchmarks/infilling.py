@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import log_to_stderr as log
-from record import environment
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, XLNetLMHeadModel
 
 import specdec
 from specdec.any_subset import Order, XLNet, conditionals_of
+from specdec.bench.measure import log_to_stderr as log
+from specdec.environment import environment
 from specdec.infill import Forbidding, rows_of, sequences_of
 from specdec.kernels.sample import sample_tokens
 from specdec.masked_text import MaskedText, mask_lines
@@ -285,7 +285,7 @@ def main() -> None:
     limit = model.config.max_positions
     ids = [torch.tensor(tokenizer(text)["input_ids"][:limit]) for text in texts]
     record = {
-        **environment(torch.device(options.device), "benchmarks/infilling.py", sys.argv[1:]),
+        **environment(torch.device(options.device), ["python", "benchmarks/infilling.py", *sys.argv[1:]]),
         "model": {"num_parameters": model.num_parameters(), "max_positions": limit},
         "num_texts": len(texts),
         "text_tokens": {"min": min(map(len, ids)), "mean": sum(map(len, ids)) / len(ids), "max": max(map(len, ids))},

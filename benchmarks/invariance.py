@@ -22,13 +22,13 @@ import torch
 from invariance_bits import attention_bits, linear_bits, logit_bits, norm_bits
 from invariance_tokens import Job, Setting, compare
 from linear_tuning import CANDIDATES, SHAPES, table_source, tune
-from measure import log_to_stderr as log
-from methods import load_pair
-from record import environment
+from pairs import load_pair
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from specdec import batch_invariant
+from specdec.bench.measure import log_to_stderr as log
+from specdec.environment import environment
 
 DRAFTERS = ("draft_model", "prompt_lookup")
 PARTS = ("bits", "speed", "logits", "tokens", "large")
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace, record: dict) -> None:
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     begin = time.perf_counter()
-    record = environment(torch.device(arguments.device), "benchmarks/invariance.py", argv)
+    record = environment(torch.device(arguments.device), ["python", "benchmarks/invariance.py", *argv])
     record["git_sha"] = record["git_sha"] or arguments.revision
     record["pair"] = arguments.pair.resolve().name
     record["dtype"] = arguments.dtype

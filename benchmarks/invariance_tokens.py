@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from methods import Pair, left_pad, load_pair, new_tokens, our_method, transformers_method
+from pairs import load_pair
 
 from specdec import make_batch_invariant
+from specdec.bench.methods import Pair, batch_of, new_tokens, our_method, transformers_method
+from specdec.ways import Way
 
 PROMPTS_PER_TASK = 8  # of the batch-1 settings, so that processes finish together
 
@@ -69,10 +71,10 @@ def decode(task: tuple[Setting, range]) -> list[list[int]]:
         method = transformers_method(_pair, setting.label, size, None, _job.max_new_tokens)
     else:
         drafter = _pair.draft if setting.drafter == "draft_model" else setting.drafter
-        method = our_method(_pair, setting.label, size, k, drafter, _job.max_new_tokens)
+        method = our_method(_pair, Way(setting.drafter, k, size), drafter, _job.max_new_tokens)
     found: list[list[int]] = []
     for begin in range(prompts.start, prompts.stop, size):
-        batch = left_pad(_pair, range(begin, min(begin + size, prompts.stop)))
+        batch = batch_of(_pair, range(begin, min(begin + size, prompts.stop)))
         found += new_tokens(method.decode(batch), batch, _pair.eos_ids)
     return found
 

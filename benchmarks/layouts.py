@@ -4,7 +4,8 @@
 
 Token ids are compared with plain decoding one prompt at a time before anything is timed. Then tokens per second in
 interleaved repeats, the share of each stage of a step ("realign" moves keys and values so that rows end together, "move
-rows" follows rows that left or took turns), and EXSPEC's grouping rate as a function of its pool.
+rows" follows rows that left or took turns), and EXSPEC's grouping rate as a function of its pool. `specdec bench
+--layout ragged,repad,grouped` measures the same with groups of 8; here their size and the pools can be chosen.
 """
 
 from __future__ import annotations
@@ -15,17 +16,25 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
-from decode import DEMO_PAIR, RESULTS, numbers, positive
-from measure import log_to_stderr, measure
-from methods import PLAIN, Batch, Decoded, Method, Pair, load_pair, transformers_method
-from record import describe_pair, describe_result, environment, markdown
-from stages import profile
+from pairs import DEMO_PAIR, load_pair, numbers, positive, write_record
 
 import specdec
-from specdec.layout import LAYOUTS, Grouped
+from specdec.bench.latency import StepClock
+from specdec.bench.measure import log_to_stderr, measure
+from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
+from specdec.bench.record import describe_pair, describe_result, describe_suite
+from specdec.bench.stages import profile
+from specdec.bench.suite import Asked, Suite
+from specdec.bench.tables import markdown
+from specdec.environment import environment
+from specdec.layout import LAYOUTS, Grouped, Layout
+from specdec.oracle import greedy_settings, run_plain
+
+SHOWN = ("draft", "verify", "realign", "move rows")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,21 +54,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def methods_of(pair: Pair, arguments: argparse.Namespace) -> list[Method]:
-    found = []
-    for batch_size in arguments.batch_sizes:
-        for name in LAYOUTS:
-            layout = Grouped(arguments.group_size) if name == "grouped" else name
+    k = arguments.num_speculative_tokens
 
-            def decode(batch: Batch, layout: object = layout) -> Decoded:
-                output = specdec.generate(
-                    pair.target, batch.input_ids, batch.attention_mask, drafter=pair.draft, do_sample=False,
-                    num_speculative_tokens=arguments.num_speculative_tokens, layout=layout,
-                    max_new_tokens=arguments.max_new_tokens, return_dict_in_generate=True,
-                )  # fmt: skip
-                return Decoded(output.sequences, output.speculation)
+    def method(name: str, batch_size: int) -> Method:
+        layout: Layout | str = Grouped(arguments.group_size) if name == Grouped.name else name
 
-            found.append(Method(f"specdec {name}", batch_size, True, arguments.num_speculative_tokens, decode))
-    return found
+        def decode(batch: Batch, clock: StepClock | None = None) -> Decoded:
+            return generate(pair, batch, pair.draft, k, arguments.max_new_tokens, clock, {"layout": layout})
+
+        return Method(f"specdec {name}", batch_size, True, k, decode, {"layout": name})
+
+    return [method(name, batch_size) for batch_size in arguments.batch_sizes for name in LAYOUTS]
 
 
 def grouping_rates(pair: Pair, arguments: argparse.Namespace) -> list[dict]:
@@ -80,47 +85,53 @@ def grouping_rates(pair: Pair, arguments: argparse.Namespace) -> list[dict]:
     return rates
 
 
+def load(arguments: argparse.Namespace) -> Pair:
+    own = len(json.loads((arguments.models / "prompts.json").read_text()))
+    dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
+    pair = load_pair(arguments.models, min(arguments.num_prompts, own), dtype, device)
+    times = -(-arguments.num_prompts // len(pair.prompts))
+    return Pair(pair.name, pair.target, pair.draft, (pair.prompts * times)[: arguments.num_prompts])
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     now, device = datetime.now(timezone.utc), torch.device(arguments.device)
-    record = {"date": now.isoformat(timespec="seconds")} | environment(device, "benchmarks/layouts.py", argv)
-    own = len(json.loads((arguments.models / "prompts.json").read_text()))
-    count = min(arguments.num_prompts, own)
-    pair = load_pair(arguments.models, count, getattr(torch, arguments.dtype), device)
-    times = -(-arguments.num_prompts // len(pair.prompts))
-    pair = Pair(pair.name, pair.target, pair.draft, (pair.prompts * times)[: arguments.num_prompts])
-    reference = transformers_method(pair, PLAIN, 1, None, arguments.max_new_tokens)
-    peers = [transformers_method(pair, PLAIN, size, None, arguments.max_new_tokens) for size in arguments.batch_sizes]
-    results = measure(pair, reference, peers + methods_of(pair, arguments), arguments.repeats, log_to_stderr)
-    names = ("device", "dtype", "max_new_tokens", "repeats")
-    record |= {name: getattr(arguments, name) for name in names} | describe_pair(pair)
-    record["results"] = [describe_result(result, results) for result in results]
-    log_to_stderr("profiling")
-    equal = [result for result in results if result.method.is_ours and not result.refused]
-    record["profile"] = [profile(pair, result.method, arguments.repeats) for result in equal]
-    record["grouping"] = grouping_rates(pair, arguments)
-    print(layout_table(record["profile"], equal))
+    record = {"date": now.isoformat(timespec="seconds")}
+    record |= environment(device, ["python", "benchmarks/layouts.py", *argv])
+    pair = load(arguments)
+    with greedy_settings(pair.target):
+        reference = run_plain(pair.target, pair.prompts, arguments.max_new_tokens).outputs
+        suite = Suite("prompts", pair.prompts, [Asked(i, None, 0) for i in range(len(pair.prompts))], reference)
+        plain = peers(Pair(pair.name, pair.target, None, pair.prompts), arguments.max_new_tokens,
+                      arguments.batch_sizes, lookup=False)  # fmt: skip
+        results = measure(pair, reference, plain + methods_of(pair, arguments), arguments.repeats, log_to_stderr)
+        names = ("device", "dtype", "max_new_tokens", "repeats")
+        record |= {name: getattr(arguments, name) for name in names}
+        record |= {"models": describe_pair(pair), "suites": [describe_suite(suite)]}
+        log_to_stderr("stages and grouping rates")
+        record["results"] = []
+        for result in results:
+            entry = describe_result(result, results, suite)
+            if result.method.is_ours and result.is_timed:
+                entry["stages"] = profile(pair, result.method, arguments.repeats)
+            record["results"].append(entry)
+        record["grouping"] = grouping_rates(pair, arguments)
+    print(layout_table([entry for entry in record["results"] if "stages" in entry]))
     grouping = [[str(rate["pool"]), f"{rate['grouping_rate']:.0%}"] for rate in record["grouping"]]
     print("\n" + markdown(["pool", f"steps of {arguments.group_size} rows that needed no realignment"], grouping))
-    path = arguments.json or RESULTS / f"layouts-{arguments.device}-{now:%Y-%m-%d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(record, arguments.json, f"layouts-{arguments.device}", now)
     return 1 if any(result.refused for result in results) else 0
 
 
-def layout_table(profiles: Sequence[dict], results: Sequence) -> str:
+def layout_table(entries: Sequence[dict]) -> str:
     rows = []
-    for shares, result in zip(profiles, results, strict=True):
-        speeds = sorted(result.tokens_per_second())
-        share = shares["share"]
-        cells = [f"{share[stage]:.1%}" for stage in ("draft", "verify", "realign", "move rows")]
-        steps = result.speculation.grouping_rate
-        rows.append([result.method.name, str(result.method.batch_size), f"{speeds[len(speeds) // 2]:.0f}", *cells])
-        rows[-1].append(f"{steps:.0%}")
-    header = ["layout", "batch", "tokens/s", "draft", "verify", "realign", "move rows", "steps without realignment"]
-    return markdown(header, rows)
+    for entry in entries:
+        shares = [f"{entry['stages']['share'][stage]:.1%}" for stage in SHOWN]
+        speed = f"{median(entry['tokens_per_second']['repeats']):.0f}"
+        rows.append([entry["method"], str(entry["batch_size"]), speed, *shares, f"{entry['grouping_rate']:.0%}"])
+    return markdown(["layout", "batch", "tokens/s", *SHOWN, "steps without realignment"], rows)
 
 
 if __name__ == "__main__":

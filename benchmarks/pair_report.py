@@ -14,11 +14,12 @@ from typing import Literal
 
 import torch
 import transformers
-from loops import ends_in_loop
 from python_corpus import Corpus
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from specdec.bench.loops import ends_in_loop
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from specdec.bench.methods import PLAIN
 from specdec.bench.record import FORMAT, label_of
 from specdec.bench.statistics import CONFIDENCE, Timing, interval, resampled_calls, resampled_rates, resampled_repeats
+from specdec.bench.tables import Table
 from specdec.errors import ConfigError, InputError
 
 MIN_EFFECT = 0.05
@@ -109,9 +111,9 @@ def compare(before: dict, after: dict, min_effect: float = MIN_EFFECT, seed: int
 
 def check_same_work(before: dict, after: dict) -> None:
     wanted: dict[str, Callable[[dict], Any]] = {
-        "models": lambda record: record["models"],
+        "models": itemgetter("models"),
         "prompts": lambda record: {suite["name"]: suite["digest"] for suite in record["suites"]},
-        **{name: lambda record, name=name: record[name] for name in ("max_new_tokens", "dtype", "device")},
+        **{name: itemgetter(name) for name in ("max_new_tokens", "dtype", "device")},
     }
     for name, read in wanted.items():
         if read(before) != read(after):
@@ -160,9 +162,9 @@ def change_of(
         verdict = NOT_EQUAL if old["timed"] else UNCLEAR
         before, after = (e["speedup_over_plain"]["median"] if e["timed"] else None for e in (old, new))
         return Change(*key, before, after, None, None, None, verdict)
-    timings = [(timing_of(old), timing_of(old_plain)), (timing_of(new), timing_of(new_plain))]
-    before, after = (float(np.median(ours.rates() / plain.rates())) for ours, plain in timings)
-    low, high = interval(resampled_ratios(*timings, seed=seed), confidence)
+    first, second = (timing_of(old), timing_of(old_plain)), (timing_of(new), timing_of(new_plain))
+    before, after = (float(np.median(ours.rates() / plain.rates())) for ours, plain in (first, second))
+    low, high = interval(resampled_ratios(first, second, seed), confidence)
     return Change(*key, before, after, after / before, low, high, verdict_of(low, high, min_effect))
 
 
@@ -194,7 +196,7 @@ def rate_of(entry: dict) -> float:
     return entry["tokens_per_second"]["median"]
 
 
-def table(changes: Sequence[Change]) -> tuple[Sequence[str], list[Sequence[str]]]:
+def table(changes: Sequence[Change]) -> Table:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 

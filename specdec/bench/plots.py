@@ -47,8 +47,8 @@ def plots(record: dict) -> list[Plot]:
 
 
 def speedup_by_batch(entries: Sequence[dict]) -> Plot | None:
-    """A line a method, at each batch size the best of its K."""
-    best = fastest(entry for entry in entries if not entry["method"].startswith(SYNTHETIC))
+    """A line a method, at each batch size the best of its K; other layouts have a plot of their own."""
+    best = fastest(entry for entry in entries if not is_synthetic(entry) and "layout" not in entry["options"])
     sizes = sorted({entry["batch_size"] for entry in best})
     names = list(dict.fromkeys(entry["method"] for entry in best if entry["method"] != PLAIN))
     if not names:
@@ -106,7 +106,7 @@ def acceptance_by_position(entries: Sequence[dict]) -> Plot | None:
 
 
 def time_by_stage(entries: Sequence[dict]) -> Plot | None:
-    best = fastest(entry for entry in entries if entry.get("stages") and not entry["method"].startswith(SYNTHETIC))
+    best = fastest(entry for entry in entries if entry.get("stages") and not is_synthetic(entry))
     if not best:
         return None
     stages = list(best[0]["stages"]["share"])
@@ -268,7 +268,7 @@ def figure(panels: int = 1, height: float = HEIGHT) -> Iterator[tuple[Figure, An
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "path", "svg.hashsalt": "specdec", "font.size": 10, "axes.grid": True, "grid.color": "#dddddd",
         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from specdec.bench.record import label_of
 
-Table = tuple[Sequence[str], list[Sequence[str]]]  # header and rows
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -42,7 +42,7 @@ def speed_table(entries: Sequence[dict]) -> Table:
                 cell(entry["speedup_over_assisted"]),
                 cell(without.get("speedup_over_plain")),
                 cell(entry.get("mean_acceptance_length")),
-                cell(entry.get("draft_acceptance_rate")),
+                cell(entry["draft_acceptance_rate"] if entry.get("num_draft_tokens") else None),
             )
         )
     return header, rows
