@@ -4,7 +4,8 @@ Two runs meet another machine, or the same one at another hour, so tokens per se
 transformers' plain decoding in the same repeat of the same run. The ratio of these multiples, after over before, has a
 bootstrap interval: repeats are drawn anew in each record, calls (batches of prompts) in both alike. Its confidence is
 shared among all methods compared, so that the chance of any false alarm is that of one comparison. A method is slower
-only if the whole interval lies below 1 - min_effect.
+if the ratio is 1 - min_effect or less and the whole interval lies below 1: the first says that it matters (and is more
+than two processes of the same program differ by), the second that it is not chance.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SLOWER, FASTER, SAME, UNCLEAR, NOT_EQUAL = "slower", "faster", "same", "unclear"
 class Change:
     """One method. before, after: its speedup over plain decoding, median over repeats; None where not timed.
     ratio, low, high: after over before, with the bootstrap interval. verdict: `SLOWER` and its kind above; same means
-    that the interval lies within 1 +- min_effect, unclear that it reaches across a limit."""
+    that the interval lies within 1 +- min_effect, unclear that it reaches further without being significant."""
 
     suite: str
     label: str
@@ -165,7 +166,8 @@ def change_of(
     first, second = (timing_of(old), timing_of(old_plain)), (timing_of(new), timing_of(new_plain))
     before, after = (float(np.median(ours.rates() / plain.rates())) for ours, plain in (first, second))
     low, high = interval(resampled_ratios(first, second, seed), confidence)
-    return Change(*key, before, after, after / before, low, high, verdict_of(low, high, min_effect))
+    ratio = after / before
+    return Change(*key, before, after, ratio, low, high, verdict_of(ratio, low, high, min_effect))
 
 
 def resampled_ratios(before: tuple[Timing, Timing], after: tuple[Timing, Timing], seed: int) -> np.ndarray:
@@ -180,10 +182,10 @@ def resampled_ratios(before: tuple[Timing, Timing], after: tuple[Timing, Timing]
     return medians[1] / medians[0]
 
 
-def verdict_of(low: float, high: float, min_effect: float) -> str:
-    if high < 1 - min_effect:
+def verdict_of(ratio: float, low: float, high: float, min_effect: float) -> str:
+    if ratio <= 1 - min_effect and high < 1:
         return SLOWER
-    if low > 1 + min_effect:
+    if ratio >= 1 + min_effect and low > 1:
         return FASTER
     return SAME if low >= 1 - min_effect and high <= 1 + min_effect else UNCLEAR
 

@@ -127,7 +127,7 @@ def compare(
     """Say which methods have become slower, beyond chance.
 
     Compares speeds as multiples of transformers' plain decoding in the same run, so that a slower machine is no
-    regression. A method is slower if the whole bootstrap interval of the ratio lies below 1 - SHARE.
+    regression. A method is slower if the ratio is 1 - SHARE or less and its whole bootstrap interval lies below 1.
 
     Exit status: 0 if none is slower and all that were equal are equal still, 1 if not, 2 for records of other work.
     """
