@@ -48,7 +48,7 @@ def test_decode_measures_and_keeps_a_record(load, folder, tmp_path, capsys):
     record = json.loads(out.read_text())
     # batch 1: plain, three assisted, two lookups, our plain, two drafters; batch 2: the same without the five
     assert sorted(entry["batch_size"] for entry in record["results"]) == [1] * 9 + [2] * 4
-    assert record["command"].startswith("python benchmarks/decode.py --models tiny-pair --json out.json")
+    assert record["command"].startswith("python decode.py --models tiny-pair --json out.json")
     assert str(folder.parent) not in out.read_text()
     printed = capsys.readouterr().out
     assert printed.count("\n| specdec draft_model | 1 | 2 |") == 4  # speed, latency, positions, stages

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -89,29 +90,48 @@ def measure(
     reference: of each prompt, new tokens of transformers' plain greedy decoding of it alone. Methods of ours that are
     not equal are not timed. Each repeat runs every method once, starting at another one.
     """
-    results = []
-    for method in methods:
-        outputs, _, speculation = run(pair, method)
-        results.append(Result(method, outputs, count_equal(outputs, reference), speculation))
-        log(f"{method.label}: {results[-1].num_equal}/{len(outputs)} equal{', NOT TIMED' * results[-1].refused}")
-    timed = [result for result in results if not result.refused]
-    for repeat in range(num_repeats):
-        start = repeat * len(timed) // num_repeats
-        for result in timed[start:] + timed[:start]:
+    with older_objects_left_alone():
+        results = [checked(pair, reference, method, log) for method in methods]
+        timed = [result for result in results if not result.refused]
+        for repeat in range(num_repeats):
+            start = repeat * len(timed) // num_repeats
+            for result in timed[start:] + timed[:start]:
+                if not result.refused:
+                    time_once(pair, reference, result)
+                    log(f"repeat {repeat + 1}/{num_repeats}, {result.method.label}: {sum(result.seconds[-1]):.2f} s")
+        for result in results:
             if result.refused:
-                continue
-            others = ForeignLoad()
-            outputs, seconds, _ = run(pair, result.method)
-            result.num_equal = min(result.num_equal, count_equal(outputs, reference))
-            result.seconds.append(seconds)
-            result.foreign_cores.append(others.cores())
-            log(f"repeat {repeat + 1}/{num_repeats}, {result.method.label}: {sum(seconds):.2f} s")
-    for result in results:
-        if result.refused:
-            result.seconds.clear()
-        elif observing:
-            result.observed = observe(pair, result.method)
+                result.seconds.clear()
+            elif observing:
+                result.observed = observe(pair, result.method)
     return results
+
+
+def checked(pair: Pair, reference: Sequence[list[int]], method: Method, log: Callable[[str], None]) -> Result:
+    outputs, _, speculation = run(pair, method)
+    result = Result(method, outputs, count_equal(outputs, reference), speculation)
+    log(f"{method.label}: {result.num_equal}/{len(outputs)} equal{', NOT TIMED' * result.refused}")
+    return result
+
+
+def time_once(pair: Pair, reference: Sequence[list[int]], result: Result) -> None:
+    """Outputs count here too: a method may turn wrong."""
+    others = ForeignLoad()
+    outputs, seconds, _ = run(pair, result.method)
+    result.num_equal = min(result.num_equal, count_equal(outputs, reference))
+    result.seconds.append(seconds)
+    result.foreign_cores.append(others.cores())
+
+
+@contextmanager
+def older_objects_left_alone() -> Iterator[None]:
+    """Garbage collections within look at new objects only: one between two runs then costs little."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @torch.no_grad()

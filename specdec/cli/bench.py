@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 
 from specdec.cli.common import (
     Count,
@@ -108,8 +107,8 @@ def refuse_options(context: typer.Context) -> None:
     from specdec.errors import ConfigError
 
     for parameter in context.command.params:
-        name = parameter.name or ""
-        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
             raise ConfigError(
                 f"{parameter.opts[0]} has no meaning for `specdec bench {context.invoked_subcommand}`; leave it out"
             )
