@@ -24,7 +24,7 @@ from pairs import DEMO_PAIR, load_pair, numbers, positive, write_record
 
 import specdec
 from specdec.bench.latency import StepClock
-from specdec.bench.measure import log_to_stderr, measure
+from specdec.bench.measure import log_to_stderr, measure, older_objects_left_alone
 from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
 from specdec.bench.record import describe_pair, describe_result, describe_suite
 from specdec.bench.stages import profile
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     record = {"date": now.isoformat(timespec="seconds")}
     record |= environment(device, ["python", "benchmarks/layouts.py", *argv])
     pair = load(arguments)
-    with greedy_settings(pair.target):
+    with greedy_settings(pair.target), older_objects_left_alone():
         reference = run_plain(pair.target, pair.prompts, arguments.max_new_tokens).outputs
         suite = Suite("prompts", pair.prompts, [Asked(i, None, 0) for i in range(len(pair.prompts))], reference)
         plain = peers(Pair(pair.name, pair.target, None, pair.prompts), arguments.max_new_tokens,

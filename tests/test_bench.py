@@ -57,9 +57,9 @@ def measured(folder, tmp_path_factory):
     """One run over questions of several turns with every sweep: result, record, and the folder of its files."""
     out = tmp_path_factory.mktemp("out")
     done = run(
-        *options(folder, "question.jsonl"), "--num-speculative-tokens", 3, "--drafter", "none,draft_model", "--batch-size", "1,2", "--layout",
-        "ragged,repad", "--acceptance-rates", "0,1", "--context-lengths", 12, "--json", out / "r.json", "--markdown",
-        out / "r.md", "--html", out / "r.html", "--answers", out / "answers",
+        *options(folder, "question.jsonl"), "--num-speculative-tokens", 3, "--drafter", "none,draft_model",
+        "--batch-size", "1,2", "--layout", "ragged,repad", "--acceptance-rates", "0,1", "--context-lengths", 12,
+        "--json", out / "r.json", "--markdown", out / "r.md", "--html", out / "r.html", "--answers", out / "answers",
     )  # fmt: skip
     return done, json.loads((out / "r.json").read_text()), out
 

@@ -83,27 +83,25 @@ def measure(
     methods: Sequence[Method],
     num_repeats: int,
     log: Callable[[str], None],
-    observing: bool = True,
 ) -> list[Result]:
     """Check every method's token ids against the reference's, which also warms it up; then time them, then look inside.
 
     reference: of each prompt, new tokens of transformers' plain greedy decoding of it alone. Methods of ours that are
     not equal are not timed. Each repeat runs every method once, starting at another one.
     """
-    with older_objects_left_alone():
-        results = [checked(pair, reference, method, log) for method in methods]
-        timed = [result for result in results if not result.refused]
-        for repeat in range(num_repeats):
-            start = repeat * len(timed) // num_repeats
-            for result in timed[start:] + timed[:start]:
-                if not result.refused:
-                    time_once(pair, reference, result)
-                    log(f"repeat {repeat + 1}/{num_repeats}, {result.method.label}: {sum(result.seconds[-1]):.2f} s")
-        for result in results:
-            if result.refused:
-                result.seconds.clear()
-            elif observing:
-                result.observed = observe(pair, result.method)
+    results = [checked(pair, reference, method, log) for method in methods]
+    timed = [result for result in results if not result.refused]
+    for repeat in range(num_repeats):
+        start = repeat * len(timed) // num_repeats
+        for result in timed[start:] + timed[:start]:
+            if not result.refused:
+                time_once(pair, reference, result)
+                log(f"repeat {repeat + 1}/{num_repeats}, {result.method.label}: {sum(result.seconds[-1]):.2f} s")
+    for result in results:
+        if result.refused:
+            result.seconds.clear()
+        else:
+            result.observed = observe(pair, result.method)
     return results
 
 
@@ -125,7 +123,7 @@ def time_once(pair: Pair, reference: Sequence[list[int]], result: Result) -> Non
 
 @contextmanager
 def older_objects_left_alone() -> Iterator[None]:
-    """Garbage collections within look at new objects only: one between two runs then costs little."""
+    """Garbage collections within look at new objects only: one before every run then costs little."""
     gc.collect()
     gc.freeze()
     try:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.bench.latency import RowTimes
-from specdec.bench.measure import Result, measure
+from specdec.bench.measure import Result, measure, older_objects_left_alone
 from specdec.bench.methods import Method, Pair, our_methods, peers
 from specdec.bench.record import FORMAT, describe_pair, describe_result, describe_suite
 from specdec.bench.roofline import bytes_read, measured_bandwidth
@@ -84,7 +84,7 @@ def run(
     record = {"format": FORMAT, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     record |= environment(model.device, command)
     bandwidth = measured_bandwidth(model.device) if model.device.type == "cuda" else None
-    with greedy_settings(model), evaluating(model):
+    with greedy_settings(model), evaluating(model), older_objects_left_alone():
         log(f"decoding {len(questions)} questions plainly, one by one")
         suite = ask(model, subject.tokenizer, questions, plan.max_new_tokens, plan.max_prompt_tokens)
         suites = [suite]

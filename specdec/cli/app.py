@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from specdec.cli.bench import app as bench
 from specdec.cli.check import check
 from specdec.cli.demo import demo
+from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.infill import infill
 from specdec.cli.train import app as train
@@ -50,6 +51,7 @@ app.command()(check)
 app.command()(generate)
 app.command()(infill)
 app.command()(demo)
+app.command()(doctor)
 app.add_typer(bench, name="bench")
 train.command()(distill)
 train.command()(acceptance_head)

@@ -1,0 +1,225 @@
+"""What a model gets here, before anything is generated: layouts, exactness, drafters, memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.compatibility import build_network, check_architecture, check_lengths
+from specdec.drafter import Drafter
+from specdec.environment import machine, versions
+from specdec.errors import SpecDecError, UnsupportedModelError
+from specdec.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
+from specdec.invariant import batch_invariant, invariant_forward
+from specdec.layout import LAYOUTS, Layout
+from specdec.network import vocab_size_of
+
+# What each network is, by its class.
+NETWORKS = {"FusedNetwork": "fused", "InvariantNetwork": "invariant", "StockNetwork": "stock"}
+MAX_NAMED = 5  # modules that are named one by one
+
+
+@dataclass(frozen=True)
+class Served:
+    """network: "fused", "invariant" or "stock"; None with the reason where the layout does not serve the model."""
+
+    network: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Of the model's dtype as it is, and under `batch_invariant`.
+
+    note: what equality rests on without it. modules: swapped in, kind and number. obstacles: modules without a kernel,
+    the first few. invariant: whether `batch_invariant` accepts the model, proven by its own check; reason: if not, why.
+    network: what serves the invariant model.
+    """
+
+    note: str
+    modules: dict[str, int]
+    obstacles: list[str]
+    invariant: bool
+    reason: str = ""
+    network: str | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a drafter serves the model, or what it needs or lacks."""
+
+    fits: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. target, draft: see `Footprint`. total: with `batch_size` rows of `length` tokens and a step's logits,
+    without activations. still_needed: of it, all but the weights, which are loaded. available: what the device can
+    still give. max_rows: how many rows of that length fit."""
+
+    target: Footprint
+    draft: Footprint | None
+    batch_size: int
+    length: int
+    total: int
+    still_needed: int
+    available: int
+    max_rows: int
+
+    @property
+    def fits(self) -> bool:
+        return self.still_needed <= self.available
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """layouts, drafters: by name. problems: why the answer is no; empty if all that was asked for is served."""
+
+    model: dict[str, Any]
+    layouts: dict[str, Served]
+    exactness: Exactness
+    drafters: dict[str, Fit]
+    memory: Memory | None
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"served": not self.problems, **asdict(self)}
+
+
+def diagnose(
+    model: PreTrainedModel,
+    drafters: Mapping[str, Drafter | str],
+    draft: PreTrainedModel | None,
+    draft_name: str | None,
+    batch_size: int,
+    length: int,
+    num_speculative_tokens: int,
+) -> Diagnosis:
+    """drafters: by name, each a Drafter to check or what it lacks in words. draft: the draft model, for its memory, and
+    by which of these names it drafts. length: tokens of a row, prompt and new ones.
+    """
+    layouts = {name: served(model, layout()) for name, layout in LAYOUTS.items()}
+    usable = [name for name, found in layouts.items() if found.network is not None]
+    layout = LAYOUTS[usable[0]]() if usable else None
+    problems = [] if usable else [f"no layout serves the target: {next(iter(layouts.values())).reason}"]
+    try:
+        check_lengths(model, length, "target")
+    except SpecDecError as error:
+        problems.append(str(error))
+    fits = {name: fit(drafter, model, length, layout) for name, drafter in drafters.items()}
+    if draft_name is not None and not fits[draft_name].fits:
+        problems.append(f"the draft does not fit: {fits[draft_name].reason}")
+        draft = None
+    memory = None
+    if layout is not None:
+        memory = memory_for(model, draft, layout, batch_size, length, num_speculative_tokens)
+        if not memory.fits:
+            problems.append(
+                f"{batch_size} rows of {length} tokens need {memory.still_needed / 2**20:.0f} MiB beside the weights, "
+                f"{memory.available / 2**20:.0f} are free: {memory.max_rows} rows fit"
+            )
+    return Diagnosis(
+        describe(model), layouts, exactness(model), fits, memory, versions(), machine(model.device), problems
+    )
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "class": type(model).__name__,
+        "model_type": config.model_type,
+        "num_parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "vocab_size": vocab_size_of(model),
+        "max_length": getattr(config, "max_position_embeddings", None),
+        "attention": model.config._attn_implementation,
+    }
+
+
+def served(model: PreTrainedModel, layout: Layout) -> Served:
+    """By building the network, which probes the model over this layout's cache."""
+    try:
+        check_architecture(model, layout)
+        network = build_network(model, 1, PROBE_SLOTS, layout=layout)
+    except UnsupportedModelError as error:
+        return Served(None, str(error))
+    return Served(NETWORKS[type(network).__name__])
+
+
+def exactness(model: PreTrainedModel) -> Exactness:
+    modules, obstacles = swappable(model)
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    note = (
+        "half precision: batches and drafts round otherwise than single tokens, so greedy tokens may differ; only "
+        "batch_invariant is exact"
+        if half
+        else "equal to plain greedy up to ties within rounding, which `specdec check` finds and judges"
+    )
+    num_threads = torch.get_num_threads()
+    try:
+        if model.device.type == "cpu":
+            torch.set_num_threads(1)  # the kernels' references are exact in one thread only
+        with batch_invariant(model):
+            network = build_network(model, 1, PROBE_SLOTS)
+    except SpecDecError as error:
+        return Exactness(note, modules, obstacles[:MAX_NAMED], False, str(error))
+    finally:
+        torch.set_num_threads(num_threads)
+    reason = "" if model.device.type == "cuda" else "on a CPU by slow references in one thread, for tests"
+    return Exactness(note, modules, obstacles, True, reason, NETWORKS[type(network).__name__])
+
+
+def swappable(model: PreTrainedModel) -> tuple[dict[str, int], list[str]]:
+    """Modules that `batch_invariant` has kernels for, kind -> number; and what stands against others."""
+    found: Counter[str] = Counter()
+    obstacles = []
+    for name, module in model.named_modules():
+        try:
+            if invariant_forward(name, module) is not None:
+                found[type(module).__name__] += 1
+        except UnsupportedModelError as error:
+            obstacles.append(str(error))
+    return dict(found), obstacles
+
+
+def fit(drafter: Drafter | str, model: PreTrainedModel, length: int, layout: Layout | None) -> Fit:
+    if isinstance(drafter, str):
+        return Fit(False, drafter)
+    try:
+        drafter.layout = layout
+        drafter.check(model, length)
+    except SpecDecError as error:
+        return Fit(False, str(error))
+    return Fit(True)
+
+
+def memory_for(
+    model: PreTrainedModel,
+    draft: PreTrainedModel | None,
+    layout: Layout,
+    batch_size: int,
+    length: int,
+    num_speculative_tokens: int,
+) -> Memory:
+    width = num_speculative_tokens + 1
+    slots = length + width  # a step may write a draft behind the longest row
+    target = footprint(model, layout)
+    parts = [(target, width)]
+    drafted = None
+    if draft is not None and getattr(draft.config, "model_type", None) != "xlnet":
+        drafted = footprint(draft, layout)
+        parts.append((drafted, 1))
+    total = sum(part.total(batch_size, slots, step) for part, step in parts)
+    taken = sum(part.total(0, slots, step) for part, step in parts)
+    per_row = sum(part.total(1, slots, step) for part, step in parts) - taken
+    available = available_bytes(model.device)
+    return Memory(target, drafted, batch_size, length, total, total - taken, available, available // max(per_row, 1))
