@@ -177,6 +177,8 @@ def test_report_says_again_what_the_run_said(measured, tmp_path):
     again = run("bench", "report", out / "r.json", "--markdown", tmp_path / "r.md")
     assert again.exit_code == 0 and again.stdout == done.stdout
     assert (tmp_path / "r.md").read_text() == (out / "r.md").read_text()
+    assert run("bench", "report", out / "r.json", "--plots", tmp_path / "plots").exit_code == 0
+    assert "cost-of-each-layout.svg" in {path.name for path in (tmp_path / "plots").iterdir()}
 
 
 def test_a_wrong_method_is_shown_and_decides_the_exit_status(folder, tmp_path, monkeypatch):

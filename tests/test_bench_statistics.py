@@ -42,7 +42,7 @@ def record(seed, slow_down=1.0, machine=1.0, noise=0.01, num_methods=6):
         results.append(entry(f"specdec {number}", machine * factor * times(generator, 1 + 0.1 * number, noise)))
     return {
         "format": FORMAT, "repeats": REPEATS, "models": {"name": "m"}, "max_new_tokens": 8, "dtype": "float32",
-        "device": "cpu", "seed": 0, "machine": {"processor": "p"}, "versions": {"torch": "2"},
+        "device": "cpu", "batch_invariant": False, "seed": 0, "machine": {"processor": "p"}, "versions": {"torch": "2"},
         "suites": [{"name": "prompts", "digest": "d"}], "results": results,
     }  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_what_only_one_run_has_is_said():
     assert found.notes == ["torch: 2, then 3"]
 
 
-@pytest.mark.parametrize("name", ["models", "max_new_tokens", "dtype", "device"])
+@pytest.mark.parametrize("name", ["models", "max_new_tokens", "dtype", "device", "batch_invariant"])
 def test_other_work_is_refused(name):
     after = record(1) | {name: "other"}
     with pytest.raises(ConfigError, match=f"differ in {name}"):

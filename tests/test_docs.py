@@ -41,18 +41,35 @@ def test_the_readmes_python_runs(monkeypatch):
     assert "def mean(values):" in out.getvalue()
 
 
-def specdec_commands():
-    shell = "\n".join(blocks(README, "")).replace("\\\n", " ")
+def specdec_commands(page):
+    shell = "\n".join(blocks(page, "")).replace("\\\n", " ")
     return [line.split("#")[0].strip() for line in shell.splitlines() if ".venv/bin/specdec" in line]
 
 
-@pytest.mark.parametrize("command", specdec_commands())
+@pytest.mark.parametrize("command", specdec_commands(README))
 def test_the_readmes_commands_run(command, monkeypatch):
     from specdec.cli.app import app
 
     monkeypatch.chdir(ROOT)
     done = CliRunner().invoke(app, shlex.split(command)[1:])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("name", ["certifying.md", "reading-the-report.md", "choosing.md"])
+def test_a_pages_python_and_commands_run(name, tmp_path, monkeypatch):
+    """In a folder of their own, where they find the shipped pair and leave their files."""
+    from specdec.cli.app import app
+
+    (tmp_path / "specdec").symlink_to(ROOT / "specdec")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / name).read_text()
+    for code in blocks(page, "python"):
+        exec(compile(code, name, "exec"), {})
+    commands = specdec_commands(page)
+    assert commands
+    for command in commands:
+        done = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert done.exit_code == 0, (command, done.output)
 
 
 def test_the_infilling_pages_python_runs(tmp_path):

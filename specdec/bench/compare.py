@@ -114,7 +114,7 @@ def check_same_work(before: dict, after: dict) -> None:
     wanted: dict[str, Callable[[dict], Any]] = {
         "models": itemgetter("models"),
         "prompts": lambda record: {suite["name"]: suite["digest"] for suite in record["suites"]},
-        **{name: itemgetter(name) for name in ("max_new_tokens", "dtype", "device")},
+        **{name: itemgetter(name) for name in ("max_new_tokens", "dtype", "device", "batch_invariant")},
     }
     for name, read in wanted.items():
         if read(before) != read(after):

@@ -16,6 +16,8 @@ import specdec
 from specdec import Speculation
 from specdec.bench.latency import StepClock
 from specdec.drafter import Drafter
+from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.registry import resolve
 from specdec.oracle import ends_of, left_pad
 from specdec.ways import PLAIN as NO_DRAFTER
 from specdec.ways import Way, generate_options
@@ -98,9 +100,14 @@ def peers(pair: Pair, max_new_tokens: int, batch_sizes: Sequence[int], lookup: b
     for batch_size in batch_sizes:
         found.append(transformers_method(pair, PLAIN, batch_size, None, max_new_tokens))
         if batch_size == 1:
-            found += assisted_peers(pair, max_new_tokens) if pair.draft is not None else []
+            found += assisted_peers(pair, max_new_tokens) if assists(pair.draft) else []
             found += lookup_peers(pair, max_new_tokens) if lookup else []
     return found
+
+
+def assists(draft: PreTrainedModel | None) -> bool:
+    """Whether transformers can draft with it: a causal model, not an any-subset one."""
+    return draft is not None and resolve(draft).name == DraftModel.name
 
 
 def assisted_peers(pair: Pair, max_new_tokens: int) -> list[Method]:

@@ -27,6 +27,7 @@ from specdec.environment import environment
 from specdec.equivalence import check_prompts
 from specdec.errors import ConfigError
 from specdec.footprint import kv_bytes_per_token
+from specdec.invariant import is_batch_invariant
 from specdec.oracle import greedy_settings
 from specdec.referee import name_of
 from specdec.stock import evaluating
@@ -104,6 +105,7 @@ def run(
     return record | {
         **{name: getattr(plan, name) for name in ("seed", "repeats", "max_new_tokens")},
         "device": model.device.type,
+        "batch_invariant": is_batch_invariant(model),
         "dtype": name_of(model.dtype),
         "models": describe_pair(pairs[0]),
         "memory_bandwidth_bytes_per_s": bandwidth,

@@ -137,8 +137,15 @@ def compare(
 
 
 @app.command()
-def report(record: RecordArgument, markdown: MarkdownOption = None, html: HtmlOption = None) -> None:
-    """Print a record's tables, and write them or the page with plots."""
+def report(
+    record: RecordArgument,
+    markdown: MarkdownOption = None,
+    html: HtmlOption = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write each plot there as SVG (needs matplotlib).")
+    ] = None,
+) -> None:
+    """Print a record's tables, and write them, the page or its plots."""
     from specdec.cli import bench_run
 
-    bench_run.show(record, bench_run.Files(None, markdown, html, None).checked())
+    bench_run.show(record, bench_run.Files(None, markdown, html, None, plots).checked())

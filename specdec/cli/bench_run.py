@@ -13,16 +13,18 @@ import typer
 
 from specdec.bench.compare import Comparison, compare, read_record, table
 from specdec.bench.page import page
+from specdec.bench.plots import plots
 from specdec.bench.run import Plan, Subject
 from specdec.bench.run import run as run_plan
 from specdec.bench.suite import read_questions
 from specdec.bench.tables import all_tables, document, summary
 from specdec.cli.common import Models, invariant_if, load_models, print_table
 from specdec.cli.demo import shipped_pair
+from specdec.drafters.registry import DRAFTERS
 from specdec.errors import ConfigError
 from specdec.ways import PLAIN, axis_values, ways, whole_numbers, words
 
-DRAFT_MODEL, PROMPT_LOOKUP = "draft_model", "prompt_lookup"
+DRAFT_MODEL = "draft_model"
 QUIET_CORES = 0.2
 
 
@@ -60,7 +62,8 @@ class Wanted:
     def drafters(self) -> tuple[str, ...]:
         if self.drafter is not None:
             return words("--drafter", self.drafter)
-        return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), PROMPT_LOOKUP)
+        complete = [name for name, (_, _, is_complete) in DRAFTERS.items() if is_complete]
+        return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), *complete)
 
     def plan(self) -> Plan:
         """Raises ConfigError for what cannot be read."""
@@ -83,12 +86,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Files:
-    """What to write beside what is printed; None for what nobody asked for. answers: a folder."""
+    """What to write beside what is printed; None for what nobody asked for. answers, plots: folders."""
 
-    json: Path | None
-    markdown: Path | None
-    html: Path | None
-    answers: Path | None
+    json: Path | None = None
+    markdown: Path | None = None
+    html: Path | None = None
+    answers: Path | None = None
+    plots: Path | None = None
 
     def checked(self) -> Files:
         """Raise ConfigError before any work for what cannot be written."""
@@ -96,12 +100,15 @@ class Files:
             path = getattr(self, name)
             if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
                 raise ConfigError(f"--{name} {str(path)!r} cannot be written; pass a file in a folder that exists")
-        if self.answers is not None and self.answers.exists() and not self.answers.is_dir():
-            raise ConfigError(f"--answers {str(self.answers)!r} is a file; pass a folder")
-        if self.html is not None and find_spec("matplotlib") is None:
+        for name in ("answers", "plots"):
+            path = getattr(self, name)
+            if path is not None and path.exists() and not path.is_dir():
+                raise ConfigError(f"--{name} {str(path)!r} is a file; pass a folder")
+        drawing = "--html" if self.html is not None else "--plots"
+        if (self.html or self.plots) is not None and find_spec("matplotlib") is None:
             raise ConfigError(
-                "--html draws with matplotlib, which is not installed; pip install 'specdec-toolkit[bench]', or leave "
-                "it out and run `specdec bench report` on the record elsewhere"
+                f"{drawing} draws with matplotlib, which is not installed; pip install 'specdec-toolkit[bench]', or "
+                "leave it out and run `specdec bench report` on the record elsewhere"
             )
         return self
 
@@ -112,6 +119,10 @@ class Files:
             self.markdown.write_text(document(record))
         if self.html is not None:
             self.html.write_text(page(record))
+        if self.plots is not None:
+            self.plots.mkdir(parents=True, exist_ok=True)
+            for plot in plots(record):
+                (self.plots / f"{plot.title.lower().replace(' ', '-')}.svg").write_text(plot.svg)
 
 
 def probabilities(option: str, text: str) -> tuple[float, ...]:
@@ -139,7 +150,6 @@ def run(wanted: Wanted, files: Files, batch_invariant: bool, dtype: str | None, 
     subject = Subject(name, models.target, models.draft, models.tokenizer, models.drafters())
     with invariant_if(batch_invariant, models.target):
         record = run_plan(subject, questions, plan, ["specdec", *sys.argv[1:]], log, files.answers)
-    record["batch_invariant"] = batch_invariant
     files.write(record)
     print_record(record)
     busiest = max((cores for entry in record["results"] for cores in entry["foreign_cores"]), default=0.0)
@@ -169,7 +179,7 @@ def print_record(record: dict) -> None:
 
 def compare_files(before: Path, after: Path, min_effect: float, json_path: Path | None) -> bool:
     """Compare, print, write; whether nothing has become worse."""
-    Files(json_path, None, None, None).checked()
+    Files(json_path).checked()
     found = compare(read_record(before), read_record(after), min_effect)
     print_comparison(found)
     if json_path is not None:
