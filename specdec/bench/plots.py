@@ -1,26 +1,18 @@
-"""The record as plots. matplotlib, the `bench` extra, is imported when one is drawn."""
+"""The record as plots. They need matplotlib, the `bench` extra."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
+from specdec.bench.drawing import COLORS, baseline, colored, figure, legend, line, svg
 from specdec.bench.methods import PLAIN
 from specdec.bench.record import median_of
 from specdec.bench.sweeps import SYNTHETIC
 from specdec.ways import AXES
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-WIDTH, HEIGHT = 8.0, 4.2  # inches
 MOVING = ("realign", "move rows")
-# Okabe and Ito's, which stay apart for the colour-blind.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#7A5195", "#8C613C")
 
 
 class Plot(NamedTuple):
@@ -261,45 +253,3 @@ def moving_share(entry: dict | None) -> float:
     if entry is None or not entry.get("stages"):
         return float("nan")
     return 100 * sum(entry["stages"]["share"][stage] for stage in MOVING)
-
-
-@contextmanager
-def figure(panels: int = 1, height: float = HEIGHT) -> Iterator[tuple[Figure, Any]]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "path", "svg.hashsalt": "specdec", "font.size": 10, "axes.grid": True, "grid.color": "#dddddd",
-        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        drawing = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield drawing, drawing.subplots(1, panels)
-
-
-def svg(drawing: Figure) -> str:
-    out = io.StringIO()
-    drawing.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
-
-
-def colored(names: Sequence[Any]) -> Iterator[tuple[Any, str]]:
-    return zip(names, cycle(COLORS), strict=False)
-
-
-def line(axes: Axes, x: Sequence[float], spreads: Sequence[dict], label: str, color: str) -> None:
-    """Medians with their intervals; one point alone is a marker."""
-    middle = [spread["median"] for spread in spreads]
-    below = [max(0.0, spread["median"] - spread["low"]) for spread in spreads]
-    above = [max(0.0, spread["high"] - spread["median"]) for spread in spreads]
-    style = "o-" if len(x) > 1 else "s"
-    axes.errorbar(x, middle, [below, above], fmt=style, color=color, label=label, capsize=3, markersize=5)
-
-
-def baseline(axes: Axes) -> None:
-    axes.axhline(1, color="#444444", linewidth=1, linestyle="--")
-    axes.set_ylim(bottom=0)
-
-
-def legend(axes: Axes) -> None:
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
