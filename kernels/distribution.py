@@ -52,25 +52,34 @@ class Distribution(NamedTuple):
     def of_tokens(self, token_ids: Tensor) -> Tensor:
         """The probability of token_ids[:, j] at place j, [rows, n] float64. token_ids: [rows, n <= places] int64."""
         n = token_ids.shape[1]
-        scores = self.scores[:, :n].gather(2, token_ids[..., None]).squeeze(2)
-        return self._probs(scores, self.cutoff[:, :n], self.top[:, :n], self.mass[:, :n])
+        scores = self.scores[:, :n].gather(2, token_ids[..., None]).squeeze(2).to(self.top.dtype)
+        weights = scores.sub(self.top[:, :n]).div_(self.temperature).exp_().mul_(scores.ge(self.cutoff[:, :n]))
+        # Rounded as the draft probabilities are, so that equal scores give equal p and q.
+        return weights.div_(self.mass[:, :n].to(self.top.dtype)).double()
 
     def at(self, place: Tensor) -> Tensor:
-        """The probabilities at one place of every row, [rows, vocab] float64. place: [rows] int64."""
+        """The probabilities at one place of every row, [rows, vocab] in the dtype of `top`. place: [rows] int64."""
         row = torch.arange(len(place), device=place.device)
-        cutoff, top, mass = (values[row, place, None] for values in (self.cutoff, self.top, self.mass))
-        return self._probs(self.scores[row, place], cutoff, top, mass)
-
-    def _probs(self, scores: Tensor, cutoff: Tensor, top: Tensor, mass: Tensor) -> Tensor:
-        scores = scores.to(top.dtype)
-        weights = scores.sub(top).div_(self.temperature).exp_().mul_(scores.ge(cutoff))
-        # Rounded as the draft probabilities are, so that equal scores give equal p and q.
-        return weights.div_(mass.to(top.dtype)).double()
+        top, cutoff = self.top[row, place, None], self.cutoff[row, place, None]
+        return probs_of(self.scores[row, place].to(top.dtype), top, cutoff, self.temperature)
 
     def rows(self, part: slice) -> Distribution:
         """The same of some rows."""
         scores, temperature, *statistics = self
         return Distribution(scores[part], temperature, *(values[part] for values in statistics))
+
+
+def probs_of(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    """The probabilities that scores stand for, [rows, vocab]; NaN where they stand for none.
+
+    top, cutoff: [rows, 1]. One softmax, which on a CPU is a fraction of the same in single operations.
+    """
+    shifted = scores - top  # before the division, so that large scores lose nothing to it
+    if temperature != 1:
+        shifted /= temperature
+    if not cutoff.isneginf().all():
+        shifted.masked_fill_(scores < cutoff, -math.inf)
+    return torch.softmax(shifted, -1, out=out)
 
 
 def distribution_of(scores: Tensor, truncation: Truncation, implementation: str = "auto") -> Distribution:
@@ -98,22 +107,30 @@ def distribution_reference(scores: Tensor, truncation: Truncation) -> tuple[Tens
 
 
 def _statistics(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor]:
+    cutoff, top, mass = cutoffs(scores, truncation)
+    return cutoff, top, _mass(scores, top, cutoff, truncation.temperature) if mass is None else mass
+
+
+def cutoffs(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(cutoff, top, mass), [positions] each; no mass where nothing has to be searched.
+
+    scores: [positions, vocab] float32 or float64.
+    """
     vocab = scores.shape[1]
     temperature, top_k, top_p, min_p = truncation
     top = scores.amax(1)
     cutoff = torch.full_like(top, -math.inf)
     if top_k == 0 and top_p >= 1:
-        if min_p > 0:
-            cutoff = top + temperature * math.log(min_p)
-        return cutoff, top, _mass(scores, top, cutoff, temperature)
+        return (top + temperature * math.log(min_p) if min_p > 0 else cutoff), top, None
     total = _mass(scores, top, cutoff, temperature) if top_k == 0 else None
-    count = min(top_k + 1 if top_k else FEW, vocab)
-    cutoff, mass, is_sure = _cut(scores.topk(count).values, total, truncation, vocab)
-    if not is_sure.all():
-        rest = ~is_sure
-        rest_total = None if total is None else total[rest]
-        ranked = scores[rest].sort(descending=True).values
-        cutoff[rest], mass[rest], _ = _cut(ranked, rest_total, truncation, vocab)
+    mass = torch.empty_like(top, dtype=torch.float64)
+    rest, count = torch.arange(len(scores), device=scores.device), top_k + 1 if top_k else FEW
+    while len(rest):  # of the few largest scores first, and of more of them where these do not tell
+        some = scores if len(rest) == len(scores) else scores[rest]
+        ranked = some.topk(count).values if count < vocab else some.sort(descending=True).values
+        some_total = None if total is None else total[rest]
+        cutoff[rest], mass[rest], is_sure = _cut(ranked, some_total, truncation, vocab)
+        rest, count = rest[~is_sure], 8 * count
     return cutoff, top, mass
 
 
@@ -148,10 +165,8 @@ def _cut(ranked: Tensor, total: Tensor | None, truncation: Truncation, vocab: in
 
 
 def _mass(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: float) -> Tensor:
-    weights = scores.sub(top[:, None]).div_(temperature).exp_()
-    if not cutoff.isneginf().all():
-        weights *= scores.ge(cutoff[:, None])
-    return weights.sum(1, dtype=torch.float64)
+    """The sum of exp((scores - top) / temperature): the largest of these is 1, and its probability 1 / sum."""
+    return probs_of(scores, top[:, None], cutoff[:, None], temperature).amax(1).double().reciprocal_()
 
 
 def _distribution_triton(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ that a row's token depends on nothing but its own scores and its own number.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.dispatch import triton, uses_triton
@@ -15,11 +16,14 @@ from specdec.kernels.distribution import (
     Truncation,
     blocks_of,
     candidates_for,
-    distribution_of,
+    cutoffs,
     kernel_scores,
     numbers_of,
+    probs_of,
 )
 from specdec.kernels.greedy_commit import NO_TOKEN
+
+BLOCK = 128  # entries of the vocabulary that the reference sums first
 
 if triton is not None:
     import triton.language as tl
@@ -48,13 +52,16 @@ def sample(
 def sample_reference(scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor) -> Tensor:
     """The same in plain torch."""
     vocab = scores.shape[1]
-    distribution = distribution_of(scores[:, None], truncation, "torch")
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    cutoff, top, _ = cutoffs(wide, truncation)
     probs[:, vocab:] = 0
-    probs[:, :vocab] = distribution.at(torch.zeros(len(scores), dtype=torch.long, device=scores.device))
-    nothing = distribution.mass.isnan()
+    probs[:, :vocab] = probs_of(wide, top[:, None], cutoff[:, None], truncation.temperature)
+    tokens = sample_tokens(probs, uniforms)
+    nothing = probs[:, 0].isnan()  # one NaN, or -inf everywhere, leaves no number among them
     if nothing.any():
-        probs.masked_fill_(nothing, 0)
-    return sample_tokens(probs, uniforms).masked_fill_(nothing[:, 0], NO_TOKEN)
+        probs[nothing] = 0
+        tokens[nothing] = NO_TOKEN
+    return tokens
 
 
 def sample_tokens(mass: Tensor, uniforms: Tensor) -> Tensor:
@@ -62,11 +69,21 @@ def sample_tokens(mass: Tensor, uniforms: Tensor) -> Tensor:
 
     mass: [rows, vocab], not negative; a token without mass is never chosen. uniforms: [rows] float64 in [0, 1).
     """
-    cumulative = mass.cumsum(1, dtype=torch.float64)
+    num_rows, vocab = mass.shape
+    width = min(BLOCK, vocab)
+    blocks = F.pad(mass, (0, -vocab % width)).view(num_rows, -1, width)  # a block first, then a token of it
+    cumulative = blocks.sum(2, dtype=torch.float64).cumsum_(1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=mass.shape[1] - 1)
-    # A parallel cumulative sum need not be monotone to the last bit, so it may rise at a token without mass.
-    return torch.where(mass.gather(1, token) > 0, token, mass.argmax(1, keepdim=True)).squeeze(1)
+    block = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0)
+    within = blocks[torch.arange(num_rows, device=mass.device), block[:, 0]].cumsum(1, dtype=torch.float64)
+    inner = torch.searchsorted(within, threshold - before, right=True).clamp_(max=width - 1)
+    token = (block * width + inner).clamp_(max=vocab - 1)
+    # Sums in another order differ in the last bit, which may lead to a token without mass.
+    without = mass.gather(1, token) <= 0
+    if without.any():
+        token = torch.where(without, mass.argmax(1, keepdim=True), token)
+    return token.squeeze(1)
 
 
 def _sample_triton(scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def block_chances(target: Distribution, draft_ids: Tensor, draft_probs: Tensor) 
         chances[:, i - 1] = scales[:, i]
         if i < k:
             place = torch.full_like(draft_ids[:, 0], i)
-            residual = target.at(place).mul_(scales[:, i, None]).sub_(draft_probs[:, i]).clamp_(min=0).sum(1)
+            residual = _residual(target.at(place), draft_probs[:, i], scales[:, i]).sum(1).double()
             denominator = residual + (1 - scales[:, i])
             goes_on = draft_ids[:, i] != NO_TOKEN  # otherwise i is this row's whole draft
             chance = torch.where(denominator > 0, residual / denominator, 0)
@@ -158,7 +158,7 @@ def block_chances(target: Distribution, draft_ids: Tensor, draft_probs: Tensor) 
 def final_mass(
     target: Distribution, draft_ids: Tensor, draft_probs: Tensor | None, num_accepted: Tensor, scales: Tensor
 ) -> Tensor:
-    """What the token behind the accepted ones is sampled from, not normalised, [rows, vocab] float64.
+    """What the token behind the accepted ones is sampled from, not normalised, [rows, vocab].
 
     Bonus: p. Recovered: (s p - q)+, or p where rounding leaves none of it (p equals q, so that nothing is to recover).
     """
@@ -171,9 +171,14 @@ def final_mass(
     if draft_probs is None:
         mass = p.scatter(1, draft_ids[row, place].clamp(min=0)[:, None], 0)
     else:
-        mass = (p * scales[row, num_accepted, None]).sub_(draft_probs[row, place]).clamp_(min=0)
+        mass = _residual(p, draft_probs[row, place], scales[row, num_accepted])
     is_bonus = (num_accepted == num_drafted) | (mass.sum(1) == 0)
     return torch.where(is_bonus[:, None], p, mass)
+
+
+def _residual(p: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """(s p - q)+, [rows, vocab] in p's dtype. scale: [rows]."""
+    return (p * scale[:, None].to(p.dtype)).sub_(q).clamp_(min=0)
 
 
 def _probs_of_drafts(target: Distribution, draft_ids: Tensor, draft_probs: Tensor | None) -> tuple[Tensor, Tensor]:

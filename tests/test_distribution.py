@@ -45,7 +45,7 @@ def random_scores(vocab, rows=3, places=4, seed=0, spread=2.0, dtype=torch.float
 
 def probs_of(found):
     places = [found.at(torch.full((len(found.scores),), place)) for place in range(found.scores.shape[1])]
-    return torch.stack(places, 1)
+    return torch.stack(places, 1).double()
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
