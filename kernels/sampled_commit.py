@@ -9,7 +9,10 @@ verification="block" (Sun et al. 2024, arXiv 2403.10444, algorithm 2): with r_0 
 r_i = min(1, r_{i-1} p(x_i) / q(x_i)) and R_i = sum_x (r_i p(x | x_<=i) - q(x | x_<=i))+, the longest prefix i with
 u_i < h_i is accepted, where h_i = R_i / (R_i + 1 - r_i), or h_i = r_i for the whole draft. In expectation never fewer
 tokens than "token".
-The recovered token behind i accepted ones is a sample of norm((s p - q)+), where s = 1 for "token" and r_i for "block".
+With `lenience` l below 1, "token" is no longer lossless: p counts for p / l, in the acceptance and in the residual.
+
+The recovered token behind i accepted ones is a sample of norm((s p - q)+), where s = 1 / l for "token" and r_i for
+"block".
 
 The target's probabilities are computed from its scores where they are read and never stored; what is read are those of
 the drafts and those at one place a row ("block": at the places behind the prefixes that are tried, one at a time).
@@ -46,6 +49,7 @@ def sampled_commit(
     limits: Tensor,
     verification: str = "token",
     implementation: str = "auto",
+    lenience: float = 1.0,
 ) -> Committed:
     """Verify sampled drafts and append the result to every row.
 
@@ -63,17 +67,25 @@ def sampled_commit(
     verification: "token" or "block". For deterministic drafts both accept i or more with probability
         p(x_1) ... p(x_i), which no lossless rule exceeds; they are verified by token, the cheaper of the two.
     implementation: "torch", "triton", or "auto": Triton for CUDA tensors, the torch reference elsewhere.
+    lenience: above 0, at most 1; of "token" alone.
     """
-    _check(target, draft_ids, draft_probs, uniforms, verification)
+    _check(target, draft_ids, draft_probs, uniforms, verification, lenience)
     serve = _sampled_commit_triton if uses_triton(implementation, target.scores) else sampled_commit_reference
-    return serve(target, draft_ids, draft_probs, uniforms, eos_ids, token_ids, lengths, limits, verification)
+    return serve(target, draft_ids, draft_probs, uniforms, eos_ids, token_ids, lengths, limits, verification, lenience)
 
 
 def _check(
-    target: Distribution, draft_ids: Tensor, draft_probs: Tensor | None, uniforms: Tensor, verification: str
+    target: Distribution,
+    draft_ids: Tensor,
+    draft_probs: Tensor | None,
+    uniforms: Tensor,
+    verification: str,
+    lenience: float,
 ) -> None:
     if verification not in ("token", "block"):
         raise ValueError(f"verification={verification!r}; choose 'token' or 'block'")
+    if not 0 < lenience <= 1 or (verification == "block" and lenience != 1):
+        raise ValueError(f"lenience={lenience} must be in (0, 1], and 1 for block verification")
     rows, k = draft_ids.shape
     vocab = target.scores.shape[-1]
     expected = {
@@ -98,6 +110,7 @@ def sampled_commit_reference(
     lengths: Tensor,
     limits: Tensor,
     verification: str = "token",
+    lenience: float = 1.0,
 ) -> Committed:
     """The same in plain torch, a few rows at a time."""
     size = max(REFERENCE_ELEMENTS // target.scores.shape[2], 1)
@@ -105,7 +118,7 @@ def sampled_commit_reference(
     for first in range(0, len(draft_ids), size):
         part = slice(first, first + size)
         q = None if draft_probs is None else draft_probs[part]
-        decided.append(_decide(target.rows(part), draft_ids[part], q, uniforms[part], verification))
+        decided.append(_decide(target.rows(part), draft_ids[part], q, uniforms[part], verification, lenience))
     num_accepted, final = (torch.cat(values) for values in zip(*decided, strict=True))
     column = torch.arange(draft_ids.shape[1] + 1, device=draft_ids.device)
     # The final token also fills the places behind it: they are written too, and no -1 may reach an embedding.
@@ -115,23 +128,32 @@ def sampled_commit_reference(
 
 
 def _decide(
-    target: Distribution, draft_ids: Tensor, draft_probs: Tensor | None, uniforms: Tensor, verification: str
+    target: Distribution,
+    draft_ids: Tensor,
+    draft_probs: Tensor | None,
+    uniforms: Tensor,
+    verification: str,
+    lenience: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """How many drafts are accepted and the token behind them, [rows] int64 each."""
     if verification == "block" and draft_probs is not None:
         chances, scales = block_chances(target, draft_ids, draft_probs)
         num_accepted = _longest(uniforms[:, 1:] < chances)
     else:
-        chances, scales = token_chances(target, draft_ids, draft_probs)
+        chances, scales = token_chances(target, draft_ids, draft_probs, lenience)
         num_accepted = (uniforms[:, 1:] < chances).long().cumprod(1).sum(1)
     mass = final_mass(target, draft_ids, draft_probs, num_accepted, scales)
     return num_accepted, sample_tokens(mass, uniforms[:, 0])
 
 
-def token_chances(target: Distribution, draft_ids: Tensor, draft_probs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """min(1, p / q) of every draft, [rows, k] float64, 0 where nothing was drafted; the scales s = 1, [rows, k + 1]."""
+def token_chances(
+    target: Distribution, draft_ids: Tensor, draft_probs: Tensor | None, lenience: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """min(1, s p / q) of every draft, [rows, k] float64, 0 where nothing was drafted; the scales s = 1 / lenience,
+    [rows, k + 1]."""
     p, q = _probs_of_drafts(target, draft_ids, draft_probs)
-    return _ratio(p, q), p.new_ones(draft_ids.shape[0], draft_ids.shape[1] + 1)
+    scales = p.new_full((draft_ids.shape[0], draft_ids.shape[1] + 1), 1 / lenience)
+    return _ratio(p / lenience, q), scales
 
 
 def block_chances(target: Distribution, draft_ids: Tensor, draft_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,6 +233,7 @@ def _sampled_commit_triton(
     lengths: Tensor,
     limits: Tensor,
     verification: str,
+    lenience: float,
 ) -> Committed:
     num_rows, k = draft_ids.shape
     scores = kernel_scores(target.scores)
@@ -242,6 +265,7 @@ def _sampled_commit_triton(
         uniforms.stride(0),
         token_ids.stride(0),
         float(target.temperature),
+        1.0 / lenience,
         BY_BLOCK=verification == "block" and draft_probs is not None,
         SAMPLED=draft_probs is not None,
         BLOCK=triton.next_power_of_2(k + 1),
@@ -364,6 +388,7 @@ if triton is not None:
         uniforms_stride,
         tokens_stride,
         temperature,
+        token_scale,
         BY_BLOCK: tl.constexpr,
         SAMPLED: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -396,8 +421,8 @@ if triton is not None:
                 temperature, cutoff_ptr, top_ptr, mass_ptr, BLOCK, VOCAB_BLOCK, NUM_BLOCKS,
             )  # fmt: skip
         else:
-            num_accepted = tl.min(tl.where(uniforms < _ratio_kernel(p, q), num_drafted, column), 0)
-            scale = tl.full((), 1.0, tl.float64)
+            scale = tl.full((), 1.0, tl.float64) * token_scale
+            num_accepted = tl.min(tl.where(uniforms < _ratio_kernel(p * scale, q), num_drafted, column), 0)
         # -1 behind the last draft, where column num_drafted is always inside, since BLOCK > k
         rejected = tl.sum(tl.where(column == num_accepted, draft, 0), 0)
         final = _final_token(

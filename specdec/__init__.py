@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specdec.generate_many import Completion, Completions, generate_many
     from specdec.infill import infill
     from specdec.invariant import batch_invariant, make_batch_invariant
+    from specdec.lossy import Lenient, TopBeta, Typical
     from specdec.metrics import Speculation
     from specdec.rows import Rows, StepReport
 
@@ -37,12 +38,15 @@ __all__ = [
     "DrafterError",
     "EquivalenceReport",
     "InputError",
+    "Lenient",
     "NumericalError",
     "Rows",
     "SpecDecError",
     "Speculation",
     "SpeculativeOutput",
     "StepReport",
+    "TopBeta",
+    "Typical",
     "UnsupportedModelError",
     "Verified",
     "__version__",
@@ -65,6 +69,7 @@ _HOMES = {
     "infill": "infill",
     "generate_many": "Completion Completions generate_many",
     "invariant": "batch_invariant make_batch_invariant",
+    "lossy": "Lenient TopBeta Typical",
     "metrics": "Speculation",
     "rows": "Rows StepReport",
 }

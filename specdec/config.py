@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from specdec.drafter import Drafter, NoDrafts
 from specdec.errors import ConfigError, DrafterError
 from specdec.layout import Layout, Ragged, resolve_layout
+from specdec.lossy import GREEDY, SAMPLED, Lossy
 from specdec.options import is_whole
 from specdec.random_streams import RowStreams
 
@@ -95,16 +96,18 @@ def speculative_config(
 
 @dataclass(frozen=True)
 class Randomness:
-    """Where the numbers of sampling come from, and how sampled drafts are verified."""
+    """Where the numbers of sampling come from, and how drafts are verified."""
 
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
-    verification: str = "token"
+    verification: str | Lossy = "token"
 
-    def checked(self, do_sample: bool) -> Randomness:
-        """Raise ConfigError for values that cannot be served, or that greedy decoding would ignore."""
-        if self.verification not in VERIFICATIONS:
-            raise ConfigError(f"verification={self.verification!r}; choose {' or '.join(map(repr, VERIFICATIONS))}")
+    def checked(self, do_sample: bool | None, drafter: Drafter | None = None) -> Randomness:
+        """Raise ConfigError for values that cannot be served, or that would be ignored.
+
+        do_sample: None if nobody knows yet. drafter: None if nobody knows yet.
+        """
+        self._check_verification(do_sample, drafter)
         if self.seed is not None and self.generator is not None:
             raise ConfigError("seed and generator both say where random numbers come from; pass one of them")
         one = self.seed is None or is_whole(self.seed)
@@ -113,11 +116,29 @@ class Randomness:
         if not isinstance(self.generator, torch.Generator | None):
             raise ConfigError(f"generator is a {type(self.generator).__name__}; pass a torch.Generator")
         for name in ("seed", "generator"):
-            if not do_sample and getattr(self, name) is not None:
+            if do_sample is False and getattr(self, name) is not None:
                 raise ConfigError(f"{name}= has no effect on greedy decoding; pass do_sample=True, or leave it out")
-        if not do_sample and self.verification != "token":
-            raise ConfigError(f"verification={self.verification!r} is for sampled drafts; pass do_sample=True with it")
         return self
+
+    def _check_verification(self, do_sample: bool | None, drafter: Drafter | None) -> None:
+        rule = self.verification
+        if not isinstance(rule, Lossy):
+            if rule not in VERIFICATIONS:
+                raise ConfigError(
+                    f"verification={rule!r}; choose {' or '.join(map(repr, VERIFICATIONS))} (or, lossy, "
+                    "specdec.Lenient, Typical or TopBeta)"
+                )
+            if do_sample is False and rule != "token":
+                raise ConfigError(f"verification={rule!r} is for sampled drafts; pass do_sample=True with it")
+            return
+        if do_sample and not isinstance(rule, SAMPLED):
+            raise ConfigError(f"verification={rule} is a rule of greedy decoding; leave do_sample=True out")
+        if do_sample is False and not isinstance(rule, GREEDY):
+            raise ConfigError(
+                f"verification={rule} at temperature 0 is greedy decoding; pass do_sample=True with it, or leave it out"
+            )
+        if isinstance(drafter, NoDrafts):
+            raise ConfigError(f"verification={rule} has nothing to accept without a drafter; pass drafter=")
 
     def streams(self, num_rows: int | None, device: torch.device) -> RowStreams:
         seed = self.seed

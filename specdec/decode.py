@@ -57,6 +57,7 @@ def decode_steps(
     statistics: filled in. rows: those that take part; the schedule says which join.
     """
     check_shared_slots(drafter, target.layout.takes_turns or schedule.takes_newcomers)
+    statistics.verification, statistics.is_lossless = target.verification.name, target.verification.is_lossless
     with target.network.running(), drafting(drafter, target, rows, num_speculative_tokens):
         while True:
             joined = schedule.admit(target, drafter, rows)  # with the first token behind their prompts

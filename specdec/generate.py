@@ -25,6 +25,7 @@ from specdec.emitted import Emitted
 from specdec.errors import ConfigError, DrafterError
 from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.layout import Layout
+from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options, whole_number
@@ -34,7 +35,7 @@ from specdec.sampling import Sampler
 from specdec.stopping import Stopping, users_criteria
 from specdec.streaming import Streamers
 from specdec.target import Target
-from specdec.verify import GreedyVerification, SampledVerification, Verification
+from specdec.verify import verification_of
 
 
 @dataclass
@@ -61,7 +62,7 @@ def generate(
     assistant_model: PreTrainedModel | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    verification: str = "token",
+    verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
     **options: Any,
 ) -> Tensor | SpeculativeOutput:
@@ -83,7 +84,8 @@ def generate(
         one per row. Without either, a seed is drawn from torch's global generator. With the same seed, a row's sample
         does not depend on its batch.
     verification: of sampled drafts, "token" (rejection sampling) or "block" (block verification: never fewer tokens
-        a step).
+        a step). A `specdec.Lenient`, `Typical` or `TopBeta` keeps more drafts and is lossy: the output is no longer
+        the target's, and `.speculation` says so.
     layout: how rows of different lengths lie in the caches, "ragged", "repad" or "grouped" (of 8 rows a step, or as
         `specdec.layout.Grouped` says); the output is the same. The last two also serve models that know one length per
         batch, such as gpt_neo.
@@ -103,7 +105,7 @@ def generate(
     config = merge_config(model, generation_config, options)
     check_served(config, explicit)
     speculation = speculative_config(drafter, num_speculative_tokens, config, explicit, assistant_model, layout)
-    randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample))
+    randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
     if (copies := whole_number("num_return_sequences", config.num_return_sequences or 1)) > 1:
         check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
@@ -121,7 +123,7 @@ def speculative(
     stop_strings: str | Sequence[str] | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    verification: str = "token",
+    verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.
@@ -134,7 +136,7 @@ def speculative(
         raise DrafterError("speculative() needs a drafter; for plain decoding call model.generate without it")
     k = speculative_config(drafter, num_speculative_tokens, layout=layout).num_speculative_tokens
     randomness = Randomness(seed, generator, verification)
-    randomness.checked(True)
+    randomness.checked(None)
 
     def custom_generate(
         model: PreTrainedModel,
@@ -164,9 +166,9 @@ def speculative(
             config = copy.copy(config)
             config.stop_strings = stop_strings
         callbacks = Callbacks(streamer, own, allowed, criteria, tokenizer)
-        checked = randomness.checked(bool(config.do_sample))
         # A drafter of its own for each call, unless the caller made one.
         speculation = speculative_config(drafter, k, layout=layout)
+        checked = randomness.checked(bool(config.do_sample), speculation.drafter)
         return _generate(model, input_ids, mask, speculation, config, callbacks, checked)
 
     return custom_generate
@@ -209,12 +211,11 @@ def _generate(
         model, config, set(lengths), options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
     )
     rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, num_speculative_tokens + 1, model.device)
-    verification: Verification = GreedyVerification()
-    drafter.sampler = None
+    drafter.sampler, streams = None, None
     if options.do_sample:
         streams = randomness.streams(len(rows), rows.device)
-        verification = SampledVerification(streams, processors.truncation, randomness.verification)
         drafter.sampler = Sampler(processors, streams, vocab_size_of(model))
+    verification = verification_of(randomness.verification, options.do_sample, streams, processors.truncation)
     scores, logits = (
         Emitted(len(rows), options.pad_token_id) if wanted else None
         for wanted in (options.output_scores, options.output_logits)

@@ -20,6 +20,7 @@ from specdec.errors import ConfigError, InputError
 from specdec.generate import Callbacks
 from specdec.inputs import check_input_ids
 from specdec.layout import Layout
+from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
@@ -29,7 +30,7 @@ from specdec.sampling import Sampler
 from specdec.schedule import Continuous, Request
 from specdec.stopping import Stopping
 from specdec.target import Target
-from specdec.verify import GreedyVerification, SampledVerification, Verification
+from specdec.verify import verification_of
 
 ORDERS = ("arrival", "longest_first")
 
@@ -99,7 +100,7 @@ def generate_many(
     on_commit: OnCommit | None = None,
     seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    verification: str = "token",
+    verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
     **options: Any,
 ) -> Completions:
@@ -128,7 +129,7 @@ def generate_many(
     speculation = speculative_config(drafter, num_speculative_tokens, config, explicit, layout=layout)
     check_shared_slots(speculation.drafter, True)
     check_many(config, max_rows, kv_tokens, prefill_tokens, order)
-    randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample))
+    randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     check_architecture(model, speculation.layout)
     speculation.drafter.layout = speculation.layout
     intake = Intake(model, speculation, config, randomness, kv_tokens, limits)
@@ -155,12 +156,12 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
     )
     schedule.on_enter = lambda request: processors.add(len(request.prompt))
     drafter = speculation.drafter
-    verification: Verification = GreedyVerification()
-    drafter.sampler = None
+    drafter.sampler, streams = None, None
     if config.do_sample:
         streams = intake.randomness.streams(None, model.device)
-        verification = SampledVerification(streams, processors.truncation, intake.randomness.verification)
         drafter.sampler = Sampler(processors, streams, vocab_size_of(model))
+    method = intake.randomness.verification
+    verification = verification_of(method, bool(config.do_sample), streams, processors.truncation)
     slots, eos = schedule.slots, options.eos_token_ids
     target = Target(
         model,

@@ -23,6 +23,7 @@ from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
 from specdec.generate import SpeculativeOutput
 from specdec.inputs import check_input_ids
 from specdec.kernels.distribution import Truncation
+from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.options import is_whole
 from specdec.rows import Rows, StepReport
@@ -88,6 +89,8 @@ def infill(
     check_drafting(drafter, num_speculative_tokens)
     truncation = checked_truncation(do_sample, temperature, top_k, top_p)
     randomness = Randomness(seed, generator, verification).checked(do_sample)
+    if isinstance(verification, Lossy):
+        raise ConfigError(f"verification={verification} is lossy, and infilling is exact; pass 'token' or 'block'")
     order = Order(*(part.to(served.device) for part in (order.positions, order.num_visible, order.lengths)))
     rows = rows_of(input_ids.to(served.device).long(), order, num_speculative_tokens)
     conditionals = Forbidding(conditionals_of(model, order, rows), mask_token)
@@ -117,7 +120,7 @@ class Filling:
 @torch.no_grad()
 def fill(rows: Rows, filling: Filling) -> Speculation:
     """Fill all rows to their limits."""
-    speculation = Speculation()
+    speculation = Speculation(verification=filling.verification.name)
     drafter, no_ends = filling.drafter, rows.token_ids.new_empty(0)
     while len(rows):
         draft, first = proposal(rows, filling)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from specdec.errors import InputError
 
+CACHES = ("past_key_values", "cache")  # older and newer name of the cache among transformers' model inputs
+WITHOUT_CACHE = "a row has a cache of its own here, which fills from its prompt: leave it out"
+
 
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Raise InputError unless `input_ids` is a [rows, columns] integer tensor within the vocabulary."""
@@ -77,16 +80,19 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
 
 def refuse_model_inputs(model_kwargs: dict[str, Any], attention_mask: Tensor) -> None:
     """Raise InputError for model inputs that are not text, a cache that is filled, and positions of the user's own."""
-    name = "cache" if "cache" in model_kwargs else "past_key_values"
-    cache = model_kwargs.get(name)
-    if cache is not None and cache.get_seq_length() > 0:
-        raise InputError(f"{name} already holds {cache.get_seq_length()} tokens; pass the whole prompt instead")
+    for name in CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            raise InputError(
+                f"{name} already holds {int(cache.get_seq_length())} tokens; {WITHOUT_CACHE} "
+                "(with the whole text in input_ids the output is the same)"
+            )
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.shape[-2:] == attention_mask.shape:
         expected = attention_mask.long().cumsum(-1) - 1
         if ((positions != expected) & attention_mask.bool()).any():
             raise InputError("position_ids other than 0, 1, 2 ... are not served; leave them out")
-    served = {"attention_mask", name, "use_cache", "logits_to_keep", "position_ids", "cache_position"}
+    served = {"attention_mask", *CACHES, "use_cache", "logits_to_keep", "position_ids", "cache_position"}
     for name, value in model_kwargs.items():
         if name not in served and value is not None and value is not False:
             raise InputError(f"model input {name!r} is not served; pass input_ids and attention_mask only")

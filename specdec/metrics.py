@@ -23,6 +23,8 @@ class Speculation:
         is the share of the others.
     acceptance_histogram: entry i counts the row-steps that accepted i draft tokens.
     tried_histogram: entry i counts the row-steps that drafted token i and accepted all before it.
+    verification: "greedy", "token", "block", or the lossy rule with its numbers. is_lossless: whether the output is the
+        target's own, or follows its distribution; False for the lossy ones.
     """
 
     num_target_calls: int = 0
@@ -34,6 +36,8 @@ class Speculation:
     num_realignments: int = 0
     acceptance_histogram: list[int] = field(default_factory=list)
     tried_histogram: list[int] = field(default_factory=list)
+    verification: str = "greedy"
+    is_lossless: bool = True
 
     @property
     def mean_acceptance_length(self) -> float:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specdec.drafter import Draft
-from specdec.kernels.distribution import NO_TRUNCATION, Truncation, distribution_of
+from specdec.drafter import NO_TOKEN, Draft
+from specdec.kernels.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
 from specdec.kernels.greedy_commit import Committed, greedy_commit
 from specdec.kernels.sampled_commit import sampled_commit
+from specdec.lossy import Lenient, Lossy, TopBeta, Typical
 from specdec.random_streams import Purpose, RowStreams
 from specdec.rows import Rows
 
@@ -20,6 +22,14 @@ BAD_DRAFT = 2  # the drafter's probabilities are no distribution
 
 
 class Verification(Protocol):
+    """name: what reports call it. is_lossless: whether the output is the target's, or follows its distribution."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_lossless(self) -> bool: ...
+
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
         """scores: [rows, k + 1, vocab], processed logits. Appends to `rows`.
 
@@ -28,11 +38,25 @@ class Verification(Protocol):
         """
 
 
+@dataclass(frozen=True)
 class GreedyVerification:
-    """Commits what greedy decoding of the target writes."""
+    """Commits what greedy decoding of the target writes; with a lossy rule, drafts that it lets pass as well."""
+
+    rule: Lenient | TopBeta | None = None
+
+    @property
+    def name(self) -> str:
+        return "greedy" if self.rule is None else str(self.rule)
+
+    @property
+    def is_lossless(self) -> bool:
+        return self.rule is None
 
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
         best, target_ids = scores.max(-1)  # a NaN anywhere is the maximum
+        if self.rule is not None and draft.token_ids.shape[1]:
+            passes = lets_pass(self.rule, draft.token_ids, scores[:, :-1], best[:, :-1])
+            target_ids[:, :-1] = torch.where(passes, draft.token_ids, target_ids[:, :-1])
         done = greedy_commit(target_ids, draft.token_ids, eos_ids, rows.token_ids, rows.lengths, rows.limits)
         return done, nan_within(torch.isnan(best), done) * BAD_SCORES
 
@@ -41,26 +65,40 @@ class GreedyVerification:
 class SampledVerification:
     """Commits samples of the target's distribution, whatever the drafter's.
 
-    method: "token" (rejection sampling) or "block" (block verification), see `kernels/sampled_commit.py`.
+    method: "token" (rejection sampling) or "block" (block verification), see `kernels/sampled_commit.py`; or a lossy
+        rule, and what is committed follows another distribution.
     """
 
     streams: RowStreams
     truncation: Truncation = NO_TRUNCATION
-    method: str = "token"
+    method: str | Lenient | Typical = "token"
+
+    @property
+    def name(self) -> str:
+        return str(self.method)
+
+    @property
+    def is_lossless(self) -> bool:
+        return isinstance(self.method, str)
 
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
         target = distribution_of(scores, self.truncation)
         uniforms = self.streams.uniforms(rows.row_ids, rows.host_lengths, scores.shape[1], Purpose.VERIFY)
+        draft_ids, draft_probs = draft.token_ids, draft.probs
+        if isinstance(self.method, Typical):  # whatever is left of the draft is accepted, and followed by a sample of p
+            draft_ids, draft_probs = typical_prefix(self.method, target, draft_ids), None
+            uniforms[:, 1:] = 0
         done = sampled_commit(
             target,
-            draft.token_ids,
-            draft.probs,
+            draft_ids,
+            draft_probs,
             uniforms,
             eos_ids,
             rows.token_ids,
             rows.lengths,
             rows.limits,
-            self.method,
+            self.method if isinstance(self.method, str) else "token",
+            lenience=self.method.lenience if isinstance(self.method, Lenient) else 1.0,
         )
         fault = nan_within(target.mass.isnan(), done) * BAD_SCORES
         if draft.probs is not None:
@@ -68,6 +106,43 @@ class SampledVerification:
             sums_to_one = (draft.probs.sum(-1, dtype=torch.float32) - 1).abs() < 0.02
             fault = fault + ((draft.token_ids >= 0) & ~sums_to_one).any(1) * BAD_DRAFT
         return done, fault
+
+
+def verification_of(
+    method: str | Lossy, do_sample: bool, streams: RowStreams | None, truncation: Truncation
+) -> Verification:
+    """What `verification=` asks for; the combination has been checked."""
+    if do_sample:
+        assert streams is not None and not isinstance(method, TopBeta)
+        return SampledVerification(streams, truncation, method)
+    assert not isinstance(method, Typical)
+    return GreedyVerification(None if isinstance(method, str) else method)
+
+
+def lets_pass(rule: Lenient | TopBeta, draft_ids: Tensor, scores: Tensor, best: Tensor) -> Tensor:
+    """Which drafts a greedy rule accepts beside the argmax, [rows, k] bool.
+
+    draft_ids: [rows, k] int64. scores: [rows, k, vocab]. best: [rows, k], the largest of each place.
+    """
+    index = draft_ids.clamp(min=0)[..., None]
+    drafted = scores.gather(2, index)
+    gap = (best.double() - drafted[..., 0].double()).masked_fill(draft_ids == NO_TOKEN, torch.inf)
+    if isinstance(rule, Lenient):
+        return gap <= -math.log(rule.lenience)
+    # As argmax does, a tie ranks behind those of lower index, so that the first rank is greedy decoding.
+    is_ahead = (scores > drafted) | ((scores == drafted) & (torch.arange(scores.shape[2], device=index.device) < index))
+    return (gap <= rule.tau) & (is_ahead.sum(2) < rule.beta)
+
+
+def typical_prefix(rule: Typical, target: Distribution, draft_ids: Tensor) -> Tensor:
+    """The drafts with every one from the first untypical on taken out, [rows, k] int64."""
+    p = target.of_tokens(draft_ids.clamp(min=0))
+    threshold = torch.empty_like(p)
+    for place in range(draft_ids.shape[1]):
+        probs = target.at(torch.full_like(draft_ids[:, 0], place))
+        threshold[:, place] = (rule.delta * (-torch.special.entr(probs).sum(1)).exp()).clamp(max=rule.epsilon)
+    is_typical = (p >= threshold) & (p > 0) & (draft_ids != NO_TOKEN)
+    return draft_ids.masked_fill(is_typical.long().cumprod(1) == 0, NO_TOKEN)
 
 
 def nan_within(is_nan: Tensor, done: Committed) -> Tensor:

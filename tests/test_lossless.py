@@ -159,8 +159,8 @@ def target_instead_of_residual(target, draft_ids, draft_probs, num_accepted, sca
 def without_bonus(chances_of):
     """The last draft is always replaced by a recovered token: no place for a bonus."""
 
-    def chances(target, draft_ids, draft_probs):
-        out, scales = chances_of(target, draft_ids, draft_probs)
+    def chances(target, draft_ids, draft_probs, *lenience):
+        out, scales = chances_of(target, draft_ids, draft_probs, *lenience)
         is_last = torch.arange(draft_ids.shape[1]) == (draft_ids != NO_TOKEN).sum(1, keepdim=True) - 1
         return out.masked_fill(is_last, 0), scales
 
