@@ -1,4 +1,4 @@
-"""`specdec check`: is the output the target's own, token for token? Of specdec in every setting, or of any engine."""
+"""`specdec check`: is the output the target's own? Of specdec in every setting, greedy or sampled, or of any engine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from specdec.cli.common import Count, DeviceOption, DraftOption, DtypeOption, LayoutOption, LimitOption, TargetOption
-
-CountsOption = Annotated[str, typer.Option(metavar="N,...", help="Prompts decoded together.")]
 
 
 def check(
@@ -34,17 +32,35 @@ def check(
         str | None,
         typer.Option(metavar="NAME,...", help="Drafters: prompt_lookup, draft_model (of --draft), none."),
     ] = None,
-    batch_size: CountsOption = "8",
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Prompts decoded together, by default 8; with --sampling 250.")
+    ] = None,
     num_speculative_tokens: Annotated[
         str, typer.Option(metavar="N,...", help="Tokens drafted per prompt and step, 1 to 32.")
     ] = "5",
     layout: LayoutOption = None,
     max_new_tokens: Annotated[
-        int | None, Count(help="Tokens to generate per prompt, by default 64; with --outputs the longest row's.")
+        int | None,
+        Count(
+            help="Tokens to generate per prompt, by default 64; with --outputs the longest row's, with --sampling 8."
+        ),
     ] = None,
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Swap in the kernels that make half precision exact.")
     ] = False,
+    sampling: Annotated[
+        bool, typer.Option("--sampling", help="Test that sampled output follows the target's distribution.")
+    ] = False,
+    num_samples: Annotated[
+        int | None, Count(help="With --sampling: continuations of each prompt, by default 500.")
+    ] = None,
+    verification: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="With --sampling: token, block; by default both.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="With --sampling.")] = None,
+    top_k: Annotated[int | None, Count(help="With --sampling.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="With --sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="With --sampling: by default 0.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the report there.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="OUT", help="Write JUnit XML there, for CI.")] = None,
     allow_ties: Annotated[
@@ -64,19 +80,34 @@ def check(
     With --outputs, the rows of another engine are judged by one teacher-forced pass of the target, in --dtype, which
     should be the engine's: equal, tie or bug, at every position. Ties pass: two engines round differently.
 
-    Exit status: 0 if all prompts are equal (or differ by ties only, where they pass), 1 if not, 2 for bad input.
+    With --sampling, the beginnings of 8 prompts (or --limit) are continued many times, and the tokens tested against
+    the target's exact probabilities wherever many continuations share a beginning; so are whole outputs of a tiny
+    model. A planted bug must be found by the same tests.
+
+    Exit status: 0 if all prompts are equal (or differ by ties only, where they pass) or all tests come out as they
+    must, 1 if not, 2 for bad input.
     """
-    from specdec.cli import check_matrix, check_outputs
+    from specdec.cli import check_matrix, check_outputs, check_sampling
     from specdec.cli.common import Reports
     from specdec.errors import ConfigError, InputError
 
     if (prompts is None) == (outputs is None):
         raise InputError("pass either --prompts FILE, to decode, or --outputs FILE, to certify what was decoded")
     reports = Reports(json_path, junit).checked()
-    if outputs is None:
+    sampled = check_sampling.Sampling(num_samples, verification, temperature, top_k, top_p, seed)
+    if not sampling:
+        sampled.refuse()
+    elif outputs is not None:
+        raise ConfigError("--sampling generates, --outputs judges what was generated; pass one of them")
+    batch_sizes = batch_size or ("250" if sampling else "8")
+    choice = check_matrix.Choice(draft, drafter, batch_sizes, num_speculative_tokens, {"layout": layout})
+    if sampling:
         assert prompts is not None
-        axes = {"layout": layout}
-        choice = check_matrix.Choice(draft, drafter, batch_size, num_speculative_tokens, axes)
+        passed = check_sampling.run(
+            target, prompts, choice, sampled, max_new_tokens or 8, batch_invariant, reports, limit, dtype, device
+        )
+    elif outputs is None:
+        assert prompts is not None
         passed = check_matrix.run(
             target, prompts, choice, max_new_tokens or 64, batch_invariant, reports, allow_ties, limit, dtype, device
         )

@@ -29,6 +29,7 @@ STAGES = {
     "plain": "plain greedy, one by one",
     "speculative": "specdec, in batches",
     "certifying": "teacher-forced",
+    "sampling": "sampling",
 }  # labels of progress bars
 
 Folder, Count = partial(typer.Option, metavar="FOLDER"), partial(typer.Option, metavar="N", min=1)

@@ -1,0 +1,124 @@
+"""`specdec check --sampling`: does sampled output follow the target's distribution?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from specdec.cli.check_matrix import Choice
+from specdec.cli.common import Reports, invariant_if, print_table, say_ignored, stage_bars
+from specdec.config import VERIFICATIONS
+from specdec.errors import ConfigError
+from specdec.goodness import POWER
+from specdec.junit import Case
+from specdec.loading import read_prompts
+from specdec.sampling_check import SamplingReport, SamplingTest, check_sampling
+from specdec.ways import words
+
+MAX_PROMPTS = 8  # where --limit says nothing; each is continued many times
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What `--sampling` is given beside what it shares with the other checks; None where nothing was said."""
+
+    num_samples: int | None = None
+    verification: str | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def refuse(self) -> None:
+        """Raise ConfigError for what has no meaning in another check."""
+        for name, value in vars(self).items():
+            if value is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} is of sampling; pass --sampling with it")
+
+    def options(self) -> dict[str, Any]:
+        named = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def run(
+    target: str,
+    prompts: Path,
+    choice: Choice,
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_invariant: bool,
+    reports: Reports,
+    limit: int | None,
+    dtype: str | None,
+    device: str,
+) -> bool:
+    """Test, print, write the reports; whether the exit status is 0."""
+    if choice.axes.get("layout") is not None:
+        raise ConfigError("--layout has no meaning for --sampling; leave it out")
+    cells = choice.ways()
+    verifications = words("--verification", sampling.verification or ",".join(VERIFICATIONS), VERIFICATIONS)
+    texts = read_prompts(prompts, limit or MAX_PROMPTS)
+    models = choice.load(target, device, dtype)
+    token_ids = models.encode(texts)
+    total = {"sampling": len(texts) * len(cells) * (len(verifications) + 1)}
+    with invariant_if(batch_invariant, models.target), stage_bars(total) as on_progress:
+        found = check_sampling(
+            models.target,
+            token_ids,
+            cells,
+            models.drafters(),
+            verifications,
+            sampling.num_samples or 500,
+            max_new_tokens,
+            sampling.seed or 0,
+            sampling.options(),
+            on_progress,
+        )
+    say_ignored(found.ignored_settings)
+    print_report(found)
+    origin = {"target": target, "draft": choice.draft, "prompts": str(prompts), "num_prompts": len(texts)}
+    reports.write_json({**found.to_dict(), **origin, "batch_invariant": batch_invariant})
+    reports.write_junit("specdec check --sampling", [junit_case(test) for test in found.tests])
+    return found.passed
+
+
+def print_report(found: SamplingReport) -> None:
+    columns = ["test", "of", "samples", "places", "p", "worst place", "finds TV", "tokens per step", "verdict"]
+    rows = [
+        [
+            test.name,
+            test.kind,
+            str(test.num_samples),
+            str(test.num_places),
+            f"{test.p_value:.2g}",
+            f"{test.worst_p_value:.2g}",
+            f"{test.detectable_distance:.3f}",
+            f"{test.tokens_per_step:.2f}",
+            verdict(test),
+        ]
+        for test in found.tests
+    ]
+    print_table(columns, rows)
+    options = ", ".join(f"{name}={value}" for name, value in found.options.items())
+    typer.echo(f"{options}, seed {found.seed}")
+    typer.echo(
+        f"a correct decoder fails with probability {found.alpha:g} at most: each test rejects below p = "
+        f"{found.tests[0].alpha:.1e}"
+    )
+    typer.echo(f"finds TV: the total variation that is found with probability {POWER:g} where every place has it")
+    typer.echo("sampled output follows the target" if found.passed else "FAILED")
+
+
+def verdict(test: SamplingTest) -> str:
+    if test.is_control:
+        return "found" if test.passed else "NOT FOUND"
+    return "follows" if test.passed else "DIFFERS"
+
+
+def junit_case(test: SamplingTest) -> Case:
+    message = f"{verdict(test)}: p {test.p_value:.3g}, worst place {test.worst_p_value:.3g}, limit {test.alpha:.1e}"
+    details = f"{test.num_samples} samples at {test.num_places} places; finds TV {test.detectable_distance:.3f}"
+    return Case(f"{test.kind}: {test.name}", "passed" if test.passed else "failed", message, details)
