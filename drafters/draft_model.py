@@ -10,31 +10,39 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.compatibility import build_network, check_architecture, check_lengths
-from specdec.drafter import Draft, Drafter
+from specdec.drafter import NO_TOKEN, Draft, Drafter
 from specdec.errors import DrafterError
-from specdec.network import Network, vocab_size_of
+from specdec.length import Shown
+from specdec.network import Network, NetworkOutput, prefill_budget, vocab_size_of
 from specdec.rows import Rows
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
 # difference means another tokenizer.
 MAX_PADDING = 1 / 16
+MAX_FED = 8  # tokens that were committed without being drafted, and still go into a draft's first forward
 
 
 class DraftModel(Drafter):
     """Drafts token by token: the argmax, or a sample where the output is sampled.
 
     The draft model caches each token once. After a fully accepted draft its cache lacks the last drafted token; that
-    token is then fed together with the newest one, as part of the next draft's first forward.
+    token is then fed together with the newest one, as part of the next draft's first forward. So are the few tokens of
+    steps that drafted nothing; of many such steps the tokens are cached first, as a prompt's are.
+
+    Rows that have stopped stay in the forwards of those that go on, whose shape does not change then; what they would
+    have drafted is left out.
     """
 
     name = "draft_model"
     shares_slots = True
+    shows = frozenset({"logits", "hidden_states"})
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None):
         """vocab_size: the tokens that target and draft share, where that is not the smaller of the two vocabularies."""
         if not isinstance(model, PreTrainedModel):
             raise DrafterError(f"a draft model must be a transformers PreTrainedModel, not {type(model).__name__}")
-        self.model, self.vocab_size = model, vocab_size
+        self.model: PreTrainedModel = model
+        self.vocab_size = vocab_size
         self._running = ExitStack()
         self._network: Network | None = None
 
@@ -71,22 +79,32 @@ class DraftModel(Drafter):
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         inputs = self._not_cached(rows)
         drafted = inputs.new_empty(len(rows), 0)
-        sampler = self.sampler
+        sampler, policy = self.sampler, self.length_policy
         probs = None if sampler is None else sampler.probs(rows, max_tokens)
         uniforms = None if sampler is None else sampler.draw(rows, max_tokens)
+        goes_on, num_drafted = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
         for place in range(max_tokens):
             end = rows.lengths + place
             width = inputs.shape[1]
             host_starts = rows.host_lengths + place - width
             output = self._forward(inputs, end - width, rows.max_length + place, host_starts)
-            logits = output[:, -1, : self._shared_vocab]
+            logits = output.logits[:, -1, : self._shared_vocab]
             if sampler is None or probs is None or uniforms is None:
                 inputs = logits.argmax(-1, keepdim=True)
             else:
                 inputs = sampler.sample(rows, drafted, logits, uniforms[:, place], probs[:, place])[:, None]
             drafted = torch.cat([drafted, inputs], 1)
+            num_drafted += goes_on
+            if policy is not None and place + 1 < max_tokens:
+                hidden = output.hidden_states[0][:, -1] if output.hidden_states else None
+                goes_on &= policy.goes_on(rows, Shown(place, inputs[:, 0], logits, hidden))
+                if not goes_on.any():
+                    break
         self._cached[: len(rows)] = rows.host_lengths + drafted.shape[1] - 1
-        return Draft(drafted, probs)
+        if (num_drafted < drafted.shape[1]).any():
+            behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
+            drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
+        return Draft(drafted, None if probs is None else probs[:, : drafted.shape[1]])
 
     def keep_rows(self, index: Tensor) -> None:
         assert self._network is not None
@@ -108,15 +126,34 @@ class DraftModel(Drafter):
         self._network = None
 
     def _not_cached(self, rows: Rows) -> Tensor:
-        """The newest tokens, [rows, 1 or 2], that the next forward takes."""
+        """The newest tokens, [rows, 1 to MAX_FED], that the next forward takes; what is older is cached."""
         # Of a draft, what was committed stays cached; the last committed token always lacks its keys.
         cached = np.minimum(self._cached[: len(rows)], rows.host_lengths - 1)
-        return rows.last_tokens(int((rows.host_lengths - cached).max()))
+        width = int((rows.host_lengths - cached).max())
+        if width > min(MAX_FED, rows.host_lengths.min()):
+            self._catch_up(rows, cached)
+            width = 1
+        return rows.last_tokens(width)
 
-    def _forward(self, token_ids: Tensor, starts: Tensor, used_slots: int, host_starts: np.ndarray) -> Tensor:
+    def _catch_up(self, rows: Rows, cached: np.ndarray) -> None:
+        """Cache all committed tokens but each row's last. cached: [rows] int64, how many are."""
+        assert self._network is not None
+        most = max(prefill_budget(rows.device) // len(rows), 1)
+        while (behind := int((rows.host_lengths - 1 - cached).max())) > 0:
+            width = min(behind, most)
+            # A row that lacks fewer tokens is fed some again, or what lies behind a short one, which nobody looks at.
+            host_starts = np.minimum(cached, np.maximum(rows.host_lengths - 1 - width, 0))
+            starts = torch.from_numpy(host_starts).to(rows.device)
+            tokens = rows.token_ids.gather(1, starts[:, None] + torch.arange(width, device=rows.device))
+            self._network.fill(self._known(tokens), starts, int(host_starts.max()) + width, host_starts)
+            cached = np.minimum(np.maximum(cached, host_starts + width), rows.host_lengths - 1)
+
+    def _forward(self, token_ids: Tensor, starts: Tensor, used_slots: int, host_starts: np.ndarray) -> NetworkOutput:
         assert self._network is not None
         self.num_calls += 1
-        return self._network.forward(self._known(token_ids), starts, used_slots, host_starts=host_starts).logits
+        policy = self.length_policy
+        layers = (-1,) if policy is not None and "hidden_states" in policy.sees else ()
+        return self._network.forward(self._known(token_ids), starts, used_slots, layers, host_starts)
 
     def _known(self, token_ids: Tensor) -> Tensor:
         """What is no token of the draft model enters as token 0: a poor draft, never a wrong output."""

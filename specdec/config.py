@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -11,31 +12,42 @@ from transformers import GenerationConfig, PreTrainedModel
 from specdec.drafter import Drafter, NoDrafts
 from specdec.errors import ConfigError, DrafterError
 from specdec.layout import Layout, Ragged, resolve_layout
+from specdec.length import DEFAULT_FIXED, Confidence, Fixed, Heuristic, LengthPolicy, resolve_length_policy
 from specdec.lossy import GREEDY, SAMPLED, Lossy
 from specdec.options import is_whole
 from specdec.random_streams import RowStreams
 
-DEFAULT_SPECULATIVE_TOKENS = 5
 MAX_SPECULATIVE_TOKENS = 32
 VERIFICATIONS = ("token", "block")
+POLICY_ALIASES = ("num_assistant_tokens_schedule", "assistant_confidence_threshold")
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
 
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """The drafter, the most tokens it drafts per row and step, 1 to 32, and the layout of the caches."""
+    """The drafter, the most tokens it drafts per row and step, 1 to 32, the layout of the caches, and what decides how
+    many tokens are drafted."""
 
     drafter: Drafter
     num_speculative_tokens: int
     layout: Layout = field(default_factory=Ragged)
+    length_policy: LengthPolicy = field(default_factory=Fixed)
+
+    def check(self, target: PreTrainedModel, max_length: int) -> None:
+        """Raise a SpecDecError if drafter or policy cannot serve `target` for sequences of `max_length` tokens."""
+        self.drafter.layout = self.layout
+        self.drafter.check(target, max_length)
+        self.length_policy.check(target, self.drafter)
 
 
 def speculative_config(
     drafter: Drafter | PreTrainedModel | str | None,
     num_speculative_tokens: int | None,
     config: GenerationConfig | None = None,
-    explicit: Collection[str] = (),
+    explicit: AbstractSet[str] = frozenset(),
     assistant_model: PreTrainedModel | None = None,
     layout: Layout | str = "ragged",
+    length_policy: LengthPolicy | str = "fixed",
 ) -> SpeculativeConfig:
     """The speculation that our arguments and transformers' ask for; without any, plain decoding.
 
@@ -58,23 +70,8 @@ def speculative_config(
     ]
     if len(named) > 1:
         raise DrafterError(f"{' and '.join(named)} both choose a drafter; pass one of them")
-    tokens = {"num_speculative_tokens": num_speculative_tokens, "prompt_lookup_num_tokens": lookup}
-    if config is not None and "num_assistant_tokens" in explicit:
-        tokens["num_assistant_tokens"] = config.num_assistant_tokens
-    given = {name: value for name, value in tokens.items() if value is not None}
-    if len(set(given.values())) > 1:
-        raise ConfigError(
-            f"{' and '.join(f'{name}={value}' for name, value in given.items())} contradict each other; "
-            "pass one of them"
-        )
-    name, k = next(iter(given.items()), ("num_speculative_tokens", DEFAULT_SPECULATIVE_TOKENS))
-    if not is_whole(k) or k < 1:
-        raise ConfigError(
-            f"{name}={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for plain decoding pass "
-            "drafter=None"
-        )
-    if k > MAX_SPECULATIVE_TOKENS:
-        raise ConfigError(f"{name}={k} exceeds {MAX_SPECULATIVE_TOKENS}; lower it")
+    name, k = draft_tokens(num_speculative_tokens, config, explicit)
+    policy = length_policy_of(length_policy, config, k)
     ngram = getattr(config, "max_matching_ngram_size", None) if "max_matching_ngram_size" in explicit else None
     if lookup is not None:
         drafter = "prompt_lookup"
@@ -85,13 +82,65 @@ def speculative_config(
             f"max_matching_ngram_size={ngram} belongs to prompt lookup; pass drafter='prompt_lookup' with it"
         )
     if drafter is None:
-        if given:
+        if k is not None:
             raise DrafterError(
                 f"{name}={k} without a drafter; pass drafter=, or leave the number out for plain decoding"
             )
+        if length_policy != "fixed" or not explicit.isdisjoint(POLICY_ALIASES):
+            raise DrafterError(f"length_policy {policy.name!r} without a drafter; pass drafter=, or leave it out")
         return SpeculativeConfig(NoDrafts(), 1, chosen_layout)
     chosen = resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram}))
-    return SpeculativeConfig(chosen, k, chosen_layout)
+    if length_policy == "fixed" and isinstance(policy, Heuristic):
+        k = MAX_SPECULATIVE_TOKENS  # transformers' number is that of the first draft
+    return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
+
+
+def draft_tokens(
+    num_speculative_tokens: int | None, config: GenerationConfig | None, explicit: AbstractSet[str]
+) -> tuple[str, int | None]:
+    """The number of draft tokens that was asked for, and by which name; None where nothing was said."""
+    tokens = {"num_speculative_tokens": num_speculative_tokens}
+    if config is not None:
+        tokens["prompt_lookup_num_tokens"] = config.prompt_lookup_num_tokens
+        tokens["num_assistant_tokens"] = config.num_assistant_tokens if "num_assistant_tokens" in explicit else None
+    given = {name: value for name, value in tokens.items() if value is not None}
+    if len(set(given.values())) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'{name}={value}' for name, value in given.items())} contradict each other; "
+            "pass one of them"
+        )
+    for name, k in given.items():
+        if not is_whole(k) or k < 1:
+            raise ConfigError(
+                f"{name}={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for plain decoding pass "
+                "drafter=None"
+            )
+        if k > MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(f"{name}={k} exceeds {MAX_SPECULATIVE_TOKENS}; lower it")
+    return next(iter(given.items()), ("num_speculative_tokens", None))
+
+
+def length_policy_of(
+    length_policy: LengthPolicy | str, config: GenerationConfig | None, first_tokens: int | None
+) -> LengthPolicy:
+    """Ours, or the one that transformers' names ask for. first_tokens: of the schedule's first draft.
+
+    Raises ConfigError where several ask for one.
+    """
+    policy = resolve_length_policy(length_policy)
+    schedule, threshold = (getattr(config, name, None) for name in POLICY_ALIASES)
+    if schedule not in (None, *SCHEDULES):
+        raise ConfigError(f"num_assistant_tokens_schedule={schedule!r}; choose {', '.join(map(repr, SCHEDULES))}")
+    if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+        raise ConfigError(f"assistant_confidence_threshold={threshold!r} is no probability; choose 0 to 1")
+    asked = {} if length_policy == "fixed" else {f"length_policy={policy.name!r}": policy}
+    if schedule in SCHEDULES[1:]:
+        asked[f"num_assistant_tokens_schedule={schedule!r}"] = Heuristic(first_tokens or DEFAULT_FIXED)
+    if threshold:
+        asked[f"assistant_confidence_threshold={threshold!r}"] = Confidence(threshold)
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} each decide how far to draft; pass one of them")
+    return next(iter(asked.values()), policy)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.drafter import Draft, Drafter
 from specdec.errors import DrafterError
 from specdec.layout.grouped import order_with_first
+from specdec.length import LengthPolicy
 from specdec.metrics import Speculation
 from specdec.rows import Rows, StepReport
 from specdec.schedule import FixedBatch, Schedule
@@ -25,6 +26,7 @@ OnCommit = Callable[[StepReport], None]
 def decode(
     target: Target,
     drafter: Drafter,
+    policy: LengthPolicy,
     rows: Rows,
     num_speculative_tokens: int,
     stopping: Stopping | None = None,
@@ -36,7 +38,7 @@ def decode(
     """
     statistics = Speculation()
     schedule = FixedBatch()
-    for report in decode_steps(target, drafter, rows, num_speculative_tokens, schedule, statistics, stopping):
+    for report in decode_steps(target, drafter, policy, rows, num_speculative_tokens, schedule, statistics, stopping):
         if on_commit is not None:
             on_commit(report)
     return statistics
@@ -46,6 +48,7 @@ def decode(
 def decode_steps(
     target: Target,
     drafter: Drafter,
+    policy: LengthPolicy,
     rows: Rows,
     num_speculative_tokens: int,
     schedule: Schedule,
@@ -58,7 +61,7 @@ def decode_steps(
     """
     check_shared_slots(drafter, target.layout.takes_turns or schedule.takes_newcomers)
     statistics.verification, statistics.is_lossless = target.verification.name, target.verification.is_lossless
-    with target.network.running(), drafting(drafter, target, rows, num_speculative_tokens):
+    with target.network.running(), drafting(drafter, policy, target, rows, num_speculative_tokens):
         while True:
             joined = schedule.admit(target, drafter, rows)  # with the first token behind their prompts
             if joined is not None:
@@ -66,14 +69,22 @@ def decode_steps(
             rows.take(rows.slots.num_residents)
             if len(rows):
                 take_turns(target, drafter, rows)
-                max_tokens = min(num_speculative_tokens, rows.max_remaining - 1)
-                draft = drafter.propose(rows, max_tokens) if max_tokens > 0 else Draft.empty(len(rows), rows.device)
-                draft = usable(rows, draft, max_tokens, target.vocab_size, drafter.name)
+                widths = policy.widths(rows, max_tokens := min(num_speculative_tokens, rows.max_remaining - 1))
+                draft = propose(drafter, rows, widths.clip(0, max_tokens), target.vocab_size)
+                policy.drafted(draft)
                 report, verified = target.verify(rows, draft)
                 drafter.observe(verified)
-                yield settle(target, drafter, rows, report, statistics, stopping)
+                yield settle(target, drafter, rows, policy.learn(report), statistics, stopping)
             elif schedule.is_done:
                 return
+
+
+def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, vocab_size: int) -> Draft:
+    """What of the drafter's proposal can be verified. widths: [rows] integers, the most tokens of each row; where all
+    are 0 the drafter is not asked."""
+    most = int(widths.max())
+    draft = drafter.propose(rows, most) if most > 0 else Draft.empty(len(rows), rows.device)
+    return usable(rows, draft, widths, vocab_size, drafter.name)
 
 
 def settle(
@@ -119,15 +130,21 @@ def check_shared_slots(drafter: Drafter, needed: bool) -> None:
 
 
 @contextmanager
-def drafting(drafter: Drafter, target: Target, rows: Rows, num_speculative_tokens: int) -> Iterator[None]:
-    if drafter.is_busy:
-        raise DrafterError(
-            f"drafter {drafter.name!r} is already at work in another generate call; make one drafter for each"
-        )
-    drafter.is_busy = True
+def drafting(
+    drafter: Drafter, policy: LengthPolicy, target: Target, rows: Rows, num_speculative_tokens: int
+) -> Iterator[None]:
+    for kind, one in (("drafter", drafter), ("length_policy", policy)):
+        if one.is_busy:
+            raise DrafterError(
+                f"{kind} {one.name!r} is already at work in another generate call; make one {kind} for each"
+            )
+    drafter.is_busy = policy.is_busy = True
+    drafter.length_policy = policy if policy.sees else None
     try:
+        policy.start(target.network.model, drafter, num_speculative_tokens)
         drafter.start(target.network.model, rows, num_speculative_tokens)
         yield
     finally:
-        drafter.is_busy = False
+        drafter.is_busy = policy.is_busy = False
+        drafter.length_policy = None
         drafter.finish()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from specdec.layout import Layout
+    from specdec.length import LengthPolicy
     from specdec.rows import Rows
     from specdec.sampling import Sampler
 
@@ -87,6 +88,12 @@ class Drafter(ABC):
     # Set before `check`: how the caches of this generation are laid out. A drafter with a network of its own builds
     # it with this layout.
     layout: Layout | None = None
+    # What it can show of a token it has just drafted, of "logits" and "hidden_states" (see `specdec.length.Shown`). One
+    # that shows anything drafts token by token and asks `length_policy.goes_on` behind each, where that is set: rows
+    # that do not go on get no further token. The others draft as many tokens as they are asked for.
+    shows: frozenset[str] = frozenset()
+    length_policy: LengthPolicy | None = None  # set before `start` if the policy sees drafted tokens
+    model: PreTrainedModel | None = None  # its own network, for which a head may have been trained
     # Whether `propose` and `observe` may see other rows of the batch each time, and new ones: whatever the drafter
     # keeps per row, it then keeps by slot or by `rows.row_ids`, and `join` and `resize` say what to keep.
     shares_slots: bool = False
@@ -100,7 +107,10 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
-        """Propose up to `max_tokens` (>= 1) tokens to follow each row's committed tokens."""
+        """Propose up to `max_tokens` (>= 1) tokens to follow each row's committed tokens.
+
+        A length policy may let steps pass without asking, so rows may have grown by any number since the last call.
+        """
 
     def observe(self, verified: Verified) -> None:  # noqa: B027 - optional hook
         """See what became of the last draft; `rows` given to the next `propose` already contains the result."""

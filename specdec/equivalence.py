@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.compatibility import check_architecture, check_lengths, check_model
-from specdec.config import DEFAULT_SPECULATIVE_TOKENS, SpeculativeConfig, speculative_config
+from specdec.config import SpeculativeConfig, speculative_config
 from specdec.drafter import Drafter
 from specdec.environment import versions
 from specdec.errors import ConfigError, InputError
 from specdec.inputs import check_input_ids
+from specdec.length import DEFAULT_FIXED
 from specdec.metrics import Speculation
 from specdec.oracle import OnProgress, Run, greedy_settings, run_plain, run_speculative, tell
 from specdec.referee import TIE_MULTIPLE, Referee, name_of
@@ -110,7 +111,7 @@ def check_equivalence(
     prompts: Sequence[Tensor],
     drafter: Drafter | PreTrainedModel | str | None = None,
     batch_size: int = 8,
-    num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS,
+    num_speculative_tokens: int = DEFAULT_FIXED,
     max_new_tokens: int = 64,
     on_progress: OnProgress | None = None,
 ) -> EquivalenceReport:
@@ -219,7 +220,7 @@ def check_prompts(
     max_length = max(map(len, prompts)) + max_new_tokens
     check_architecture(model, config.layout)
     check_lengths(model, max_length, "target")
-    config.drafter.check(model, max_length)
+    config.check(model, max_length)
 
 
 def judge(

@@ -18,13 +18,14 @@ from transformers.generation import (
 )
 
 from specdec.compatibility import check_architecture, check_lengths, check_model
-from specdec.config import DEFAULT_SPECULATIVE_TOKENS, Randomness, SpeculativeConfig, speculative_config
+from specdec.config import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
 from specdec.decode import OnCommit, decode
 from specdec.drafter import Drafter
 from specdec.emitted import Emitted
 from specdec.errors import ConfigError, DrafterError
 from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.layout import Layout
+from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
@@ -64,6 +65,7 @@ def generate(
     generator: torch.Generator | None = None,
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
+    length_policy: LengthPolicy | str = "fixed",
     **options: Any,
 ) -> Tensor | SpeculativeOutput:
     """Decode a batch of prompts: greedily, token for token what `model.generate` writes for each of them alone, or with
@@ -73,7 +75,8 @@ def generate(
         every token is part of its prompt.
     drafter: a Drafter, a draft model with the target's tokenizer, or a name ("prompt_lookup"); None is plain decoding.
         transformers' `assistant_model=` and `prompt_lookup_num_tokens=` mean the same.
-    num_speculative_tokens: tokens drafted per row and step, 1 to 32, by default 5. `num_assistant_tokens=` is the same.
+    num_speculative_tokens: tokens drafted per row and step, 1 to 32, by default 5; where `length_policy` decides, the
+        most of them, by default 20. `num_assistant_tokens=` is the same.
     streamer: as in transformers, or one for each row (prompts times num_return_sequences): each gets its row's prompt,
         its tokens as they are committed, and `end()` when the row ends.
     stopping_criteria, and stop_strings with `tokenizer=`: asked after every token of every row.
@@ -89,6 +92,9 @@ def generate(
     layout: how rows of different lengths lie in the caches, "ragged", "repad" or "grouped" (of 8 rows a step, or as
         `specdec.layout.Grouped` says); the output is the same. The last two also serve models that know one length per
         batch, such as gpt_neo.
+    length_policy: how far each row is drafted in each step, "fixed", "heuristic", "confidence", "acceptance_head",
+        "disco", "cost_model", or a LengthPolicy; see docs/length-policies.md. transformers'
+        `num_assistant_tokens_schedule=` and `assistant_confidence_threshold=` choose one too.
     options: the fields of GenerationConfig, over `generation_config` over the model's own; those that would need
         beams are refused.
 
@@ -104,7 +110,9 @@ def generate(
     explicit = set(options)
     config = merge_config(model, generation_config, options)
     check_served(config, explicit)
-    speculation = speculative_config(drafter, num_speculative_tokens, config, explicit, assistant_model, layout)
+    speculation = speculative_config(
+        drafter, num_speculative_tokens, config, explicit, assistant_model, layout, length_policy
+    )
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
     if (copies := whole_number("num_return_sequences", config.num_return_sequences or 1)) > 1:
@@ -116,7 +124,7 @@ def generate(
 
 def speculative(
     drafter: Drafter | PreTrainedModel | str,
-    num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS,
+    num_speculative_tokens: int | None = None,
     *,
     streamer: BaseStreamer | Sequence[BaseStreamer] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -125,16 +133,18 @@ def speculative(
     generator: torch.Generator | None = None,
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
+    length_policy: LengthPolicy | str = "fixed",
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.
 
     Everything else is configured on `model.generate` as usual. streamer, tokenizer, stop_strings: transformers keeps
     these from a custom loop (and a streamer given to it prints the prompt alone), so they are given here, as are our
-    own seed, generator, verification and layout. An `assistant_model` given to transformers never arrives either.
+    own seed, generator, verification, layout and length policy. An `assistant_model` given to transformers never arrives either.
     """
     if drafter is None:
         raise DrafterError("speculative() needs a drafter; for plain decoding call model.generate without it")
-    k = speculative_config(drafter, num_speculative_tokens, layout=layout).num_speculative_tokens
+    choice = {"layout": layout, "length_policy": length_policy}
+    k = speculative_config(drafter, num_speculative_tokens, **choice).num_speculative_tokens
     randomness = Randomness(seed, generator, verification)
     randomness.checked(None)
 
@@ -156,6 +166,11 @@ def speculative(
                     f"{name}={getattr(config, name)} contradicts speculative(..., num_speculative_tokens={k}); the "
                     "drafter and its number of tokens are chosen there"
                 )
+        for name in POLICY_ALIASES:
+            if getattr(config, name, None) not in (None, 0, "constant", defaults.get(name)):
+                raise ConfigError(
+                    f"{name}={getattr(config, name)!r} is chosen by speculative(..., length_policy=); leave it out here"
+                )
         mask = model_kwargs.get("attention_mask")
         # transformers has turned max_new_tokens into the max_length it goes with, and knows what is padding.
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -167,7 +182,7 @@ def speculative(
             config.stop_strings = stop_strings
         callbacks = Callbacks(streamer, own, allowed, criteria, tokenizer)
         # A drafter of its own for each call, unless the caller made one.
-        speculation = speculative_config(drafter, k, layout=layout)
+        speculation = speculative_config(drafter, k, **choice)
         checked = randomness.checked(bool(config.do_sample), speculation.drafter)
         return _generate(model, input_ids, mask, speculation, config, callbacks, checked)
 
@@ -205,8 +220,7 @@ def _generate(
     lengths = [len(prompt) for prompt in prompts]
     check_architecture(model, speculation.layout)
     check_lengths(model, max(lengths) + options.max_new_tokens, "target")
-    drafter.layout = speculation.layout
-    drafter.check(model, max(lengths) + options.max_new_tokens)
+    speculation.check(model, max(lengths) + options.max_new_tokens)
     processors = processors_of(
         model, config, set(lengths), options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
     )
@@ -240,7 +254,8 @@ def _generate(
             callbacks.on_commit(report)
 
     streamers.begin(prompts)
-    statistics = decode(target, drafter, rows, num_speculative_tokens, stopping, on_commit)
+    policy = speculation.length_policy
+    statistics = decode(target, drafter, policy, rows, num_speculative_tokens, stopping, on_commit)
     sequences: Any = assemble(rows, input_ids, lengths, options)
     if not options.return_dict:
         return sequences

@@ -20,6 +20,7 @@ from specdec.errors import ConfigError, InputError
 from specdec.generate import Callbacks
 from specdec.inputs import check_input_ids
 from specdec.layout import Layout
+from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
@@ -102,6 +103,7 @@ def generate_many(
     generator: torch.Generator | None = None,
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
+    length_policy: LengthPolicy | str = "fixed",
     **options: Any,
 ) -> Completions:
     """Decode any number of prompts in a batch of `max_rows`: whoever finishes is replaced at once.
@@ -126,12 +128,12 @@ def generate_many(
         options["max_new_tokens"] = max_new_tokens
     config = merge_config(model, generation_config, options)
     check_served(config, explicit)
-    speculation = speculative_config(drafter, num_speculative_tokens, config, explicit, layout=layout)
+    speculation = speculative_config(drafter, num_speculative_tokens, config, explicit, None, layout, length_policy)
     check_shared_slots(speculation.drafter, True)
     check_many(config, max_rows, kv_tokens, prefill_tokens, order)
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     check_architecture(model, speculation.layout)
-    speculation.drafter.layout = speculation.layout
+    speculation.check(model, 1)
     intake = Intake(model, speculation, config, randomness, kv_tokens, limits)
     if isinstance(prompts, Sequence | Tensor):
         for index, prompt in enumerate(prompts):
@@ -176,7 +178,8 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
     )
     stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
     k = speculation.num_speculative_tokens
-    steps = decode_steps(target, drafter, Rows.of(slots), k, schedule, statistics, stopping)
+    policy = speculation.length_policy
+    steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping)
     return collect(steps, schedule, set(eos), callbacks.on_commit)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from specdec.rows import StepReport
 
+NUM_BINS = 10
+
 
 @dataclass
 class Speculation:
@@ -25,6 +27,10 @@ class Speculation:
     tried_histogram: entry i counts the row-steps that drafted token i and accepted all before it.
     verification: "greedy", "token", "block", or the lossy rule with its numbers. is_lossless: whether the output is the
         target's own, or follows its distribution; False for the lossy ones.
+    drafted_histogram: entry i counts the row-steps that drafted i tokens.
+    predicted_histogram: of drafted tokens whose acceptance a length policy predicted and the target decided, those
+        predicted within NUM_BINS bins of equal width from 0 to 1; empty if nothing was predicted. predicted_sums: the
+        sum of these predictions, and predicted_accepted, how many of the tokens were accepted, per bin.
     """
 
     num_target_calls: int = 0
@@ -38,6 +44,10 @@ class Speculation:
     tried_histogram: list[int] = field(default_factory=list)
     verification: str = "greedy"
     is_lossless: bool = True
+    drafted_histogram: list[int] = field(default_factory=list)
+    predicted_histogram: list[int] = field(default_factory=list)
+    predicted_sums: list[float] = field(default_factory=list)
+    predicted_accepted: list[int] = field(default_factory=list)
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -68,6 +78,16 @@ class Speculation:
             float(accepted) / max(tried, 1) for accepted, tried in zip(reached[1:], self.tried_histogram, strict=True)
         ]
 
+    @property
+    def calibration(self) -> list[dict[str, float]]:
+        """Mean predicted and actual acceptance of the bins that hold tokens."""
+        bins = zip(self.predicted_histogram, self.predicted_sums, self.predicted_accepted, strict=True)
+        return [
+            {"predicted": total / tokens, "actual": accepted / tokens, "tokens": tokens}
+            for tokens, total, accepted in bins
+            if tokens
+        ]
+
     def add(self, report: StepReport) -> None:
         """Count one report; prefill's token counts, its call does not."""
         self.num_new_tokens += int(report.num_committed.sum())
@@ -83,6 +103,20 @@ class Speculation:
         self.num_accepted_draft_tokens += int(report.num_accepted.sum())
         self.acceptance_histogram = _add(self.acceptance_histogram, accepted)
         self.tried_histogram = _add(self.tried_histogram, tried)
+        self.drafted_histogram = _add(self.drafted_histogram, np.bincount(report.num_drafted, minlength=width))
+        if report.predicted is not None:
+            self._add_predictions(report.predicted, *decided(report, report.predicted.shape[1]))
+
+    def _add_predictions(self, predicted: np.ndarray, is_decided: np.ndarray, is_accepted: np.ndarray) -> None:
+        """[rows, places] each."""
+        counted = is_decided & ~np.isnan(predicted)
+        values, hits = predicted[counted], is_accepted[counted]
+        bins = np.minimum((values * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+        counts, sums, accepted = (np.bincount(bins, weights, NUM_BINS) for weights in (None, values, hits))
+        self.predicted_histogram = _add(self.predicted_histogram, counts)
+        self.predicted_accepted = _add(self.predicted_accepted, accepted.astype(np.int64))
+        known = self.predicted_sums or [0.0] * NUM_BINS
+        self.predicted_sums = [a + float(b) for a, b in zip(known, sums, strict=True)]
 
     def to_dict(self) -> dict:
         """Counts and rates, for JSON."""
@@ -92,8 +126,18 @@ class Speculation:
             "grouping_rate",
             "acceptance_by_position",
             "conditional_acceptance_by_position",
+            "calibration",
         )
         return {**self.__dict__, **{name: getattr(self, name) for name in names}}
+
+
+def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which drafted tokens the target decided about, all before them being accepted, and which it accepted, [rows,
+    places] bool. What stands behind the end of a row was not decided."""
+    place = np.arange(num_places)
+    accepted = place < report.num_accepted[:, None]
+    first_rejected = (place == report.num_accepted[:, None]) & ~report.finished[:, None]
+    return (accepted | first_rejected) & (place < report.num_drafted[:, None]), accepted
 
 
 def _add(total: list[int], counts: np.ndarray) -> list[int]:

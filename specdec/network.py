@@ -109,6 +109,11 @@ class Network(ABC):
         last = (lengths - 1 - begin).clamp(0, end - begin - 1)
         return self._run(token_ids[:, begin:end], positions, last, ()).logits[:, 0]
 
+    def fill(self, token_ids: Tensor, starts: Tensor, used_slots: int, host_starts: np.ndarray) -> None:
+        """Cache tokens as `forward` does, with little else: it looks at no logits."""
+        positions = self.cache.begin(starts, token_ids.shape[1], used_slots, host_starts=host_starts)
+        self._run(token_ids, positions, torch.zeros_like(starts), ())
+
     def keep_rows(self, index: Tensor) -> None:
         self.cache.keep_rows(index)
 

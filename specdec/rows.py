@@ -22,6 +22,8 @@ class StepReport:
     finished: [rows] bool. fault: [rows] int64, 0 if all is well, see `verify.py`.
     token_ids: [rows, k + 1] int64, `NO_TOKEN` behind the committed ones.
     is_prefill: the tokens come from the prefill, not from a verify forward.
+    predicted: [rows, places] float64, the acceptance that the length policy expected of drafted tokens, given that of
+        those before them; NaN where it expected nothing. None if it makes no predictions.
     """
 
     row_ids: np.ndarray
@@ -32,6 +34,7 @@ class StepReport:
     fault: np.ndarray
     token_ids: np.ndarray
     is_prefill: bool = False
+    predicted: np.ndarray | None = None
 
 
 class Rows:

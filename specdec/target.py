@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -103,14 +104,17 @@ class Target:
             self.emitted_scores.add(report.row_ids[slots], places, self.processors.warped(scores[index]))
 
 
-def usable(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> Draft:
+def usable(rows: Rows, draft: Draft, widths: np.ndarray, vocab_size: int, name: str) -> Draft:
     """The part of a draft that can be verified.
 
-    Cut are tokens that a row's length limit leaves no room for (the target's own token needs one place), whatever is
-    no token of the target, and what stands behind either. Raises DrafterError for a draft of the wrong kind or shape.
+    Cut are tokens beyond `widths`, [rows] integers, tokens that a row's length limit leaves no room for (the target's
+    own token needs one place), whatever is no token of the target, and what stands behind any of these. Raises DrafterError for a draft of the wrong kind or shape.
     """
-    check_draft(rows, draft, max_tokens, vocab_size, name)
+    most = int(widths.max())
+    check_draft(rows, draft, most, vocab_size, name)
     room = (rows.limits - rows.lengths - 1)[:, None]
+    if (widths < most).any():
+        room = torch.minimum(room, torch.from_numpy(widths).to(rows.device)[:, None])
     column = torch.arange(draft.token_ids.shape[1], device=draft.token_ids.device)
     keep = (column < room) & (draft.token_ids >= 0) & (draft.token_ids < vocab_size)
     return Draft(draft.token_ids.masked_fill(keep.long().cumprod(1) == 0, NO_TOKEN), draft.probs)

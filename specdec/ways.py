@@ -15,8 +15,9 @@ PLAIN = "none"  # no drafter
 # nothing is said. A new axis is one line here; those of DRAFTED mean nothing without a drafter.
 AXES: dict[str, str] = {
     "layout": "ragged",
+    "length_policy": "fixed",
 }
-DRAFTED: frozenset[str] = frozenset()
+DRAFTED = frozenset({"length_policy"})
 
 
 @dataclass(frozen=True)

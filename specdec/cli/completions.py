@@ -33,7 +33,8 @@ class Completion:
     def add(self, report: StepReport, slot: int) -> None:
         """Take in one row of a step."""
         self.token_ids += report.token_ids[slot, : report.num_committed[slot]].tolist()
-        row = {f.name: getattr(report, f.name)[slot : slot + 1] for f in fields(report) if f.name != "is_prefill"}
+        arrays = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "is_prefill"}
+        row = {name: array[slot : slot + 1] for name, array in arrays.items() if array is not None}
         self.speculation.add(replace(report, **row))
 
     def print(self, tokenizer: PreTrainedTokenizerBase, as_json: bool) -> None:

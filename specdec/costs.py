@@ -1,0 +1,146 @@
+"""What a forward costs, measured while it is used: times by rows, context and tokens, robust against a busy machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MAX_TOKENS = 33  # of a step: the newest and 32 draft tokens
+NUM_SAMPLES = 5  # of each time the last ones, of which the lower median counts
+SHORTEST_CONTEXT = 128
+
+
+@dataclass
+class Curve:
+    """Seconds by number of tokens, at one number of rows and about one length of context.
+
+    base: [MAX_TOKENS + 1], the expected shape: where something was measured it is scaled to that, in between by what
+    lies around.
+    """
+
+    base: np.ndarray
+    samples: dict[int, deque[float]] = field(default_factory=dict)
+    _seconds: np.ndarray | None = None
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.samples.setdefault(tokens, deque(maxlen=NUM_SAMPLES)).append(seconds)
+        self._seconds = None
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """[MAX_TOKENS + 1]"""
+        if self._seconds is None:
+            known = sorted(self.samples)
+            if not known:
+                return self.base
+            scale = [statistics.median_low(self.samples[tokens]) / self.base[tokens] for tokens in known]
+            self._seconds = self.base * np.interp(np.arange(MAX_TOKENS + 1), known, scale)
+        return self._seconds
+
+
+class CostTable:
+    """Times of one kind of call. A number of rows or a context that is met for the first time begins with the curve of
+    the nearest one."""
+
+    def __init__(self, shape: Callable[[np.ndarray], np.ndarray]):
+        """shape: seconds by number of tokens, where nothing has been measured yet; above 0."""
+        self.first = shape(np.arange(MAX_TOKENS + 1, dtype=np.float64))
+        self.curves: dict[tuple[int, int], Curve] = {}
+
+    def curve(self, num_rows: int, context: int) -> Curve:
+        """context: tokens of the longest row."""
+        key = num_rows, context_bucket(context)
+        found = self.curves.get(key)
+        if found is None:
+            nearest = min(self.curves, key=lambda other: distance(key, other), default=None)
+            base = self.first if nearest is None else self.curves[nearest].seconds.copy()
+            found = self.curves[key] = Curve(base)
+        return found
+
+
+def context_bucket(context: int) -> int:
+    """
+    >>> [context_bucket(context) for context in (1, 128, 129, 1000)]
+    [7, 7, 8, 10]
+    """
+    return max(context - 1, SHORTEST_CONTEXT - 1).bit_length()
+
+
+def distance(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """Rows count by their logarithm, and before contexts."""
+    return 4 * abs(math.log2(one[0] / other[0])) + abs(one[1] - other[1])
+
+
+class Survival:
+    """How likely each row's drafts are accepted up to each place, from what became of earlier ones.
+
+    Places first: the share accepted at place j of those that reached it, over all rows. A row's own share, which is
+    forgotten within some steps, is drawn towards these.
+    """
+
+    ROW_WEIGHT = 6.0  # tokens that count as much as the places' shares
+    ROW_MEMORY = 0.9  # per step
+    PLACE_MEMORY = 0.995  # per row and step
+    PRIOR, PRIOR_WEIGHT = 0.7, 2.0
+
+    def __init__(self, max_tokens: int):
+        self.tried = np.full(max_tokens, self.PRIOR_WEIGHT)
+        self.accepted = np.full(max_tokens, self.PRIOR_WEIGHT * self.PRIOR)
+        self.rows = np.zeros((2, 64))  # by row id: tried and accepted tokens
+
+    def conditional(self, row_ids: np.ndarray, num_tokens: int) -> np.ndarray:
+        """P(token j is accepted | those before it are), [rows, num_tokens]."""
+        self._make_room(row_ids)
+        tried, accepted = self.rows[:, row_ids, None]
+        places = self.accepted[:num_tokens] / self.tried[:num_tokens]
+        return (accepted + self.ROW_WEIGHT * places) / (tried + self.ROW_WEIGHT)
+
+    def learn(self, row_ids: np.ndarray, asked: np.ndarray, accepted: np.ndarray) -> None:
+        """asked, accepted: [rows] integers, tokens that might have been accepted and those that were. A drafter that
+        proposes nothing is wrong."""
+        self._make_room(row_ids)
+        tried = np.minimum(accepted + 1, asked)
+        self.rows[:, row_ids] *= self.ROW_MEMORY
+        self.rows[0, row_ids] += tried
+        self.rows[1, row_ids] += accepted
+        place = np.arange(len(self.tried))
+        memory = self.PLACE_MEMORY ** len(row_ids)
+        for total, counts in ((self.tried, tried), (self.accepted, accepted)):
+            reached = (place < counts[:, None]).sum(0)
+            total *= np.where((place < tried[:, None]).any(0), memory, 1.0)
+            total += reached
+
+    def _make_room(self, row_ids: np.ndarray) -> None:
+        size = int(row_ids.max(initial=0)) + 1
+        if size > self.rows.shape[1]:
+            self.rows = np.pad(self.rows, ((0, 0), (0, 2 * size - self.rows.shape[1])))
+
+
+class Recalibrated:
+    """Predicted acceptance, corrected by what became of earlier predictions: bins of equal width, each drawn to the
+    prediction itself by a weight of PRIOR_WEIGHT tokens."""
+
+    NUM_BINS = 10
+    PRIOR_WEIGHT = 20.0
+
+    def __init__(self) -> None:
+        self.tokens, self.predicted, self.accepted = np.zeros((3, self.NUM_BINS))
+
+    def __call__(self, predicted: np.ndarray) -> np.ndarray:
+        index = self._bins(predicted)
+        excess = (self.accepted - self.predicted)[index] / (self.tokens[index] + self.PRIOR_WEIGHT)
+        return np.clip(predicted + excess, 0.0, 1.0)
+
+    def learn(self, predicted: np.ndarray, accepted: np.ndarray) -> None:
+        """[tokens] each; accepted: bool."""
+        index = self._bins(predicted)
+        for total, values in ((self.tokens, None), (self.predicted, predicted), (self.accepted, accepted)):
+            total += np.bincount(index, values, self.NUM_BINS)
+
+    def _bins(self, predicted: np.ndarray) -> np.ndarray:
+        return np.minimum((predicted * self.NUM_BINS).astype(np.int64), self.NUM_BINS - 1)
