@@ -93,6 +93,10 @@ class Survival:
         self.accepted = np.full(max_tokens, self.PRIOR_WEIGHT * self.PRIOR)
         self.rows = np.zeros((2, 64))  # by row id: tried and accepted tokens
 
+    def forget_rows(self) -> None:
+        """Row ids mean other rows from now on."""
+        self.rows[:] = 0
+
     def conditional(self, row_ids: np.ndarray, num_tokens: int) -> np.ndarray:
         """P(token j is accepted | those before it are), [rows, num_tokens]."""
         self._make_room(row_ids)

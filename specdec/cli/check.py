@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.common import Count, DeviceOption, DraftOption, DtypeOption, LayoutOption, LimitOption, TargetOption
+from specdec.cli.common import (
+    Count,
+    DeviceOption,
+    DraftOption,
+    DtypeOption,
+    LayoutOption,
+    LengthPoliciesOption,
+    LimitOption,
+    TargetOption,
+)
 
 
 def check(
@@ -39,6 +48,7 @@ def check(
         str, typer.Option(metavar="N,...", help="Tokens drafted per prompt and step, 1 to 32.")
     ] = "5",
     layout: LayoutOption = None,
+    length_policy: LengthPoliciesOption = None,
     max_new_tokens: Annotated[
         int | None,
         Count(
@@ -100,7 +110,8 @@ def check(
     elif outputs is not None:
         raise ConfigError("--sampling generates, --outputs judges what was generated; pass one of them")
     batch_sizes = batch_size or ("250" if sampling else "8")
-    choice = check_matrix.Choice(draft, drafter, batch_sizes, num_speculative_tokens, {"layout": layout})
+    axes = {"layout": layout, "length_policy": length_policy}
+    choice = check_matrix.Choice(draft, drafter, batch_sizes, num_speculative_tokens, axes)
     if sampling:
         assert prompts is not None
         passed = check_sampling.run(
@@ -112,7 +123,8 @@ def check(
             target, prompts, choice, max_new_tokens or 64, batch_invariant, reports, allow_ties, limit, dtype, device
         )
     else:
-        given = {"--draft": draft, "--drafter": drafter, "--layout": layout, "--limit": limit}
+        given = {"--draft": draft, "--drafter": drafter, "--layout": layout, "--length-policy": length_policy}
+        given["--limit"] = None if limit is None else str(limit)
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"{name} {value} has no meaning for --outputs, which generates nothing; leave it out")

@@ -46,6 +46,13 @@ MaxNewTokensOption = Annotated[int, Count(help="Tokens to generate per prompt.")
 LayoutOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help="Layouts of the KV cache: ragged (the default), repad.")
 ]
+LENGTH_POLICIES = "fixed, heuristic, confidence, acceptance_head, disco or cost_model; confidence:0.5 is a threshold"
+LengthPolicyOption = Annotated[
+    str, typer.Option(metavar="NAME", help=f"How far to draft: {LENGTH_POLICIES}. The text is the same.")
+]
+LengthPoliciesOption = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help=f"Length policies: {LENGTH_POLICIES}. By default fixed.")
+]
 LimitOption = Annotated[int | None, Count(help="Use only the first N prompts of the file.")]
 DtypeOption = Annotated[
     str | None,

@@ -56,10 +56,12 @@ def print_completions(
     max_new_tokens: int,
     as_json: bool,
     layout: str = "ragged",
+    length_policy: str = "fixed",
 ) -> None:
     """A single prompt's text streams; several are printed as they finish; a summary goes to stderr."""
     model, token_ids = models.target, models.encode(prompts)
-    speculation = speculative_config(models.drafter, num_speculative_tokens, layout=layout)
+    choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
+    speculation = speculative_config(models.drafter, num_speculative_tokens, **choice)
     drafter, k = speculation.drafter, speculation.num_speculative_tokens
     check_prompts(model, token_ids, speculation, batch_size, max_new_tokens)
     streams = len(prompts) == 1 and not as_json
@@ -89,7 +91,7 @@ def print_completions(
                 mask,
                 drafter=drafter,
                 num_speculative_tokens=k,
-                layout=layout,
+                **choice,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
                 on_commit=on_commit,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdec.cli.common import DraftTokensOption, MaxNewTokensOption, load_models, print_table, stage_bars
+from specdec.cli.common import Count, MaxNewTokensOption, load_models, print_table, stage_bars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NUM_PROMPTS = 8
 NUM_REPEATS = 3
 PLAIN, SPECULATIVE = "specdec, plain", "specdec, speculative"
+HEAD = "acceptance_head"
 
 
 def demo(
@@ -28,7 +29,15 @@ def demo(
         Path | None, typer.Option(metavar="DIR", help="Another folder with target/, draft/ and prompts.json.")
     ] = None,
     max_new_tokens: MaxNewTokensOption = 64,
-    num_speculative_tokens: DraftTokensOption = 5,
+    num_speculative_tokens: Annotated[
+        int | None, Count(max=32, help="The most tokens drafted per prompt and step, by default the policy's.")
+    ] = None,
+    length_policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"How far to draft: by default {HEAD} if the draft model has one, else fixed."
+        ),
+    ] = None,
 ) -> None:
     """Show tokens and speed of plain and speculative decoding.
 
@@ -44,7 +53,8 @@ def demo(
     texts = read_prompts(folder / "prompts.json", NUM_PROMPTS)
     loaded = load_models(str(folder / "target"), str(folder / "draft"), None, "cpu", None)
     model, prompts = loaded.target, loaded.encode(texts)
-    speculation = speculative_config(loaded.drafter, num_speculative_tokens)
+    policy = length_policy or (HEAD if (folder / "draft" / f"{HEAD}.json").is_file() else "fixed")
+    speculation = speculative_config(loaded.drafter, num_speculative_tokens, length_policy=policy)
     check_prompts(model, prompts, speculation, len(prompts), max_new_tokens)
     ways = ways_to_decode(model, prompts, speculation)
     totals = {"plain": len(prompts), "measuring": len(ways) * (NUM_REPEATS + 1)}
@@ -58,7 +68,8 @@ def demo(
     sample = loaded.tokenizer.decode(runs[SPECULATIVE][0].outputs[0], skip_special_tokens=True)
     typer.echo(f"A prompt, and behind |> what the target model makes of it:\n\n{texts[0].text}|>{sample}\n")
     print_runs(runs, differing, len(prompts))
-    typer.echo(f"mean acceptance length {runs[SPECULATIVE][0].speculation.mean_acceptance_length:.2f}")
+    mean_length = runs[SPECULATIVE][0].speculation.mean_acceptance_length
+    typer.echo(f"mean acceptance length {mean_length:.2f}, length policy {policy}")
     typer.echo(f"{len(prompts) - len(differing[SPECULATIVE])}/{len(prompts)} outputs identical")
     if differing[PLAIN] or differing[SPECULATIVE]:
         raise typer.Exit(1)
@@ -81,7 +92,9 @@ def ways_to_decode(
     return {
         f"transformers, batch of {rows}": lambda length: run_batched(model, prompts, length),
         PLAIN: lambda length: run_speculative(model, prompts, speculative_config(None, None), rows, length),
-        SPECULATIVE: lambda length: run_speculative(model, prompts, speculation, rows, length),
+        SPECULATIVE: lambda length: run_speculative(
+            model, prompts, speculation, rows, length, options={"length_policy": speculation.length_policy}
+        ),
     }
 
 

@@ -14,6 +14,7 @@ from specdec.cli.common import (
     DrafterOption,
     DraftOption,
     DtypeOption,
+    LengthPolicyOption,
     LimitOption,
     MaxNewTokensOption,
     TargetOption,
@@ -32,7 +33,7 @@ def generate(
     drafter: DrafterOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     num_speculative_tokens: Annotated[
-        int | None, Count(max=32, help="Tokens drafted per prompt and step, by default 5.")
+        int | None, Count(max=32, help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20.")
     ] = None,
     batch_size: BatchSizeOption = 8,
     as_json: Annotated[
@@ -48,6 +49,7 @@ def generate(
     layout: Annotated[str, typer.Option(metavar="NAME", help="ragged, repad or grouped; the text is the same.")] = (
         "ragged"
     ),
+    length_policy: LengthPolicyOption = "fixed",
     kv_tokens: Annotated[
         int | None, Count(help="With --out: the most tokens that the target's cache may have room for.")
     ] = None,
@@ -83,6 +85,7 @@ def generate(
         from specdec.cli.to_file import write_completions
 
         speculation = batch_size, num_speculative_tokens, max_new_tokens
-        write_completions(models, texts, out, *speculation, layout, kv_tokens, order)
+        write_completions(models, texts, out, *speculation, layout, length_policy, kv_tokens, order)
         return
-    print_completions(models, texts, batch_size, num_speculative_tokens, max_new_tokens, as_json, layout)
+    how = layout, length_policy
+    print_completions(models, texts, batch_size, num_speculative_tokens, max_new_tokens, as_json, *how)

@@ -32,12 +32,13 @@ def write_completions(
     num_speculative_tokens: int | None,
     max_new_tokens: int,
     layout: str,
+    length_policy: str,
     kv_tokens: int | None,
     order: str,
 ) -> None:
     """Rows are written as they finish, each once; a bar and tokens/s on stderr."""
     token_ids = models.encode(list(prompts))
-    # Neither batch nor layout nor order change a row, so they may differ when a run is continued.
+    # Neither batch nor layout, order or length policy change a row; they may differ when a run is continued.
     settings = {
         "target": fingerprint(models.target),
         "draft": fingerprint(models.drafter) if isinstance(models.drafter, PreTrainedModel) else models.drafter,
@@ -49,7 +50,10 @@ def write_completions(
         say_ignored(ignored)
         # The run checks all prompts, also those that are done, before the file is begun.
         options: dict[str, Any] = dict(
-            drafter=models.drafter, num_speculative_tokens=num_speculative_tokens, layout=layout
+            drafter=models.drafter,
+            num_speculative_tokens=num_speculative_tokens,
+            layout=layout,
+            length_policy=length_policy,
         )
         options |= dict(max_rows=max_rows, kv_tokens=kv_tokens, order=order, max_new_tokens=max_new_tokens)
         generate_many(models.target, token_ids, **options).close()

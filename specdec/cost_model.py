@@ -1,0 +1,289 @@
+"""The length policy that measures: as many draft tokens as give the most tokens per second, which may be none.
+
+What a draft and a verification cost is timed while they happen; how far a draft is accepted is learned from what became
+of earlier ones and, while drafting, from an acceptance head or the drafter's own probability. Drafting w tokens is
+expected to give G(w) = sum over rows of 1 + P(1 accepted) + ... + P(w accepted) tokens in T(w) seconds; the best rate
+is the largest G(w) / T(w), and w = 0 is plain decoding. An estimate refines this token by token: drafting goes on while
+what it is expected to add is worth more than the seconds it adds at that rate (the marginal value theorem).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from specdec.acceptance import DiscoEstimate, Estimate, HeadEstimate, draft_probability
+from specdec.acceptance_head import AcceptanceHead
+from specdec.costs import MAX_TOKENS, CostTable, Curve, Recalibrated, Survival
+from specdec.disco import Disco
+from specdec.drafter import Draft, Drafter
+from specdec.length import LengthPolicy, Shown, with_predictions
+from specdec.metrics import decided
+from specdec.rows import Rows, StepReport
+
+EXPLORED = (4, 0, 4, 0, 8, 0, 2, 8)  # draft tokens of the first steps with a pair: its costs are unknown
+SHARE_OF_PROBES = 0.01  # of the time: what trying the other way may lose
+PLAIN_STEPS = 16  # without a thought, once plain decoding is faster
+PLAIN_IS_OLD = 64  # steps after which plain decoding is timed again
+ROWS_ALIKE = 1.5  # a plain step of so many times more or fewer rows says enough about these
+FIRST_TIME = 1.5  # of a shape: it may compile or capture, and counts as no more than so many times what was expected
+KNOWN_LAG = 2  # tokens that every draft feeds anyway
+
+
+class Clock(Protocol):
+    """mark: this moment of the device's work. seconds: between two marks of the past."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, begin: Any, end: Any) -> float: ...
+
+
+class HostClock:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+class CudaClock:
+    """Events in the stream; nothing waits but for the last, when the step's copy to the host has already waited."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+class Knowledge:
+    """What has been learned about a target with a drafter; it outlives the `generate` call.
+
+    catch_up: seconds that a drafter's network takes per row and token of steps that drafted nothing; None before it
+    was seen.
+    """
+
+    def __init__(self) -> None:
+        self.verify = CostTable(lambda tokens: 0.95 + 0.05 * tokens)
+        self.draft = CostTable(lambda tokens: 0.05 + 0.1 * tokens)
+        self.survival = Survival(MAX_TOKENS)
+        self.recalibrated = Recalibrated()
+        self.catch_up: float | None = None
+        self.num_explored = 0
+
+
+_known: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Knowledge]] = WeakKeyDictionary()
+
+
+def knowledge_of(target: PreTrainedModel, drafter: Drafter) -> Knowledge:
+    """Kept as long as the target lives."""
+    drafting: Hashable = type(drafter) if drafter.model is None else ref(drafter.model)
+    layout = None if drafter.layout is None else drafter.layout.name
+    key = (drafting, target.device, target.dtype, layout, torch.get_num_threads())
+    return _known.setdefault(target, {}).setdefault(key, Knowledge())
+
+
+class CostModel(LengthPolicy):
+    """Works with every drafter; the output of greedy decoding does not depend on what it picks."""
+
+    name = "cost_model"
+
+    def __init__(
+        self,
+        head: AcceptanceHead | Disco | str | Path | None = "beside",
+        clock: Clock | None = None,
+        knowledge: Knowledge | None = None,
+    ):
+        """head: what estimates acceptance while drafting: a head, an acceptance head's folder, or None for the
+            drafter's own probability; by default the acceptance head in the draft model's folder, if there is one.
+            A drafter that shows no tokens is used without.
+        clock: in place of the real one. knowledge: in place of what earlier calls have learned about the pair.
+        """
+        self.head, self._given_clock, self._given_knowledge = head, clock, knowledge
+        self._estimate: Estimate | None = None
+
+    def check(self, target: PreTrainedModel, drafter: Drafter) -> None:
+        self._estimate, self.sees = self._find_estimate(target, drafter)
+        super().check(target, drafter)
+
+    def _find_estimate(self, target: PreTrainedModel, drafter: Drafter) -> tuple[Estimate | None, frozenset[str]]:
+        head, beside = self.head, False
+        if head == "beside":
+            folder = None if drafter.model is None else Path(drafter.model.config._name_or_path)
+            beside = folder is not None and (folder / f"{AcceptanceHead.kind}.json").is_file()
+            head = folder if beside else None
+        if head is None or not (drafter.shows or beside):
+            shows = "logits" in drafter.shows
+            return (draft_probability, frozenset({"logits"})) if shows else (None, frozenset())
+        kind = DiscoEstimate if isinstance(head, Disco) else HeadEstimate
+        return kind.of(self.name, head, target, drafter), kind.sees
+
+    def start(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> None:
+        on_cuda = target.device.type == "cuda"
+        self._clock: Clock = self._given_clock or (CudaClock() if on_cuda else HostClock())
+        self._known = self._given_knowledge or knowledge_of(target, drafter)
+        self._known.survival.forget_rows()
+        self._elapsed = self._lost = 0.0  # seconds; lost by trying the other way
+        self._hold = 0  # plain steps to take without a thought
+        self._lag = 0  # plain steps since the last draft
+        self._since_plain = 0
+        self._num_rows, self._is_plain_known = 0, False
+        self._achieved = np.zeros(2)  # tokens and seconds of late, by drafts that an estimate stopped
+
+    # ---- before drafting
+
+    def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
+        self._begin = self._clock.mark()
+        self._predicted: list[np.ndarray] = []
+        self._is_probe = self._follows_estimate = False
+        # A row that has room for r tokens gets the target's own as one of them.
+        self._room = rows.host_limits - rows.host_lengths - 1
+        tokens = self._choose(rows, max_tokens)
+        # An estimate decides while drafting how far to go.
+        self._asked = max_tokens if self._follows_estimate else tokens
+        return np.full(len(rows), self._asked)
+
+    def _choose(self, rows: Rows, max_tokens: int) -> int:
+        known = self._known
+        if len(rows) != self._num_rows:
+            self._num_rows, self._hold, self._is_plain_known = len(rows), 0, False
+            self._achieved[:] = 0
+        self._curves = known.verify.curve(len(rows), rows.max_length), known.draft.curve(len(rows), rows.max_length)
+        if max_tokens < 1:
+            return 0
+        if known.num_explored < len(EXPLORED):
+            known.num_explored += 1
+            return min(EXPLORED[known.num_explored - 1], max_tokens)
+        if self._hold > 0:
+            self._hold -= 1
+            return 0
+        self._expect(rows, max_tokens)
+        rates = self._gains / self._times
+        best = int(rates.argmax())
+        tokens, seconds = self._achieved
+        achieved = tokens / seconds if seconds > 0 else 0.0
+        drafts = best > 0 or achieved > rates[0]
+        self._rate = max(float(rates[best]), achieved)
+        self._is_plain_known = self._is_plain_known or self._was_plain_timed(len(rows))
+        if not self._is_plain_known:
+            return 0
+        other = 0 if drafts else 1 + int(rates[1:].argmax())
+        if self._may_probe(other, rates):
+            self._is_probe = True
+            return other
+        if not drafts:
+            self._hold = PLAIN_STEPS
+            return 0
+        self._follows_estimate = self._estimate is not None
+        return best
+
+    def _expect(self, rows: Rows, max_tokens: int) -> None:
+        """Tokens and seconds of a step by how many are drafted, [max_tokens + 1] each."""
+        verify, draft = self._curves
+        self._conditional = self._known.survival.conditional(rows.row_ids, max_tokens)  # [rows, max_tokens]
+        self._has_room = np.arange(max_tokens) < self._room[:, None]
+        reached = self._conditional.cumprod(1) * self._has_room
+        self._gains = len(rows) + np.concatenate([[0.0], reached.sum(0).cumsum()])
+        self._times = verify.seconds[1 : max_tokens + 2].copy()
+        self._times[1:] += draft.seconds[1 : max_tokens + 1] + self._catch_up_seconds(draft)
+        self._reached = np.ones(len(rows))
+
+    def _catch_up_seconds(self, draft: Curve) -> float:
+        if self._lag <= KNOWN_LAG:
+            return 0.0
+        per_token = self._known.catch_up
+        if per_token is None:
+            per_token = 0.25 * float(draft.seconds[1]) / self._num_rows
+        return per_token * self._num_rows * self._lag
+
+    def _was_plain_timed(self, num_rows: int) -> bool:
+        """With about as many rows."""
+        return any(
+            1 in curve.samples and max(rows / num_rows, num_rows / rows) <= ROWS_ALIKE
+            for (rows, _), curve in self._known.verify.curves.items()
+        )
+
+    def _may_probe(self, other: int, rates: np.ndarray) -> bool:
+        """Whether it is time to try the other way, and what it is expected to lose fits into its share of the time."""
+        if other == 0 and self._since_plain < PLAIN_IS_OLD:
+            return False
+        loss = max(self._times[other] - self._gains[other] / self._rate, 0.0)
+        return self._lost + loss <= SHARE_OF_PROBES * self._elapsed
+
+    # ---- while drafting
+
+    def goes_on(self, rows: Rows, shown: Shown) -> np.ndarray:
+        assert self._estimate is not None
+        predicted, width = self._estimate(shown), shown.place + 1
+        self._predicted.append(predicted)
+        if not self._follows_estimate:
+            return np.full(len(rows), width < self._asked)
+        self._reached = self._reached * self._known.recalibrated(predicted)
+        ahead = self._reached[:, None] * self._conditional[:, width:].cumprod(1) * self._has_room[:, width:]
+        worth = ahead.sum(0).cumsum() - self._rate * (self._times[width + 1 :] - self._times[width])
+        return np.full(len(rows), (worth > 0).any())
+
+    def drafted(self, draft: Draft) -> None:
+        self._drafted = self._clock.mark()
+
+    # ---- afterwards
+
+    def learn(self, report: StepReport) -> StepReport:
+        if report.is_prefill:
+            return report
+        end = self._clock.mark()
+        draft_seconds = self._clock.seconds(self._begin, self._drafted)
+        verify_seconds = self._clock.seconds(self._drafted, end)
+        width = report.token_ids.shape[1]
+        verify, draft = self._curves
+        add_time(verify, width, verify_seconds)
+        if width > 1:
+            self._learn_draft(draft, width - 1, draft_seconds)
+            report = with_predictions(report, self._predicted)
+            self._learn_acceptance(report)
+            self._lag, self._since_plain = 0, self._since_plain + 1
+        else:
+            self._lag, self._since_plain = self._lag + 1, 0
+        seconds, tokens = draft_seconds + verify_seconds, float(report.num_committed.sum())
+        self._elapsed += seconds
+        if self._is_probe:
+            self._lost += max(seconds - tokens / self._rate, 0.0)
+        elif self._follows_estimate:
+            self._achieved = 0.95 * self._achieved + (tokens, seconds)
+        return report
+
+    def _learn_draft(self, draft: Curve, tokens: int, seconds: float) -> None:
+        if self._lag <= KNOWN_LAG:
+            add_time(draft, tokens, seconds)
+        elif draft.samples:
+            extra = max(seconds - float(draft.seconds[tokens]), 0.0) / (self._lag * self._num_rows)
+            known = self._known.catch_up
+            self._known.catch_up = extra if known is None else 0.5 * (known + extra)
+
+    def _learn_acceptance(self, report: StepReport) -> None:
+        asked = report.num_drafted
+        if not self.sees:  # the drafter alone decides to propose less than it was asked for
+            asked = np.minimum(self._asked, self._room)
+        asked = np.where(report.finished, report.num_accepted, asked)
+        self._known.survival.learn(report.row_ids, asked, report.num_accepted)
+        if report.predicted is not None:
+            is_decided, is_accepted = decided(report, report.predicted.shape[1])
+            counted = is_decided & ~np.isnan(report.predicted)
+            self._known.recalibrated.learn(report.predicted[counted], is_accepted[counted])
+
+
+def add_time(curve: Curve, tokens: int, seconds: float) -> None:
+    """The first time of a shape may have compiled it, or captured a graph."""
+    if curve.samples and tokens not in curve.samples:
+        seconds = min(seconds, FIRST_TIME * float(curve.seconds[tokens]))
+    curve.add(tokens, seconds)
