@@ -28,7 +28,9 @@ from specdec.length import LengthPolicy, Shown, with_predictions
 from specdec.metrics import decided
 from specdec.rows import Rows, StepReport
 
-EXPLORED = (4, 0, 4, 0, 8, 0, 2, 8)  # draft tokens of the first steps with a pair: its costs are unknown
+# Draft tokens of the first steps with a pair, whose costs are unknown. Three plain steps in a row show what it costs to
+# catch up with them.
+EXPLORED = (4, 0, 4, 0, 8, 0, 0, 0, 4, 2, 0, 0, 0, 4)
 SHARE_OF_PROBES = 0.01  # of the time: what trying the other way may lose
 PLAIN_STEPS = 16  # without a thought, once plain decoding is faster
 PLAIN_IS_OLD = 64  # steps after which plain decoding is timed again
