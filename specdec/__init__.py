@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specdec.generate_many import Completion, Completions, generate_many
     from specdec.infill import infill
     from specdec.invariant import batch_invariant, make_batch_invariant
+    from specdec.length import LengthPolicy
     from specdec.lossy import Lenient, TopBeta, Typical
     from specdec.metrics import Speculation
     from specdec.rows import Rows, StepReport
@@ -39,6 +40,7 @@ __all__ = [
     "EquivalenceReport",
     "InputError",
     "Lenient",
+    "LengthPolicy",
     "NumericalError",
     "Rows",
     "SpecDecError",
@@ -69,6 +71,7 @@ _HOMES = {
     "infill": "infill",
     "generate_many": "Completion Completions generate_many",
     "invariant": "batch_invariant make_batch_invariant",
+    "length": "LengthPolicy",
     "lossy": "Lenient TopBeta Typical",
     "metrics": "Speculation",
     "rows": "Rows StepReport",

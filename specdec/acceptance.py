@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ class HeadEstimate(OfHead[AcceptanceHead]):
 
     def __init__(self, head: AcceptanceHead):
         super().__init__(head)
-        self.blocks = [(block.weight.detach().t().contiguous(), block.bias.detach()) for block in head.blocks]
+        layers: list[Any] = list(head.blocks)
+        self.blocks = [(layer.weight.detach().t().contiguous(), layer.bias.detach()) for layer in layers]
         rejected, accepted = head.out.weight.detach()
         self.out = (accepted - rejected)[:, None].contiguous()
         bias = head.out.bias.detach()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class Drafter(ABC):
     # that do not go on get no further token. The others draft as many tokens as they are asked for.
     shows: frozenset[str] = frozenset()
     length_policy: LengthPolicy | None = None  # set before `start` if the policy sees drafted tokens
-    model: PreTrainedModel | None = None  # its own network, for which a head may have been trained
+    model: Any = None  # its own network, a PreTrainedModel, for which a head may have been trained
     # Whether `propose` and `observe` may see other rows of the batch each time, and new ones: whatever the drafter
     # keeps per row, it then keeps by slot or by `rows.row_ids`, and `join` and `resize` say what to keep.
     shares_slots: bool = False

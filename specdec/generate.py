@@ -139,11 +139,12 @@ def speculative(
 
     Everything else is configured on `model.generate` as usual. streamer, tokenizer, stop_strings: transformers keeps
     these from a custom loop (and a streamer given to it prints the prompt alone), so they are given here, as are our
-    own seed, generator, verification, layout and length policy. An `assistant_model` given to transformers never arrives either.
+    own seed, generator, verification, layout and length policy. An `assistant_model` given to transformers never
+    arrives either.
     """
     if drafter is None:
         raise DrafterError("speculative() needs a drafter; for plain decoding call model.generate without it")
-    choice = {"layout": layout, "length_policy": length_policy}
+    choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
     k = speculative_config(drafter, num_speculative_tokens, **choice).num_speculative_tokens
     randomness = Randomness(seed, generator, verification)
     randomness.checked(None)

@@ -108,7 +108,8 @@ def usable(rows: Rows, draft: Draft, widths: np.ndarray, vocab_size: int, name: 
     """The part of a draft that can be verified.
 
     Cut are tokens beyond `widths`, [rows] integers, tokens that a row's length limit leaves no room for (the target's
-    own token needs one place), whatever is no token of the target, and what stands behind any of these. Raises DrafterError for a draft of the wrong kind or shape.
+    own token needs one place), whatever is no token of the target, and what stands behind any of these. Raises
+    DrafterError for a draft of the wrong kind or shape.
     """
     most = int(widths.max())
     check_draft(rows, draft, most, vocab_size, name)

@@ -109,3 +109,22 @@ def test_no_document_waits_to_be_filled_in():
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
         text = path.read_text()
         assert not re.search(r"\b(TODO|FIXME|TBD)\b|[A-Z]{4,}_(TABLE|COUNT)", text), path
+
+
+def test_the_length_policies_page_names_them_all_and_its_policy_runs():
+    import torch
+    from tiny import tiny_llama
+
+    import specdec
+    from specdec.length import LENGTH_POLICIES
+
+    page = (ROOT / "docs" / "length-policies.md").read_text()
+    assert re.findall(r"^\| `(\w+)`", page, re.M) == list(LENGTH_POLICIES)
+    namespace: dict = {}
+    for code in blocks(page, "python"):
+        exec(compile(code, "length-policies.md", "exec"), namespace)
+    out = specdec.generate(
+        tiny_llama(), torch.tensor([[5, 6, 7]]), drafter=tiny_llama(1), length_policy=namespace["Alternating"](),
+        max_new_tokens=12, eos_token_id=None, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert sum(out.speculation.drafted_histogram[1:]) > 0 < out.speculation.drafted_histogram[0]

@@ -242,7 +242,9 @@ def test_bounds_hold(name):
             assert report.num_drafted.tolist() == [wanted] * 4
 
 
-@pytest.mark.parametrize(("drafter", "expected"), [(DraftModel(TARGET), [5, 7, 9]), (Hostile(TARGET), [5, 4, 3, 2, 1, 1])])
+@pytest.mark.parametrize(
+    ("drafter", "expected"), [(DraftModel(TARGET), [5, 7, 9]), (Hostile(TARGET), [5, 4, 3, 2, 1, 1])]
+)
 def test_the_heuristic_is_transformers_schedule(drafter, expected):
     reports = []
     run(some_prompts(5), "heuristic", drafter, 20, max_new_tokens=60, eos_token_id=None, on_commit=reports.append)
@@ -284,9 +286,14 @@ def test_plain_steps_do_not_run_the_draft_model():
 
 
 def test_what_sees_nothing_is_asked_nothing():
-    drafter = DraftModel(OTHER)
     seen = []
-    drafter.propose = lambda rows, most: (seen.append(drafter.length_policy), DraftModel.propose(drafter, rows, most))[1]
+
+    class Watched(DraftModel):
+        def propose(self, rows, max_tokens):
+            seen.append(self.length_policy)
+            return super().propose(rows, max_tokens)
+
+    drafter = Watched(OTHER)
     for policy in ("fixed", "heuristic", "confidence"):
         run(some_prompts(5), policy, drafter, max_new_tokens=8)
         assert {type(one).name if one else None for one in seen} == {policy if policy == "confidence" else None}

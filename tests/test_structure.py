@@ -70,6 +70,7 @@ def test_public_names():
         "EquivalenceReport",
         "InputError",
         "Lenient",
+        "LengthPolicy",
         "NumericalError",
         "Rows",
         "SpecDecError",

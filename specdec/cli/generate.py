@@ -33,7 +33,8 @@ def generate(
     drafter: DrafterOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     num_speculative_tokens: Annotated[
-        int | None, Count(max=32, help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20.")
+        int | None,
+        Count(max=32, help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20."),
     ] = None,
     batch_size: BatchSizeOption = 8,
     as_json: Annotated[
