@@ -32,13 +32,19 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 def log_prob(shown: Shown) -> Tensor:
     """log q of each row's token, [rows] float32; of NO_TOKEN something finite."""
     logits = shown.logits.float()
-    chosen = logits.gather(1, shown.token_ids.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    return chosen - logits.logsumexp(1)
+    chosen = logits.gather(1, shown.token_ids.clamp(0, logits.shape[1] - 1)[:, None])
+    return chosen[:, 0] - logits.logsumexp(1)
 
 
 def on_host(probabilities: Tensor) -> np.ndarray:
+    """[rows] float64, in one copy."""
+    return without_nan(probabilities.cpu().numpy().astype(np.float64))
+
+
+def without_nan(probabilities: np.ndarray) -> np.ndarray:
     """NaN, of a drafter that has gone wrong, counts as certain rejection."""
-    return np.nan_to_num(probabilities.double().cpu().numpy(), nan=0.0)
+    probabilities[np.isnan(probabilities)] = 0.0
+    return probabilities
 
 
 @torch.inference_mode()
@@ -80,29 +86,48 @@ class OfHead(Generic[AnyHead]):
 
 
 class HeadEstimate(OfHead[AcceptanceHead]):
-    """SpecDec++'s head, written out: its layers are small enough that calling modules would take most of the time."""
+    """SpecDec++'s head, written out: it is so small that calling modules, and on a CPU torch's operations, would take
+    most of the time."""
 
     kind = AcceptanceHead
     sees = frozenset({"logits", "hidden_states"})
 
     def __init__(self, head: AcceptanceHead):
         super().__init__(head)
-        layers: list[Any] = list(head.blocks)
-        self.blocks = [(layer.weight.detach().t().contiguous(), layer.bias.detach()) for layer in layers]
-        rejected, accepted = head.out.weight.detach()
-        self.out = (accepted - rejected)[:, None].contiguous()
-        bias = head.out.bias.detach()
-        self.bias = bias[1] - bias[0] + head.log_weight  # type: ignore[operator]
+        layers: list[Any] = [*head.blocks, head.out]
+        pairs = [(layer.weight.detach().t().contiguous(), layer.bias.detach()) for layer in layers]
+        weight, bias = pairs[-1]  # [width, 2], [2]: only the difference of the two logits is wanted
+        difference = weight[:, 1:] - weight[:, :1], bias[1:] - bias[:1] + head.log_weight
+        self.layers: list[Any] = [*pairs[:-1], difference]
+        self.is_on_cpu = weight.device.type == "cpu"
+        if self.is_on_cpu:
+            self.layers = [(weight.numpy(), bias.numpy()) for weight, bias in self.layers]
 
     @torch.inference_mode()
     def __call__(self, shown: Shown) -> np.ndarray:
         assert shown.hidden_states is not None
-        log_q = log_prob(shown).clamp_(LEAST_LOG_PROB, -1e-6)[:, None]
-        log_rest = torch.log(-torch.expm1(log_q)).clamp_(min=LEAST_LOG_PROB)
-        x = torch.cat([shown.hidden_states.float(), log_q, log_rest], 1)
-        for weight, bias in self.blocks:
-            x = x.add(F.silu(torch.addmm(bias, x, weight)))
-        return on_host(torch.addmm(self.bias, x, self.out).sigmoid_()[:, 0])
+        hidden, log_q = shown.hidden_states.float(), log_prob(shown)[:, None]
+        if self.is_on_cpu:
+            return self._by_numpy(hidden.numpy(), log_q.numpy())
+        log_q = log_q.clamp(LEAST_LOG_PROB, -1e-6)
+        log_rest = torch.log(-torch.expm1(log_q)).clamp(min=LEAST_LOG_PROB)
+        x = torch.cat([hidden, log_q, log_rest], 1)
+        *blocks, (weight, bias) = self.layers
+        for block_weight, block_bias in blocks:
+            x = x + F.silu(torch.addmm(block_bias, x, block_weight))
+        return on_host(torch.addmm(bias, x, weight)[:, 0].sigmoid())
+
+    def _by_numpy(self, hidden: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+        """The same. hidden: [rows, hidden]; log_q: [rows, 1]."""
+        log_q = np.minimum(np.maximum(log_q, LEAST_LOG_PROB), -1e-6)
+        log_rest = np.maximum(np.log(-np.expm1(log_q)), LEAST_LOG_PROB)
+        x = np.concatenate([hidden, log_q, log_rest], 1)
+        *blocks, (weight, bias) = self.layers
+        with np.errstate(over="ignore"):  # exp of a large number makes 1 / (1 + exp) the 0 that it should be
+            for block_weight, block_bias in blocks:
+                y = x @ block_weight + block_bias
+                x = x + y / (1 + np.exp(-y))
+            return without_nan(1 / (1 + np.exp(-(x @ weight + bias)[:, 0].astype(np.float64))))
 
 
 class DiscoEstimate(OfHead[Disco]):
