@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NUM_PROMPTS = 8
 NUM_REPEATS = 3
 PLAIN, SPECULATIVE = "specdec, plain", "specdec, speculative"
-HEAD = "acceptance_head"
+HEAD = "acceptance_head.json"  # of a draft model that has one
 
 
 def demo(
@@ -35,7 +35,8 @@ def demo(
     length_policy: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help=f"How far to draft: by default {HEAD} if the draft model has one, else fixed."
+            metavar="NAME",
+            help="How far to draft: by default cost_model if the draft model has an acceptance head, else fixed.",
         ),
     ] = None,
 ) -> None:
@@ -53,7 +54,8 @@ def demo(
     texts = read_prompts(folder / "prompts.json", NUM_PROMPTS)
     loaded = load_models(str(folder / "target"), str(folder / "draft"), None, "cpu", None)
     model, prompts = loaded.target, loaded.encode(texts)
-    policy = length_policy or (HEAD if (folder / "draft" / f"{HEAD}.json").is_file() else "fixed")
+    # In a batch the widest row decides what verifying costs, so that a head alone would go too far.
+    policy = length_policy or ("cost_model" if (folder / "draft" / HEAD).is_file() else "fixed")
     speculation = speculative_config(loaded.drafter, num_speculative_tokens, length_policy=policy)
     check_prompts(model, prompts, speculation, len(prompts), max_new_tokens)
     ways = ways_to_decode(model, prompts, speculation)
