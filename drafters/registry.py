@@ -15,6 +15,7 @@ DRAFTERS = {
     "draft_model": ("specdec.drafters.draft_model", "DraftModel", False),
     "prompt_lookup": ("specdec.drafters.prompt_lookup", "PromptLookup", True),
     "any_subset": ("specdec.drafters.any_subset", "AnySubsetDrafter", False),
+    "look_ahead": ("specdec.drafters.look_ahead", "LookAhead", False),
     "synthetic": ("specdec.drafters.synthetic", "Synthetic", False),
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, wraps
 
 import torch
@@ -25,8 +26,28 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
+from specdec.branches import Branches
+
 RAGGED = "specdec_ragged"
 RAGGED_SDPA = "specdec_ragged_sdpa"
+
+# transformers hands a mask function one offset per row; what else the running forward needs is found here.
+_branches: ContextVar[Branches | None] = ContextVar("branches", default=None)
+
+
+@contextmanager
+def masks_of(branches: Branches) -> Iterator[None]:
+    """Masks that are made inside are those of a forward over a ragged cache with these branches."""
+    token = _branches.set(branches)
+    try:
+        yield
+    finally:
+        _branches.reset(token)
+
+
+def branches_of_forward() -> Branches | None:
+    """Those of the forward that is running, if it has any."""
+    return _branches.get()
 
 
 def visible_slots(
@@ -41,7 +62,8 @@ def visible_slots(
     """Which slots each query sees, [rows, 1, q_length, kv_length] bool.
 
     q_offset: [rows] int64, the position of each row's first query. `mask_function(row, head, query, key)` is
-    transformers' own (causal, sliding, chunked ...); its index arguments broadcast.
+    transformers' own (causal, sliding, chunked ...); its index arguments broadcast. Within `masks_of`, queries and keys
+    count by their places.
     """
     if not isinstance(q_offset, Tensor):
         q_offset = torch.tensor(q_offset, device=device)
@@ -49,6 +71,9 @@ def visible_slots(
     head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
     query = (q_offset.reshape(-1, 1) + torch.arange(q_length, device=device))[:, None, :, None]
     key = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
+    if (branches := branches_of_forward()) is not None:
+        query, key = branches.places[:, None, :, None], branches.key_places(kv_length)[:, None, None]
+        return mask_function(row, head, query, key) & branches.visible(kv_length)[:, None]
     return mask_function(row, head, query, key).expand(batch_size, 1, q_length, kv_length)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from specdec.branches import Branches
+
 
 class RaggedLayer(CacheLayerMixin):
     """One layer's keys and values, [rows, slots, heads, head_dim] each, allocated at the first write."""
@@ -102,6 +104,7 @@ class RaggedCache(Cache):
 
     pads: [rows] int64, unused slots before each row's first token, None where there are none, as in this class.
     query_slots: [rows, width] int64, where the tokens of the forward are written.
+    branches: where they stand in a forward with extra queries, None in all others.
     num_realignments: forwards that had to move rows first. num_filled: no slot from here on has ever been written.
     """
 
@@ -109,6 +112,7 @@ class RaggedCache(Cache):
         self.max_rows, self.num_slots, self.device = max_rows, num_slots, device
         self.rows, self.used_slots, self.width = slice(0, max_rows), 0, 0
         self.pads: Tensor | None = None
+        self.branches: Branches | None = None
         self.num_realignments = self.num_filled = 0
         self._row_offsets = torch.arange(max_rows, device=device)[:, None] * num_slots
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
@@ -120,19 +124,28 @@ class RaggedCache(Cache):
         used_slots: int,
         first_row: int = 0,
         host_starts: np.ndarray | None = None,
+        num_extra: int = 0,
     ) -> Tensor:
-        """Announce a forward over [rows, width] tokens and return their positions, [rows, width] int64.
+        """Announce a forward over [rows, width] columns and return their positions, [rows, width] int64.
 
         starts: [rows] int64, tokens of each row that stay visible; these are the rows from `first_row` on.
         used_slots: an upper bound of starts + width known to the host; what lies behind it is neither read nor masked.
         host_starts: `starts` on the host, for layouts that decide there what to move.
+        num_extra: queries behind each token, see `specdec/branches.py`; `width` counts them, behind all tokens.
         """
         assert used_slots <= self.num_slots, f"{used_slots} slots needed, {self.num_slots} allocated"
         self.rows = slice(first_row, first_row + len(starts))
         self.width, self.used_slots, self.num_filled = width, used_slots, max(self.num_filled, used_slots)
-        self.positions = starts[:, None] + torch.arange(width, device=self.device)
         self.starts = starts if self.pads is None else starts + self.pads
-        self.query_slots = self.positions if self.pads is None else self.positions + self.pads[:, None]
+        self.branches = None
+        if num_extra:
+            columns = torch.arange(width // (1 + num_extra), device=self.device)
+            self.branches = Branches.behind(self.starts, len(columns), columns[None], num_extra)
+            self.query_slots, places = self.branches.slots, self.branches.places
+            self.positions = places if self.pads is None else places - self.pads[:, None]
+        else:
+            self.positions = starts[:, None] + torch.arange(width, device=self.device)
+            self.query_slots = self.positions if self.pads is None else self.positions + self.pads[:, None]
         self.write_index = (self._row_offsets[self.rows] + self.query_slots).flatten()
         return self.positions
 

@@ -34,6 +34,10 @@ BIDIRECTIONAL = (
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 TF32_TOLERANCE = 0.02
 PROBE_ATTEMPTS = 3  # with other tokens each: a router's near-tie that rounds either way is not an error of the cache
+# What models raise over a cache or a mask that they were not made for.
+PROBE_ERRORS = (
+    AttributeError, AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 MAX_STEP_WIDTH = 33  # tokens of a row in one verify forward, at most
 
 
@@ -46,8 +50,10 @@ def build_network(
     num_slots: int,
     max_length: int | None = None,
     layout: Layout | None = None,
+    extra_queries: bool = False,
 ) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
+    extra_queries: whether forwards may have them; see `specdec/extra_queries.py`.
 
     Raises UnsupportedModelError if none does, naming the layout that would.
     """
@@ -59,7 +65,9 @@ def build_network(
             f"{model.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
         )
     for can_serve, network_type in ((can_fuse, FusedNetwork), (can_shorten, InvariantNetwork)):
-        if can_serve(model) and (network_type is FusedNetwork or not layout.one_length):
+        if network_type is InvariantNetwork and (layout.one_length or extra_queries):
+            continue
+        if can_serve(model):
             try:
                 _probe_once(model, network_type, layout)
             except UnsupportedModelError:
@@ -157,14 +165,7 @@ _probed: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDiction
 
 
 def _probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layout) -> None:
-    key = (
-        network_type,
-        layout.one_length,
-        model.dtype,
-        model.device,
-        model.config._attn_implementation,
-        model.config.to_json_string(use_diff=False),
-    )
+    key = probe_key(model, network_type, layout)
     known = _probed.setdefault(model, {})
     if key in known:
         return
@@ -172,16 +173,7 @@ def _probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layou
     for attempt in range(PROBE_ATTEMPTS):
         try:
             difference = probe(model, network_type, attempt, layout)
-        except (
-            AttributeError,
-            AssertionError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except PROBE_ERRORS as error:
             if isinstance(error, UnsupportedModelError):
                 raise
             raise UnsupportedModelError(
@@ -194,6 +186,20 @@ def _probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layou
     raise UnsupportedModelError(
         f"{type(model).__name__} gives other logits over a {layout.name} cache than without a cache (relative "
         f"difference {difference:.1e}, limit {tolerance:.0e} in {model.dtype}); {_remedy(model, network_type, layout)}"
+    )
+
+
+def probe_key(model: PreTrainedModel, *what: object) -> tuple:
+    """What the outcome of a probe depends on, weights apart."""
+    *others, layout = what
+    assert isinstance(layout, Layout)
+    return (
+        *others,
+        layout.one_length,
+        model.dtype,
+        model.device,
+        model.config._attn_implementation,
+        model.config.to_json_string(use_diff=False),
     )
 
 

@@ -39,6 +39,12 @@ class SpeculativeConfig:
         self.drafter.check(target, max_length)
         self.length_policy.check(target, self.drafter)
 
+    @property
+    def spare_slots(self) -> int:
+        """The most that a step may write behind a row's committed tokens: the draft, the last token's own keys, and
+        the extra queries behind each of them."""
+        return (self.num_speculative_tokens + 1) * (1 + self.drafter.num_extra_queries)
+
 
 def speculative_config(
     drafter: Drafter | PreTrainedModel | str | None,

@@ -7,6 +7,7 @@ at most, and each has a default, so that the smallest drafter is one method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,15 @@ class Draft:
         from, and no token is dropped after it was sampled.
     parents: [rows, k] int64, the index of each token's parent in a draft tree, -1 for the root; None means a chain,
         which is all that is verified yet.
+    extra_queries: [extra, hidden] input embeddings that the verify forward takes along behind every place where the
+        draft may end: query i stands i + 1 places behind it, and sees the text and the draft up to it and the queries
+        before it. They change nothing of what the target says about the text. At most `Drafter.num_extra_queries`.
     """
 
     token_ids: Tensor
     probs: Tensor | None = None
     parents: Tensor | None = None
+    extra_queries: Tensor | None = None
 
     @staticmethod
     def empty(num_rows: int, device: torch.device) -> Draft:
@@ -56,6 +61,8 @@ class Verified:
     all_accepted: whether any row had its whole draft accepted (known on the host without another copy).
     hidden_states: one [rows, k + 1, hidden] tensor per layer in `Drafter.target_layers`; position j holds the state
         from which the target predicted the token after draft token j.
+    extra_logits: the target's logits at the draft's extra queries, if it has any: from the number of draft tokens
+        before the end that is meant, [rows] int64, to [rows, extra, vocab]. Valid until the next step.
     """
 
     draft: Draft
@@ -63,6 +70,7 @@ class Verified:
     num_committed: Tensor
     all_accepted: bool
     hidden_states: tuple[Tensor, ...] = ()
+    extra_logits: Callable[[Tensor], Tensor] | None = None
 
 
 class Drafter(ABC):
@@ -80,6 +88,7 @@ class Drafter(ABC):
 
     name: str = "drafter"
     target_layers: tuple[int, ...] = ()  # indices into the target's hidden states that `observe` wants to see
+    num_extra_queries: int = 0  # the most that `Draft.extra_queries` holds; the caches leave room for them
     is_busy: bool = False  # between `start` and `finish`
     num_calls: int = 0  # forwards of the drafter's own network since `start`
     # Set before `start` when the output is sampled. A drafter may sample by it and return the distributions in

@@ -222,11 +222,20 @@ class FusedNetwork(Network):
 
     @torch.inference_mode()
     def _run(
-        self, token_ids: Tensor, positions: Tensor, logits_at: Tensor | None, layers: tuple[int, ...]
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor | None,
+        layers: tuple[int, ...],
+        extra_queries: Tensor | None = None,
     ) -> NetworkOutput:
-        rows, width = token_ids.shape
+        rows, width = positions.shape
         shared = self._shared(positions)
         hidden = F.embedding(token_ids.flatten(), self.embedding.weight)
+        if extra_queries is not None:
+            text = hidden.view(rows, token_ids.shape[1], -1)
+            branches = extra_queries.repeat(token_ids.shape[1], 1).expand(rows, -1, -1)
+            hidden = torch.cat([text, branches], 1).flatten(0, 1)
         states = [hidden]
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
             hidden = layer(hidden, cache, shared)
@@ -236,8 +245,28 @@ class FusedNetwork(Network):
             hidden = hidden.view(rows, width, -1)[torch.arange(rows, device=hidden.device), logits_at]
         hidden = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
         states[-1] = hidden
-        logits = self.weights.head(hidden).view(rows, -1, self.model.lm_head.out_features)
-        return NetworkOutput(logits, tuple(states[i].view(rows, width, -1) for i in layers))
+        if extra_queries is not None:
+            return self._with_extra(hidden.view(rows, width, -1), states, layers, token_ids.shape[1])
+        return NetworkOutput(self._logits(hidden, rows), tuple(states[i].view(rows, width, -1) for i in layers))
+
+    def _logits(self, hidden: Tensor, rows: int) -> Tensor:
+        return self.weights.head(hidden).view(rows, -1, self.model.lm_head.out_features)
+
+    def _with_extra(
+        self, hidden: Tensor, states: list[Tensor], layers: tuple[int, ...], num_tokens: int
+    ) -> NetworkOutput:
+        """hidden: [rows, width, hidden], the first columns of text."""
+        rows = len(hidden)
+        branches = hidden[:, num_tokens:].unflatten(1, (num_tokens, -1))
+
+        @torch.inference_mode()
+        def extra_logits(columns: Tensor) -> Tensor:
+            chosen = branches[torch.arange(rows, device=columns.device), columns]
+            return self._logits(chosen.flatten(0, 1), rows)
+
+        logits = self._logits(hidden[:, :num_tokens].flatten(0, 1), rows)
+        kept = tuple(states[i].view(rows, hidden.shape[1], -1)[:, :num_tokens] for i in layers)
+        return NetworkOutput(logits, kept, extra_logits)
 
     def _shared(self, positions: Tensor) -> Attend:
         rows, width = positions.shape
@@ -246,7 +275,7 @@ class FusedNetwork(Network):
         windowed = any(layer.window is not None and layer.window < used for layer in self.weights.layers)
         slots, pads = self.cache.query_slots, self.cache.pads
         # used == starts + width for the longest row, so used == width says that every row starts at slot 0.
-        is_causal = used == width and not windowed
+        is_causal = used == width and not windowed and self.cache.branches is None
         masks = {}
         if not is_causal and (rows > 1 or width > 1 or windowed or pads is not None):
             for layer in self.weights.layers:
@@ -256,11 +285,17 @@ class FusedNetwork(Network):
 
     def _mask(self, slots: Tensor, pads: Tensor | None, layer: FusedLayer) -> Tensor:
         key = torch.arange(self.cache.used_slots, device=slots.device)
-        hidden = key > slots[..., None]  # [rows, width, slots]
-        if pads is not None:
-            hidden |= key < pads[:, None, None]
+        branches = self.cache.branches
+        if branches is None:
+            hidden = key > slots[..., None]  # [rows, width, slots]
+        else:
+            hidden = ~branches.visible(len(key))
+            slots = branches.places  # a window counts places, which for text are its slots
+            key = branches.key_places(len(key))[:, None]
         if layer.window is not None:
             hidden |= key <= slots[..., None] - layer.window
+        if pads is not None:
+            hidden |= key < pads[:, None, None]
         mask = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=hidden.device)
         mask = mask.masked_fill(hidden, float("-inf"))
         return mask.repeat_interleave(layer.num_heads // layer.num_kv_heads, 1)[:, None]

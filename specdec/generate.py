@@ -225,7 +225,7 @@ def _generate(
     processors = processors_of(
         model, config, set(lengths), options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
     )
-    rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, num_speculative_tokens + 1, model.device)
+    rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, speculation.spare_slots, model.device)
     drafter.sampler, streams = None, None
     if options.do_sample:
         streams = randomness.streams(len(rows), rows.device)
@@ -247,6 +247,7 @@ def _generate(
         speculation.layout,
         scores,
         logits,
+        drafter.num_extra_queries > 0,
     )
 
     def on_commit(report: StepReport) -> None:

@@ -175,6 +175,7 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         None,
         drafter.target_layers,
         speculation.layout,
+        extra_queries=drafter.num_extra_queries > 0,
     )
     stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
     k = speculation.num_speculative_tokens
@@ -196,7 +197,7 @@ class Intake:
 
     @property
     def spare(self) -> int:
-        return self.speculation.num_speculative_tokens + 1
+        return self.speculation.spare_slots
 
     def options(self, request: Request) -> GenerationOptions:
         return self._resolve(request.index, len(request.prompt))

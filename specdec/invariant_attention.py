@@ -1,7 +1,8 @@
 """Attention and masks of batch-invariant models, for transformers' caches and for ours.
 
 The mask that transformers hands to every layer is reduced to what the kernel needs: per query the interval of slots
-it sees, and per row the slot of its first token.
+it sees, and per row the slot of its first token. Extra queries (`specdec/branches.py`) see two intervals; they are only
+guesses, so torch's own attention serves them, while the text beside them keeps its bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from specdec.attention import visible_slots
+from specdec import attention
+from specdec.attention import branches_of_forward, visible_slots
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.invariant_guard import own_arithmetic
 from specdec.kernels.ragged_attention import ragged_attention
@@ -36,6 +38,8 @@ def span_mask(
 ) -> Tensor:
     """[rows, 1, q_length, 3] int32: first visible slot, the slot behind the last, the slot of the row's first token.
 
+    With extra queries behind the text the last dimension is 5: behind these the second interval, of the own branch.
+
     attention_mask: [rows, positions] bool, False for padding. Slot i holds position kv_offset + i.
 
     Raises InputError if what a query sees is no interval: the attention mask has holes.
@@ -48,15 +52,23 @@ def span_mask(
         real = F.pad(attention_mask.bool(), (0, missing))
         visible = visible & real[:, None, kv_offset : kv_offset + kv_length]
         origin = origin + real.int().argmax(1, keepdim=True)
-    count = visible.sum(-1, dtype=torch.int32)
-    low = visible.int().argmax(-1).int()
-    spans = torch.stack([low, low + count, origin.expand(-1, q_length).int()], -1)
+    branches, slot = branches_of_forward(), torch.arange(kv_length, device=device)
+    if branches is not None:
+        in_text = slot <= branches.ends[..., None]
+        first, second = interval(visible & in_text), interval(visible & ~in_text)
+        return torch.cat([first, origin.expand(-1, q_length)[..., None].int(), second], -1)[:, None]
+    spans = torch.cat([interval(visible), origin.expand(-1, q_length)[..., None].int()], -1)
     # One look at the first forward is enough, since later ones only append: no later step waits for the device.
-    if attention_mask is not None and q_length > 1:
-        slot = torch.arange(kv_length, device=device)
-        if not torch.equal(visible, (slot >= spans[..., :1]) & (slot < spans[..., 1:2])):
-            raise InputError("attention_mask has holes; batch-invariant attention needs the padding at the sides")
+    is_checked = attention_mask is not None and q_length > 1
+    if is_checked and not torch.equal(visible, (slot >= spans[..., :1]) & (slot < spans[..., 1:2])):
+        raise InputError("attention_mask has holes; batch-invariant attention needs the padding at the sides")
     return spans[:, None]
+
+
+def interval(visible: Tensor) -> Tensor:
+    """[rows, queries, slots] bool -> [rows, queries, 2] int32: the first visible slot, and that behind the last."""
+    low = visible.int().argmax(-1).int()
+    return torch.stack([low, low + visible.sum(-1, dtype=torch.int32)], -1)
 
 
 def invariant_attention(
@@ -74,7 +86,9 @@ def invariant_attention(
 ) -> tuple[Tensor, None]:
     """query [rows, heads, width, dim], key and value [rows, kv_heads, slots, dim] -> [rows, width, heads, value_dim]"""
     name = type(module).__name__
-    if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.shape[-1] != 3:
+    branches = branches_of_forward()
+    size = 3 if branches is None else 5
+    if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.shape[-1] != size:
         raise UnsupportedModelError(f"{name} does not pass on the mask it is given; it cannot be made batch-invariant")
     if position_bias is not None:
         raise UnsupportedModelError(f"{name} adds a position bias to its scores, which has no batch-invariant kernel")
@@ -82,8 +96,19 @@ def invariant_attention(
         raise UnsupportedModelError(f"{name} applies dropout {dropout}; call model.eval() first")
     spans = attention_mask[:, 0].expand(len(query), -1, -1).contiguous()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    num_tokens = query.shape[2] if branches is None else branches.num_tokens
+    text = spans[:, :num_tokens, :3].contiguous()
     with torch.no_grad(), own_arithmetic():
-        return ragged_attention(query, key, value, spans, scaling, softcap, s_aux), None
+        out = ragged_attention(query[:, :, :num_tokens], key, value, text, scaling, softcap, s_aux)
+    if branches is None:
+        return out, None
+    slot = torch.arange(key.shape[2], device=key.device)
+    begin, end, _, own_begin, own_end = spans[:, num_tokens:, :, None].unbind(2)
+    visible = ((slot >= begin) & (slot < end)) | ((slot >= own_begin) & (slot < own_end))
+    guesses, _ = attention.ragged_attention(
+        module, query[:, :, num_tokens:], key, value, visible[:, None], 0.0, scaling, softcap, s_aux
+    )
+    return torch.cat([out, guesses], 1), None
 
 
 @cache

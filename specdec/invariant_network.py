@@ -220,14 +220,21 @@ class InvariantNetwork(Network):
         used_slots: int,
         layers: tuple[int, ...] = (),
         host_starts: np.ndarray | None = None,
+        extra_queries: Tensor | None = None,
     ) -> NetworkOutput:
+        assert extra_queries is None, "the kernels see one interval of slots; build_network chooses another network"
         if self.kept.graphs is None or token_ids.shape[1] > MAX_STEP_WIDTH:
             return super().forward(token_ids, starts, used_slots, layers, host_starts)
         self.cache.num_filled = max(self.cache.num_filled, used_slots)  # a replay announces no forward to the cache
         return self.kept.graphs.replay(self.kept, token_ids, starts, used_slots, layers)
 
     def _run(
-        self, token_ids: Tensor, positions: Tensor, logits_at: Tensor | None, layers: tuple[int, ...]
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor | None,
+        layers: tuple[int, ...],
+        extra_queries: Tensor | None = None,
     ) -> NetworkOutput:
         cache = self.cache
         hidden, states = self.kept.run(token_ids, cache.starts, cache.used_slots, cache.rows, layers)

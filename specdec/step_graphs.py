@@ -60,7 +60,7 @@ class StepGraphs:
         step.starts[:rows] = starts
         step.starts[rows:] = self.cache.num_slots - MAX_STEP_WIDTH
         step.graph.replay()
-        logits, states = step.output
+        logits, states, _ = step.output
         return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))
 
     def _capture(self, forward: Forward, rows: int, width: int, slots: int, layers: tuple[int, ...]) -> CapturedStep:

@@ -62,7 +62,12 @@ class StockNetwork(Network):
             yield
 
     def _run(
-        self, token_ids: Tensor, positions: Tensor, logits_at: Tensor | None, layers: tuple[int, ...]
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor | None,
+        layers: tuple[int, ...],
+        extra_queries: Tensor | None = None,
     ) -> NetworkOutput:
         options: dict = {"use_cache": True, "return_dict": True, "output_hidden_states": bool(layers)}
         if self.accepts_positions:
@@ -75,11 +80,29 @@ class StockNetwork(Network):
             # One set of columns serves all rows; each row then picks its own.
             columns, logits_at = torch.unique(logits_at, return_inverse=True)
             options["logits_to_keep"] = columns
+        if extra_queries is not None:
+            return self._run_with_extra(token_ids, extra_queries, layers, options)
         output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)
         logits = output.logits
         if logits_at is not None:
             logits = logits[torch.arange(len(logits), device=logits.device), logits_at][:, None]
         return NetworkOutput(logits, tuple(output.hidden_states[i] for i in layers))
+
+    def _run_with_extra(
+        self, token_ids: Tensor, extra_queries: Tensor, layers: tuple[int, ...], options: dict
+    ) -> NetworkOutput:
+        rows, num_tokens = token_ids.shape
+        text = self.model.get_input_embeddings()(token_ids)
+        inputs = torch.cat([text, extra_queries.to(text.dtype).repeat(num_tokens, 1).expand(rows, -1, -1)], 1)
+        assert self.cache.branches is not None
+        with attention.masks_of(self.cache.branches):
+            output = self.model(inputs_embeds=inputs, past_key_values=self.cache, **options)
+        logits, behind = output.logits[:, :num_tokens], output.logits[:, num_tokens:].unflatten(1, (num_tokens, -1))
+
+        def extra_logits(columns: Tensor) -> Tensor:
+            return behind[torch.arange(rows, device=columns.device), columns]
+
+        return NetworkOutput(logits, tuple(output.hidden_states[i][:, :num_tokens] for i in layers), extra_logits)
 
 
 @contextmanager

@@ -37,12 +37,14 @@ class Target:
         layout: Layout | None = None,
         emitted_scores: Emitted | None = None,
         emitted_logits: Emitted | None = None,
+        extra_queries: bool = False,
     ):
         """eos_token_ids: any of them ends a row. layers: the hidden states that the drafter wants to observe.
+        extra_queries: whether drafts may come with some.
         emitted_scores, emitted_logits: where to keep processed scores and raw logits of the emitted tokens.
         """
         self.layout = layout or Ragged()
-        self.network = build_network(model, max_rows, num_slots, max_length, self.layout)
+        self.network = build_network(model, max_rows, num_slots, max_length, self.layout, extra_queries)
         self.processors, self.verification, self.layers = processors, verification, layers
         self.emitted_scores, self.emitted_logits = emitted_scores, emitted_logits
         self.vocab_size = vocab_size_of(model)
@@ -59,13 +61,14 @@ class Target:
 
     def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
         """One forward over each row's last token and its draft, then the commit."""
-        width = draft.token_ids.shape[1] + 1
         inputs = torch.cat([rows.last_tokens(1), draft.token_ids.clamp(min=0)], 1)
+        extra = draft.extra_queries
+        width = inputs.shape[1] * (1 if extra is None else 1 + len(extra))
         # The last committed token has no keys yet, so a row's cache is one shorter than the row.
-        output = self.network.forward(
-            inputs, rows.lengths - 1, rows.max_length - 1 + width, self.layers, rows.host_lengths - 1
-        )
-        return self._commit(rows, draft, output.logits, output.hidden_states)
+        used_slots = rows.max_length - 1 + width
+        output = self.network.forward(inputs, rows.lengths - 1, used_slots, self.layers, rows.host_lengths - 1, extra)
+        report, verified = self._commit(rows, draft, output.logits, output.hidden_states)
+        return report, verified if extra is None else replace(verified, extra_logits=output.extra_logits)
 
     def keep_rows(self, index: Tensor) -> None:
         self.network.keep_rows(index)
@@ -118,7 +121,8 @@ def usable(rows: Rows, draft: Draft, widths: np.ndarray, vocab_size: int, name: 
         room = torch.minimum(room, torch.from_numpy(widths).to(rows.device)[:, None])
     column = torch.arange(draft.token_ids.shape[1], device=draft.token_ids.device)
     keep = (column < room) & (draft.token_ids >= 0) & (draft.token_ids < vocab_size)
-    return Draft(draft.token_ids.masked_fill(keep.long().cumprod(1) == 0, NO_TOKEN), draft.probs)
+    token_ids = draft.token_ids.masked_fill(keep.long().cumprod(1) == 0, NO_TOKEN)
+    return Draft(token_ids, draft.probs, extra_queries=draft.extra_queries)
 
 
 def check_draft(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> None:

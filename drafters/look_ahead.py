@@ -1,0 +1,144 @@
+"""PaSS: the target drafts for itself, by a few learned embeddings that stand where its next tokens will.
+
+Monea, Joulin, Grave, "PaSS: Parallel Speculative Sampling" (2023). L look-ahead embeddings behind a text make one
+forward of the target predict L tokens beyond its next one. Here they stand behind every place where the draft that is
+being verified may end, so that the same forward verifies the last guesses and makes the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import ReferenceType, ref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from typing_extensions import Self
+
+from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
+from specdec.errors import ConfigError, DrafterError
+from specdec.extra_queries import check_extra_queries
+from specdec.fingerprint import Fingerprint
+from specdec.rows import Rows
+from specdec.trained import Trained
+
+
+class LookAheadEmbeddings(Trained):
+    """weight: [num_tokens, hidden_size]; row i - 1 stands i places behind the text and predicts the token behind it."""
+
+    kind: ClassVar[str] = "look_ahead"
+    roles: ClassVar[tuple[str, ...]] = ("target",)
+    alternative: ClassVar[str] = "choose another drafter"
+    target: Fingerprint | None
+
+    def __init__(self, num_tokens: int, hidden_size: int):
+        super().__init__()
+        if num_tokens < 1:
+            raise ConfigError(f"num_tokens={num_tokens} must be at least 1")
+        self.shape = {"num_tokens": num_tokens, "hidden_size": hidden_size}
+        self.weight = nn.Parameter(torch.zeros(num_tokens, hidden_size))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.weight)
+
+    def trained_for(self, target: PreTrainedModel, recipe: Mapping[str, Any]) -> Self:
+        """Mark these embeddings as trained for a target. recipe: how, and what they reached; any JSON."""
+        return self.mark({"target": target}, recipe)
+
+
+class LookAhead(Drafter):
+    """Drafts in the target's own forwards: no forward of its own, and never more target calls than tokens.
+
+    A guess has not seen the token that the target itself adds in the same step, nor the guesses before it.
+    """
+
+    name = "look_ahead"
+    shares_slots = True
+
+    def __init__(self, embeddings: LookAheadEmbeddings):
+        self.embeddings = embeddings
+        self.num_extra_queries = embeddings.num_tokens
+        self._checked: ReferenceType[PreTrainedModel] | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LookAhead:
+        """The embeddings that `specdec train look-ahead` left in `folder`. Raises InputError if there are none."""
+        return cls(LookAheadEmbeddings.load(folder))
+
+    def check(self, target: PreTrainedModel, max_length: int) -> None:
+        if self._checked is not None and self._checked() is target:
+            return  # asked for each prompt, and it looks at every weight
+        self.embeddings.check_models({"target": target})
+        check_extra_queries(target, self.layout)
+        self._checked = ref(target)
+
+    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
+        super().start(target, rows, max_draft_tokens)
+        if max_draft_tokens > self.embeddings.num_tokens:
+            raise DrafterError(
+                f"num_speculative_tokens={max_draft_tokens}, but there are {self.embeddings.num_tokens} look-ahead "
+                "embeddings; lower it, or train more of them"
+            )
+        self._queries = self.embeddings.weight.detach().to(rows.device, target.dtype)
+        self._max_tokens = max_draft_tokens
+        self._num_known = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: guesses behind the committed tokens
+        self._guesses: Tensor | None = None  # by slot: [slots, k] tokens, or [slots, k, vocab] logits for sampling
+
+    def propose(self, rows: Rows, max_tokens: int) -> Draft:
+        known = self._num_known[: len(rows)]
+        num_tokens = min(max_tokens, int(known.max()))
+        draft = self._draft(rows, num_tokens) if num_tokens else Draft.empty(len(rows), rows.device)
+        # The step commits a token at least, and the last place of a row is the target's own.
+        num_queries = min(self._max_tokens, rows.max_remaining - 2)
+        queries = self._queries[:num_queries] if num_queries > 0 else None
+        return Draft(draft.token_ids, draft.probs, extra_queries=queries)
+
+    def _draft(self, rows: Rows, num_tokens: int) -> Draft:
+        assert self._guesses is not None
+        guesses = self._guesses[: len(rows), :num_tokens]
+        known = torch.from_numpy(self._num_known[: len(rows)]).to(rows.device)
+        unknown = torch.arange(num_tokens, device=rows.device) >= known[:, None]
+        if self.sampler is None:
+            return Draft(guesses.masked_fill(unknown, NO_TOKEN))
+        uniforms = self.sampler.draw(rows, num_tokens)
+        probs = self.sampler.probs(rows, num_tokens)
+        drafted = rows.token_ids.new_empty(len(rows), 0)
+        for place in range(num_tokens):
+            tokens = self.sampler.sample(rows, drafted, guesses[:, place], uniforms[:, place], probs[:, place])
+            drafted = torch.cat([drafted, tokens[:, None]], 1)
+        return Draft(drafted.masked_fill(unknown, NO_TOKEN), probs)
+
+    def observe(self, verified: Verified) -> None:
+        num_rows = len(verified.num_accepted)
+        if verified.extra_logits is None:
+            self._num_known[:num_rows] = 0
+            return
+        found = verified.extra_logits(verified.num_accepted)
+        if self.sampler is None:
+            found = found.argmax(-1)
+        if self._guesses is None:
+            self._guesses = found.new_zeros(len(self._num_known), self._max_tokens, *found.shape[2:])
+        self._guesses[:num_rows, : found.shape[1]] = found
+        self._num_known[:num_rows] = found.shape[1]
+
+    def keep_rows(self, index: Tensor) -> None:
+        self._num_known[: len(index)] = self._num_known[index.cpu().numpy()]
+        if self._guesses is not None:
+            self._guesses[: len(index)] = self._guesses[index]
+
+    def join(self, rows: Rows, begin: int, end: int) -> None:
+        self._num_known[rows.first : rows.first + len(rows)] = 0
+
+    def resize(self, num_slots: int, capacity: int) -> None:
+        num_more = max(num_slots - len(self._num_known), 0)
+        self._num_known = np.concatenate([self._num_known[:num_slots], np.zeros(num_more, dtype=np.int64)])
+        if self._guesses is not None:
+            more = self._guesses.new_zeros(num_more, *self._guesses.shape[1:])
+            self._guesses = torch.cat([self._guesses[:num_slots], more])
+
+    def finish(self) -> None:
+        self._guesses = self._checked = None

@@ -1,0 +1,266 @@
+"""Training of look-ahead embeddings (PaSS): they alone learn, the target stays as it is.
+
+At a split behind token n of a text, embedding i stands at position n + i and is to predict token n + 1 + i; the loss
+is its cross-entropy. Many splits of a text share one forward, each with its embeddings as a branch of the text
+(`specdec/branches.py`): the text sees none of them, and no split sees another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec.branches import Branches
+from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
+from specdec.drafters.training.data import Batch, TokenStream
+from specdec.drafters.training.distill import CROSS_ENTROPY, Distillation, OnProgress, Reader, seed_of, target_texts
+from specdec.drafters.training.own_text import Prompts
+from specdec.drafters.training.trainer import Step, TrainConfig, TrainRecord, as_json, train
+from specdec.errors import ConfigError, InputError
+from specdec.generate import generate
+from specdec.metrics import Speculation
+from specdec.oracle import greedy_settings, left_pad
+
+INITS = ("mean", "frequent")
+NUM_FREQUENT = 256  # tokens whose embeddings are averaged
+
+
+@dataclass(frozen=True)
+class LookAheadRecipe:
+    """What is trained on what.
+
+    num_tokens: look-ahead embeddings. num_splits: of each text, in one forward. decay: embedding i's loss weighs
+        decay ** (i - 1), since its guess counts only where those before it were right.
+    init: the mean of all of the target's input embeddings, or of those of the text's most frequent tokens.
+    shares, temperatures, num_texts, batch_rows, row_tokens, write_batch: the text, as for `Distillation`; "target" is
+        what the target itself writes, which is what decoding asks about.
+    """
+
+    num_tokens: int = 8
+    num_splits: int = 32
+    decay: float = 0.8
+    init: str = "frequent"
+    shares: dict[str, float] = field(default_factory=lambda: {"target": 1.0})
+    temperatures: tuple[float, ...] = (0.0,)
+    num_texts: int = 4096
+    batch_rows: int = 16
+    row_tokens: int = 192
+    write_batch: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "num_splits"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"decay={self.decay} must be above 0 and at most 1, which weighs all embeddings alike")
+        if self.init not in INITS:
+            raise ConfigError(f"init={self.init!r}; choose {' or '.join(map(repr, INITS))}")
+        if self.row_tokens < self.num_tokens + 2:
+            raise ConfigError(
+                f"row_tokens={self.row_tokens} leaves no split for {self.num_tokens} look-ahead tokens; raise it"
+            )
+        if "on-policy" in self.shares:
+            raise ConfigError("on-policy text has no meaning here: the target is the drafter; use target or fixed")
+
+    @property
+    def text(self) -> Distillation:
+        """The text as its reader wants it described."""
+        return Distillation(
+            CROSS_ENTROPY,
+            shares=self.shares,
+            temperatures=self.temperatures,
+            batch_rows=self.batch_rows,
+            row_tokens=self.row_tokens,
+            num_texts=self.num_texts,
+            write_batch=self.write_batch,
+        )
+
+
+class LookAheadLoss(nn.Module):
+    """From texts and where they are split to the losses; of its parameters only the embeddings require gradients."""
+
+    def __init__(self, target: PreTrainedModel, embeddings: LookAheadEmbeddings):
+        super().__init__()
+        self.target, self.embeddings = target.eval().requires_grad_(False), embeddings
+
+    def forward(self, token_ids: Tensor, splits: Tensor) -> Tensor:
+        """Cross-entropies in nats, [rows, splits, num_tokens] float32, of embedding i on the token i + 1 behind the
+        split; without meaning where that is behind the text.
+
+        token_ids: [rows, length] int64. splits: [rows, splits] int64, the last token that a split sees.
+        """
+        (rows, length), num_ahead = token_ids.shape, self.embeddings.num_tokens
+        branches = Branches.behind(token_ids.new_zeros(rows), length, splits, num_ahead)
+        text = self.target.get_input_embeddings()(token_ids)
+        ahead = self.embeddings.weight.to(text.dtype).repeat(splits.shape[1], 1).expand(rows, -1, -1)
+        visible = branches.visible(branches.slots.shape[1])[:, None]
+        mask = torch.zeros_like(visible, dtype=text.dtype).masked_fill(~visible, torch.finfo(text.dtype).min)
+        logits = self.target(
+            inputs_embeds=torch.cat([text, ahead], 1),
+            attention_mask=mask,
+            position_ids=branches.places,
+            use_cache=False,
+            logits_to_keep=ahead.shape[1],
+        ).logits
+        labels = token_ids.gather(1, label_places(splits, num_ahead).flatten(1).clamp(max=length - 1))
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view(rows, -1, num_ahead)
+
+
+def label_places(splits: Tensor, num_ahead: int) -> Tensor:
+    """Where the tokens stand that the embeddings predict: [rows, splits, num_ahead] int64.
+
+    The target's own prediction at the split is the next token; embedding 1 predicts the one behind it.
+    """
+    return splits[..., None] + 2 + torch.arange(num_ahead, device=splits.device)
+
+
+def draw_splits(batch: Batch, num_splits: int, generator: torch.Generator) -> Tensor:
+    """Split points at which embedding 1 has a counted token to predict, drawn with replacement: [rows, splits] int64.
+
+    A row without any gets splits whose losses do not count.
+    """
+    usable = F.pad(batch.counted[:, 2:], (0, 2)).float()
+    usable[:, 0] += (~batch.counted[:, 2:].any(1)).float()
+    return torch.multinomial(usable, num_splits, replacement=True, generator=generator)
+
+
+def loss_weights(batch: Batch, splits: Tensor, num_ahead: int, decay: float) -> Tensor:
+    """[rows, splits, num_ahead] float32, 0 where the token to predict does not count."""
+    places = label_places(splits, num_ahead)
+    counted = F.pad(batch.counted, (0, num_ahead + 1)).gather(1, places.flatten(1)).view_as(places)
+    return counted * decay ** torch.arange(num_ahead, device=splits.device)
+
+
+@dataclass
+class LookAheadStep:
+    """The step function: texts and splits of step n are functions of n and the seed alone."""
+
+    reader: Reader
+    recipe: LookAheadRecipe
+    seed: int
+
+    def __call__(self, module: nn.Module, step: Step) -> Tensor:
+        batch = self.reader.batch(Step(step.index, step.rank, step.num_processes, torch.device("cpu")))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, 6, step.shard))
+        # One shape for all steps, which a compiled module wants.
+        missing = self.recipe.row_tokens - batch.token_ids.shape[1]
+        batch = Batch(F.pad(batch.token_ids, (0, missing)), F.pad(batch.counted, (0, missing)))
+        splits = draw_splits(batch, self.recipe.num_splits, generator)
+        weights = loss_weights(batch, splits, self.recipe.num_tokens, self.recipe.decay).to(step.device)
+        losses = module(batch.token_ids.to(step.device), splits.to(step.device))
+        return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+@torch.no_grad()
+def initialise(embeddings: LookAheadEmbeddings, target: PreTrainedModel, token_ids: np.ndarray | Tensor | None) -> None:
+    """Start all embeddings from one mean of the target's own: of the most frequent of `token_ids`, or of all."""
+    weight = target.get_input_embeddings().weight.float()
+    if token_ids is not None:
+        counts = torch.bincount(torch.as_tensor(np.asarray(token_ids)).flatten().long(), minlength=len(weight))
+        weight = weight[counts.topk(min(NUM_FREQUENT, len(weight))).indices.to(weight.device)]
+    embeddings.weight.copy_(weight.mean(0).expand_as(embeddings.weight))
+
+
+def train_look_ahead(
+    target: PreTrainedModel,
+    recipe: LookAheadRecipe,
+    config: TrainConfig,
+    work: Path,
+    accelerator: Accelerator,
+    text: TokenStream | None = None,
+    prompts: Prompts | None = None,
+    compile_module: bool = False,
+    on_progress: OnProgress | None = None,
+) -> tuple[LookAheadEmbeddings, TrainRecord]:
+    """Train embeddings for `target`, whose weights stay as they are; unmarked and unsaved.
+
+    text: for fixed data. prompts: for the target's own text. work: see `train`. on_progress: called with texts just
+    written.
+
+    Raises ConfigError or InputError where something does not fit, before any work.
+    """
+    check_target(target, recipe)
+    if "fixed" in recipe.shares and text is None:
+        raise InputError("fixed data needs a training text; pass --text")
+    if prompts is None and set(recipe.shares) != {"fixed"}:
+        raise InputError("the target's own text needs prompts; pass --text or --prompts")
+    target.to(accelerator.device)
+    pool = None
+    if "target" in recipe.shares and prompts is not None:
+        pool = target_texts(target, prompts, recipe.text, config.seed, work, accelerator, on_progress)
+    embeddings = LookAheadEmbeddings(recipe.num_tokens, target.get_input_embeddings().weight.shape[1])
+    seen = None
+    if recipe.init == "frequent":
+        seen = pool.token_ids[pool.counted] if pool is not None else text.token_ids if text is not None else None
+    initialise(embeddings, target, seen)
+    module = LookAheadLoss(target, embeddings)
+    if compile_module:
+        module.compile()
+    step = LookAheadStep(Reader(recipe.text, text, prompts, pool, target, config.seed), recipe, config.seed)
+    settings = {"recipe": as_json(asdict(recipe)), "prompts": None if prompts is None else prompts.digest}
+    record = train(module, step, config, work, accelerator, settings)
+    return embeddings, record
+
+
+def check_target(target: PreTrainedModel, recipe: LookAheadRecipe) -> None:
+    """Raise ConfigError for texts longer than the target's positions or its sliding window."""
+    config = target.config.get_text_config(decoder=True)
+    longest = recipe.row_tokens + recipe.num_tokens
+    for name in ("max_position_embeddings", "sliding_window"):
+        limit = getattr(config, name, None)
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"row_tokens={recipe.row_tokens} and {recipe.num_tokens} look-ahead tokens exceed the target's "
+                f"{name}={limit}; lower row_tokens"
+            )
+
+
+def measure(
+    embeddings: LookAheadEmbeddings,
+    target: PreTrainedModel,
+    prompts: list[Tensor],
+    num_new_tokens: int,
+    recipe: dict[str, Any] | None = None,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """What the embeddings are worth in the decoder, on prompts of [length] int64 token ids each, greedily.
+
+    acceptance_by_position: entry i, the share of steps that accepted guess i + 1 and all before it.
+    """
+    drafter = LookAhead(embeddings.trained_for(target, recipe or embeddings.recipe))
+    total = Speculation()
+    accepted = np.zeros(embeddings.num_tokens)
+    with greedy_settings(target):
+        for first in range(0, len(prompts), batch_size):
+            ids, mask = left_pad(
+                prompts[first : first + batch_size], target.generation_config.pad_token_id, target.device
+            )
+            out: Any = generate(
+                target,
+                ids,
+                mask,
+                drafter=drafter,
+                num_speculative_tokens=embeddings.num_tokens,
+                max_new_tokens=num_new_tokens,
+                return_dict_in_generate=True,
+            )
+            done: Speculation = out.speculation
+            total.num_spec_steps += done.num_spec_steps
+            total.num_accepted_draft_tokens += done.num_accepted_draft_tokens
+            shares = np.array(done.acceptance_by_position)
+            accepted[: len(shares)] += shares * done.num_spec_steps
+    return {
+        "mean_acceptance_length": round(total.mean_acceptance_length, 4),
+        "acceptance_by_position": [round(float(n) / max(total.num_spec_steps, 1), 4) for n in accepted],
+        "num_prompts": len(prompts),
+        "num_new_tokens": num_new_tokens,
+    }
