@@ -31,6 +31,11 @@ def drafter_class(name: str) -> Callable[..., Drafter]:
     return getattr(import_module(module), attribute)
 
 
+def drafter_from(name: str, folder: str) -> Drafter:
+    """The drafter of that name which lies in a folder; for those whose classes can `load`."""
+    return drafter_class(name).load(folder)  # type: ignore[attr-defined]
+
+
 def resolve(drafter: Drafter | PreTrainedModel | str, **options) -> Drafter:
     """A Drafter from a Drafter, a draft model or a name; `options` go to the named drafter's constructor."""
     if isinstance(drafter, Drafter):

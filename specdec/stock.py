@@ -96,7 +96,7 @@ class StockNetwork(Network):
         inputs = torch.cat([text, extra_queries.to(text.dtype).repeat(num_tokens, 1).expand(rows, -1, -1)], 1)
         assert self.cache.branches is not None
         with attention.masks_of(self.cache.branches):
-            output = self.model(inputs_embeds=inputs, past_key_values=self.cache, **options)
+            output = self.model(inputs_embeds=inputs, **cache_argument(self.model, self.cache), **options)
         logits, behind = output.logits[:, :num_tokens], output.logits[:, num_tokens:].unflatten(1, (num_tokens, -1))
 
         def extra_logits(columns: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import transformers
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.trainer import TrainRecord
 from specdec.heads import Head
+from specdec.trained import Trained
 from specdec.version import __version__
 
 HEAD_CARD = """# {title}
@@ -53,6 +54,27 @@ LABELS = {
     "sampled": "sampled text of the target at temperature 1, min(1, p / q) for a sample of q",
     "both": "half greedy text (1 where both argmaxes agree), half sampled at temperature 1 (min(1, p / q))",
 }
+
+
+LOOK_AHEAD_CARD = """# Look-ahead embeddings
+
+{num_tokens} embeddings of {hidden_size} numbers ({parameters:,} parameters), with which one target drafts for itself
+(PaSS): use them with `specdec generate --look-ahead FOLDER` or
+`specdec.drafters.look_ahead.LookAhead.load(FOLDER)`. The target's fingerprint is in `look_ahead.json`; others are
+refused. Nothing but the embeddings was trained.
+
+    {command}
+
+Loss: cross-entropy of embedding i at position n + i on token n + 1 + i of a text split behind token n, weighed by
+{decay:g}^(i-1), {num_splits} splits a row. Data: {data}.
+
+On held-out prompts, before and after: the acceptance lengths are tokens a step in the decoder itself, the target's own
+token included, greedily and at temperature 1; by position, the share of steps that accepted a guess and all before it.
+
+```json
+{record}
+```
+"""
 
 
 DRAFT_CARD = """---
@@ -113,6 +135,20 @@ def write_head_card(head: Head, folder: Path, command: str) -> Path:
         record=json.dumps({**environment(), **head.recipe}, indent=1),
     )
     return write_text(folder / f"{head.kind}.md", card)
+
+
+def write_look_ahead_card(embeddings: Trained, folder: Path, command: str) -> Path:
+    recipe = embeddings.recipe["settings"]["recipe"]
+    card = LOOK_AHEAD_CARD.format(
+        command=command,
+        parameters=sum(parameter.numel() for parameter in embeddings.parameters()),
+        data=", ".join(f"{share:.0%} {name}" for name, share in recipe["shares"].items()),
+        decay=recipe["decay"],
+        num_splits=recipe["num_splits"],
+        record=json.dumps({**environment(), **embeddings.recipe}, indent=1),
+        **embeddings.shape,
+    )
+    return write_text(folder / f"{embeddings.kind}.md", card)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -7,27 +7,19 @@ is its cross-entropy. Many splits of a text share one forward, each with its emb
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.branches import Branches
-from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
-from specdec.drafters.training.data import Batch, TokenStream
-from specdec.drafters.training.distill import CROSS_ENTROPY, Distillation, OnProgress, Reader, seed_of, target_texts
-from specdec.drafters.training.own_text import Prompts
-from specdec.drafters.training.trainer import Step, TrainConfig, TrainRecord, as_json, train
-from specdec.errors import ConfigError, InputError
-from specdec.generate import generate
-from specdec.metrics import Speculation
-from specdec.oracle import greedy_settings, left_pad
+from specdec.drafters.look_ahead import LookAheadEmbeddings
+from specdec.drafters.training.data import Batch
+from specdec.drafters.training.distill import CROSS_ENTROPY, Distillation, Reader, seed_of
+from specdec.drafters.training.trainer import Step
+from specdec.errors import ConfigError
 
 INITS = ("mean", "frequent")
 NUM_FREQUENT = 256  # tokens whose embeddings are averaged
@@ -161,106 +153,10 @@ class LookAheadStep:
 
 
 @torch.no_grad()
-def initialise(embeddings: LookAheadEmbeddings, target: PreTrainedModel, token_ids: np.ndarray | Tensor | None) -> None:
+def initialise(embeddings: LookAheadEmbeddings, target: PreTrainedModel, token_ids: Tensor | None) -> None:
     """Start all embeddings from one mean of the target's own: of the most frequent of `token_ids`, or of all."""
     weight = target.get_input_embeddings().weight.float()
     if token_ids is not None:
-        counts = torch.bincount(torch.as_tensor(np.asarray(token_ids)).flatten().long(), minlength=len(weight))
+        counts = torch.bincount(token_ids.flatten().long(), minlength=len(weight))
         weight = weight[counts.topk(min(NUM_FREQUENT, len(weight))).indices.to(weight.device)]
     embeddings.weight.copy_(weight.mean(0).expand_as(embeddings.weight))
-
-
-def train_look_ahead(
-    target: PreTrainedModel,
-    recipe: LookAheadRecipe,
-    config: TrainConfig,
-    work: Path,
-    accelerator: Accelerator,
-    text: TokenStream | None = None,
-    prompts: Prompts | None = None,
-    compile_module: bool = False,
-    on_progress: OnProgress | None = None,
-) -> tuple[LookAheadEmbeddings, TrainRecord]:
-    """Train embeddings for `target`, whose weights stay as they are; unmarked and unsaved.
-
-    text: for fixed data. prompts: for the target's own text. work: see `train`. on_progress: called with texts just
-    written.
-
-    Raises ConfigError or InputError where something does not fit, before any work.
-    """
-    check_target(target, recipe)
-    if "fixed" in recipe.shares and text is None:
-        raise InputError("fixed data needs a training text; pass --text")
-    if prompts is None and set(recipe.shares) != {"fixed"}:
-        raise InputError("the target's own text needs prompts; pass --text or --prompts")
-    target.to(accelerator.device)
-    pool = None
-    if "target" in recipe.shares and prompts is not None:
-        pool = target_texts(target, prompts, recipe.text, config.seed, work, accelerator, on_progress)
-    embeddings = LookAheadEmbeddings(recipe.num_tokens, target.get_input_embeddings().weight.shape[1])
-    seen = None
-    if recipe.init == "frequent":
-        seen = pool.token_ids[pool.counted] if pool is not None else text.token_ids if text is not None else None
-    initialise(embeddings, target, seen)
-    module = LookAheadLoss(target, embeddings)
-    if compile_module:
-        module.compile()
-    step = LookAheadStep(Reader(recipe.text, text, prompts, pool, target, config.seed), recipe, config.seed)
-    settings = {"recipe": as_json(asdict(recipe)), "prompts": None if prompts is None else prompts.digest}
-    record = train(module, step, config, work, accelerator, settings)
-    return embeddings, record
-
-
-def check_target(target: PreTrainedModel, recipe: LookAheadRecipe) -> None:
-    """Raise ConfigError for texts longer than the target's positions or its sliding window."""
-    config = target.config.get_text_config(decoder=True)
-    longest = recipe.row_tokens + recipe.num_tokens
-    for name in ("max_position_embeddings", "sliding_window"):
-        limit = getattr(config, name, None)
-        if limit is not None and longest > limit:
-            raise ConfigError(
-                f"row_tokens={recipe.row_tokens} and {recipe.num_tokens} look-ahead tokens exceed the target's "
-                f"{name}={limit}; lower row_tokens"
-            )
-
-
-def measure(
-    embeddings: LookAheadEmbeddings,
-    target: PreTrainedModel,
-    prompts: list[Tensor],
-    num_new_tokens: int,
-    recipe: dict[str, Any] | None = None,
-    batch_size: int = 16,
-) -> dict[str, Any]:
-    """What the embeddings are worth in the decoder, on prompts of [length] int64 token ids each, greedily.
-
-    acceptance_by_position: entry i, the share of steps that accepted guess i + 1 and all before it.
-    """
-    drafter = LookAhead(embeddings.trained_for(target, recipe or embeddings.recipe))
-    total = Speculation()
-    accepted = np.zeros(embeddings.num_tokens)
-    with greedy_settings(target):
-        for first in range(0, len(prompts), batch_size):
-            ids, mask = left_pad(
-                prompts[first : first + batch_size], target.generation_config.pad_token_id, target.device
-            )
-            out: Any = generate(
-                target,
-                ids,
-                mask,
-                drafter=drafter,
-                num_speculative_tokens=embeddings.num_tokens,
-                max_new_tokens=num_new_tokens,
-                return_dict_in_generate=True,
-            )
-            done: Speculation = out.speculation
-            total.num_spec_steps += done.num_spec_steps
-            total.num_accepted_draft_tokens += done.num_accepted_draft_tokens
-            shares = np.array(done.acceptance_by_position)
-            accepted[: len(shares)] += shares * done.num_spec_steps
-    return {
-        "mean_acceptance_length": round(total.mean_acceptance_length, 4),
-        "acceptance_by_position": [round(float(n) / max(total.num_spec_steps, 1), 4) for n in accepted],
-        "num_prompts": len(prompts),
-        "num_new_tokens": num_new_tokens,
-    }

@@ -21,6 +21,7 @@ from specdec.cli.train import app as train
 from specdec.cli.train_any_subset import any_subset
 from specdec.cli.train_distill import distill
 from specdec.cli.train_heads import acceptance_head, disco
+from specdec.cli.train_look_ahead import look_ahead
 from specdec.errors import SpecDecError
 from specdec.version import __version__
 
@@ -57,6 +58,7 @@ train.command()(distill)
 train.command()(acceptance_head)
 train.command()(disco)
 train.command()(any_subset)
+train.command()(look_ahead)
 app.add_typer(train, name="train")
 
 

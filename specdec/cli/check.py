@@ -15,6 +15,7 @@ from specdec.cli.common import (
     LayoutOption,
     LengthPoliciesOption,
     LimitOption,
+    LookAheadOption,
     TargetOption,
 )
 
@@ -39,8 +40,9 @@ def check(
     draft: DraftOption = None,
     drafter: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Drafters: prompt_lookup, draft_model (of --draft), none."),
+        typer.Option(metavar="NAME,...", help="Drafters: prompt_lookup, draft_model (of --draft), look_ahead, none."),
     ] = None,
+    look_ahead: LookAheadOption = None,
     batch_size: Annotated[
         str | None, typer.Option(metavar="N,...", help="Prompts decoded together, by default 8; with --sampling 250.")
     ] = None,
@@ -111,7 +113,7 @@ def check(
         raise ConfigError("--sampling generates, --outputs judges what was generated; pass one of them")
     batch_sizes = batch_size or ("250" if sampling else "8")
     axes = {"layout": layout, "length_policy": length_policy}
-    choice = check_matrix.Choice(draft, drafter, batch_sizes, num_speculative_tokens, axes)
+    choice = check_matrix.Choice(draft, drafter, batch_sizes, num_speculative_tokens, axes, look_ahead)
     if sampling:
         assert prompts is not None
         passed = check_sampling.run(
@@ -123,7 +125,13 @@ def check(
             target, prompts, choice, max_new_tokens or 64, batch_invariant, reports, allow_ties, limit, dtype, device
         )
     else:
-        given = {"--draft": draft, "--drafter": drafter, "--layout": layout, "--length-policy": length_policy}
+        given = {
+            "--draft": draft,
+            "--drafter": drafter,
+            "--look-ahead": look_ahead,
+            "--layout": layout,
+            "--length-policy": length_policy,
+        }
         given["--limit"] = None if limit is None else str(limit)
         for name, value in given.items():
             if value is not None:

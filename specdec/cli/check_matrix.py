@@ -9,7 +9,16 @@ from pathlib import Path
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from specdec.cli.common import Models, Reports, invariant_if, load_models, print_table, say_ignored, stage_bars
+from specdec.cli.common import (
+    LOOK_AHEAD,
+    Models,
+    Reports,
+    invariant_if,
+    load_models,
+    print_table,
+    say_ignored,
+    stage_bars,
+)
 from specdec.equivalence import EquivalenceReport, check_matrix
 from specdec.errors import DrafterError
 from specdec.junit import Case
@@ -29,12 +38,16 @@ class Choice:
     batch_size: str
     num_speculative_tokens: str
     axes: Mapping[str, str | None] = field(default_factory=dict)
+    look_ahead: str | None = None
 
     def drafters(self) -> tuple[str, ...]:
         """Raises DrafterError for none, and where a draft model is named and not given, or given and not named."""
-        if self.draft is None and self.drafter is None:
+        given = {DRAFT_MODEL: self.draft, LOOK_AHEAD: self.look_ahead}
+        names = tuple(name for name, folder in given.items() if folder is not None)
+        if not names and self.drafter is None:
             raise DrafterError("nothing to check against plain decoding; pass --draft FOLDER or --drafter NAME")
-        names = words("--drafter", self.drafter) if self.drafter is not None else (DRAFT_MODEL,)
+        if self.drafter is not None:
+            names = words("--drafter", self.drafter)
         if self.draft is not None and DRAFT_MODEL not in names:
             raise DrafterError(
                 f"--draft {self.draft} and --drafter {self.drafter} both choose a drafter; pass one of them, or both "
@@ -50,7 +63,7 @@ class Choice:
 
     def load(self, target: str, device: str, dtype: str | None) -> Models:
         named = [name for name in self.drafters() if name not in (DRAFT_MODEL, PLAIN)]
-        return load_models(target, self.draft, named, device, dtype)
+        return load_models(target, self.draft, named, device, dtype, self.look_ahead)
 
 
 def run(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from specdec.drafter import Drafter
     from specdec.junit import Case
     from specdec.loading import Prompt
     from specdec.oracle import OnProgress
@@ -31,6 +32,7 @@ STAGES = {
     "certifying": "teacher-forced",
     "sampling": "sampling",
 }  # labels of progress bars
+LOOK_AHEAD = "look_ahead"
 
 Folder, Count = partial(typer.Option, metavar="FOLDER"), partial(typer.Option, metavar="N", min=1)
 TargetOption = Annotated[
@@ -39,6 +41,9 @@ TargetOption = Annotated[
 DraftOption = Annotated[str | None, Folder(help="A draft model's checkpoint, with the target's tokenizer.")]
 DrafterOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="A drafter without a model, such as prompt_lookup.")
+]
+LookAheadOption = Annotated[
+    str | None, Folder(help="The target's look-ahead embeddings, of `specdec train look-ahead`; the target drafts.")
 ]
 DraftTokensOption = Annotated[int, Count(max=32, help="Tokens drafted per prompt and step.")]
 BatchSizeOption = Annotated[int, Count(help="Prompts decoded together.")]
@@ -65,22 +70,21 @@ DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Where to run:
 
 @dataclass(frozen=True)
 class Models:
-    """names: drafters without a model."""
+    """named: drafters without a model, by name."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     draft: PreTrainedModel | None
-    names: Sequence[str]
+    named: Mapping[str, Drafter | str]
 
     @property
-    def drafter(self) -> PreTrainedModel | str | None:
+    def drafter(self) -> Drafter | PreTrainedModel | str | None:
         """What `specdec.generate` takes as `drafter=`, where there is one at most."""
-        return self.draft if self.draft is not None else next(iter(self.names), None)
+        return self.draft if self.draft is not None else next(iter(self.named.values()), None)
 
-    def drafters(self) -> dict[str, PreTrainedModel | str]:
+    def drafters(self) -> dict[str, Drafter | PreTrainedModel | str]:
         """What `specdec.generate` takes as `drafter=`, by name."""
-        named: dict[str, PreTrainedModel | str] = {name: name for name in self.names}
-        return named if self.draft is None else {"draft_model": self.draft, **named}
+        return {**({} if self.draft is None else {"draft_model": self.draft}), **self.named}
 
     def encode(self, prompts: list[Prompt]) -> list[Tensor]:
         from specdec.loading import encode_prompts
@@ -89,21 +93,26 @@ class Models:
 
 
 def load_models(
-    target: str, draft: str | None, drafters: str | Sequence[str] | None, device: str, dtype: str | None
+    target: str,
+    draft: str | None,
+    drafters: str | Sequence[str] | None,
+    device: str,
+    dtype: str | None,
+    look_ahead: str | None = None,
 ) -> Models:
     """Everything that can be wrong without the weights is said before they are read.
 
-    drafters: one drafter in place of a draft model, or a list of them beside it.
+    drafters: one drafter in place of a draft model, or a list of them beside it. look_ahead: a folder of embeddings,
+        which say which drafter they are for.
     """
-    from specdec.drafters.registry import resolve
     from specdec.errors import DrafterError
     from specdec.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
 
     if draft is not None and isinstance(drafters, str):
         raise DrafterError(f"--draft {draft} and --drafter {drafters} both choose a drafter; pass one of them")
-    names = [drafters] if isinstance(drafters, str) else list(drafters or ())
-    for name in names:
-        resolve(name)
+    if draft is not None and drafters is None and look_ahead is not None:
+        raise DrafterError(f"--draft {draft} and --look-ahead {look_ahead} both choose a drafter; pass one of them")
+    named = named_drafters([drafters] if isinstance(drafters, str) else drafters, look_ahead)
     place = resolve_device(device)
     target_folder = find_checkpoint(target, "target")
     draft_folder = find_checkpoint(draft, "draft") if draft is not None else None
@@ -114,7 +123,31 @@ def load_models(
     with Console(stderr=True).status("loading"):
         model = load_model(target_folder, "target", place, dtype)
         draft_model = load_model(draft_folder, "draft", place, dtype) if draft_folder is not None else None
-    return Models(model, tokenizer, draft_model, names)
+    return Models(model, tokenizer, draft_model, named)
+
+
+def named_drafters(names: Sequence[str] | None, look_ahead: str | None) -> dict[str, Drafter | str]:
+    """What `specdec.generate` takes, by name. names: None where none were named, so that a folder chooses by itself.
+
+    Raises DrafterError for unknown names, and for a name and a folder that do not go together.
+    """
+    from specdec.drafters.registry import drafter_from, resolve
+    from specdec.errors import DrafterError
+
+    if names is None:
+        names = [] if look_ahead is None else [LOOK_AHEAD]
+    if look_ahead is not None and LOOK_AHEAD not in names:
+        raise DrafterError(f"--look-ahead {look_ahead} is for --drafter {LOOK_AHEAD}; name it too, or drop the folder")
+    named: dict[str, Drafter | str] = {}
+    for name in names:
+        if name == LOOK_AHEAD:
+            if look_ahead is None:
+                raise DrafterError(f"--drafter {LOOK_AHEAD} needs the embeddings; pass --look-ahead FOLDER")
+            named[name] = drafter_from(name, look_ahead)
+        else:
+            resolve(name)
+            named[name] = name
+    return named
 
 
 def invariant_if(wanted: bool, model: PreTrainedModel) -> AbstractContextManager:

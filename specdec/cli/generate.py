@@ -16,6 +16,7 @@ from specdec.cli.common import (
     DtypeOption,
     LengthPolicyOption,
     LimitOption,
+    LookAheadOption,
     MaxNewTokensOption,
     TargetOption,
     load_models,
@@ -31,6 +32,7 @@ def generate(
     ] = None,
     draft: DraftOption = None,
     drafter: DrafterOption = None,
+    look_ahead: LookAheadOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     num_speculative_tokens: Annotated[
         int | None,
@@ -81,7 +83,7 @@ def generate(
             raise ConfigError(f"{name} is for prompts that are written to a file; pass --out FILE.jsonl with it")
     elif as_json:
         raise ConfigError("--json prints rows, --out writes them to a file; pass one of them")
-    models = load_models(target, draft, drafter, device, dtype)
+    models = load_models(target, draft, drafter, device, dtype, look_ahead)
     if out is not None:
         from specdec.cli.to_file import write_completions
 

@@ -41,7 +41,7 @@ def write_completions(
     # Neither batch nor layout, order or length policy change a row; they may differ when a run is continued.
     settings = {
         "target": fingerprint(models.target),
-        "draft": fingerprint(models.drafter) if isinstance(models.drafter, PreTrainedModel) else models.drafter,
+        "draft": drafter_name(models),
         "num_speculative_tokens": num_speculative_tokens,
         "max_new_tokens": max_new_tokens,
         "dtype": str(models.target.dtype),
@@ -89,6 +89,13 @@ def row_of(models: Models, prompt: Prompt, index: int, done: Completion) -> dict
 def fingerprint(model: PreTrainedModel) -> str:
     """Tells checkpoints apart."""
     return sha256(json.dumps(asdict(Fingerprint.of(model)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drafter_name(models: Models) -> str | None:
+    """Tells drafters apart; of a draft model its fingerprint."""
+    if models.draft is not None:
+        return fingerprint(models.draft)
+    return next(iter(models.named), None)
 
 
 def progress() -> Progress:

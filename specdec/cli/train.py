@@ -73,13 +73,19 @@ def train_config(steps: int, learning_rate: float, checkpoint_every: int, seed: 
 
 
 @dataclass(frozen=True)
-class TrainingPair:
+class TrainingModel:
+    """vocab_size: the tokens that training text may hold."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class TrainingPair(TrainingModel):
     """vocab_size: the tokens that both models have."""
 
     target: PreTrainedModel
     draft: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
 
 
 def load_pair(target: str, draft: str, device: str, config: TrainConfig) -> TrainingPair:
@@ -95,11 +101,11 @@ def load_pair(target: str, draft: str, device: str, config: TrainConfig) -> Trai
     model = load_model(folders[0], "target", place, "bfloat16" if config.bfloat16 else "float32")
     draft_model = load_model(folders[1], "draft", place, "float32")
     DraftModel(draft_model).check(model, 1)
-    return TrainingPair(model, draft_model, tokenizer, min(vocab_size_of(model), vocab_size_of(draft_model)))
+    return TrainingPair(tokenizer, min(vocab_size_of(model), vocab_size_of(draft_model)), model, draft_model)
 
 
 def prompts_of(
-    text: list[Path] | None, prompts: Path | None, prompt_tokens: int, pair: TrainingPair, seed: int
+    text: list[Path] | None, prompts: Path | None, prompt_tokens: int, model: TrainingModel, seed: int
 ) -> Prompts:
     """From --prompts if given, else from --text."""
     from specdec.drafters.training.own_text import Prompts
@@ -107,19 +113,19 @@ def prompts_of(
     from specdec.loading import encode_prompts, read_prompts
 
     if prompts is not None:
-        return Prompts(encode_prompts(pair.tokenizer, read_prompts(prompts)))
+        return Prompts(encode_prompts(model.tokenizer, read_prompts(prompts)))
     if not text:
         raise InputError("pass --text PATH or --prompts FILE: the target needs something to continue")
-    return Prompts(text_of(text, prompt_tokens, pair, seed), pair.tokenizer("")["input_ids"], seed)
+    return Prompts(text_of(text, prompt_tokens, model, seed), model.tokenizer("")["input_ids"], seed)
 
 
-def text_of(text: list[Path] | None, row_tokens: int, pair: TrainingPair, seed: int) -> TokenStream:
+def text_of(text: list[Path] | None, row_tokens: int, model: TrainingModel, seed: int) -> TokenStream:
     from specdec.drafters.training.data import TokenStream, read_stream
     from specdec.errors import InputError
 
     if not text:
         raise InputError("fixed data needs a training text; pass --text PATH")
-    return TokenStream(read_stream(text, pair.tokenizer, pair.vocab_size), row_tokens, seed)
+    return TokenStream(read_stream(text, model.tokenizer, model.vocab_size), row_tokens, seed)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from specdec.cli.train import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from specdec.cli.train import TrainingPair
+    from specdec.cli.train import TrainingModel
 
 DraftOption = Annotated[str, Folder(help="The draft model to start from; it stays as it is, --out gets the new one.")]
 LossOption = Annotated[
@@ -150,10 +150,10 @@ def shares_of(data: str, mix_share: float) -> dict[str, float]:
     return shares
 
 
-def held_out_prompts(path: Path | None, pair: TrainingPair) -> list[Tensor]:
+def held_out_prompts(path: Path | None, model: TrainingModel) -> list[Tensor]:
     from specdec.loading import encode_prompts, read_prompts
 
-    return [] if path is None else encode_prompts(pair.tokenizer, read_prompts(path))
+    return [] if path is None else encode_prompts(model.tokenizer, read_prompts(path))
 
 
 def report(measured: dict[str, dict[str, float]], out: Path) -> None:

@@ -1,0 +1,129 @@
+"""`specdec train look-ahead`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdec.cli.common import Count, DeviceOption, TargetOption, print_table, quiet_transformers
+from specdec.cli.train import (
+    BatchRowsOption,
+    CheckpointEveryOption,
+    LearningRateOption,
+    OptionalTextOption,
+    OutOption,
+    PrecisionOption,
+    PromptsOption,
+    PromptTokensOption,
+    RowTokensOption,
+    SeedOption,
+    StepsOption,
+    TrainingModel,
+    WriteBatchOption,
+    prompts_of,
+    text_of,
+    train_config,
+    writing_bar,
+)
+from specdec.cli.train_distill import ValidationOption, held_out_prompts, shares_of
+
+TokensOption = Annotated[int, Count(max=32, help="Look-ahead embeddings: the longest draft.")]
+SplitsOption = Annotated[int, Count(help="Places of each row at which they are asked, in one forward.")]
+DecayOption = Annotated[
+    float, typer.Option(metavar="D", help="Embedding i's loss weighs D^(i-1), as its guess counts only behind others.")
+]
+InitOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Start from the mean embedding of all tokens (mean) or of frequent ones.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(metavar="SOURCES", help="target (its own continuations), fixed (--text), or target=0.5,fixed=0.5."),
+]
+TemperaturesOption = Annotated[
+    list[float], typer.Option("--temperature", metavar="T", help="Of continuations; 0 is greedy; repeat for a mixture.")
+]
+
+
+def look_ahead(
+    target: TargetOption,
+    out: OutOption,
+    text: OptionalTextOption = None,
+    prompts: PromptsOption = None,
+    prompt_tokens: PromptTokensOption = 48,
+    num_tokens: TokensOption = 8,
+    splits: SplitsOption = 32,
+    decay: DecayOption = 0.8,
+    init: InitOption = "frequent",
+    data: DataOption = "target",
+    temperature: TemperaturesOption = [0.0],  # noqa: B006 - typer copies it
+    texts: Annotated[int, Count(help="Texts that the target writes.")] = 4096,
+    steps: StepsOption = 2000,
+    batch_rows: BatchRowsOption = 16,
+    row_tokens: RowTokensOption = 192,
+    write_batch: WriteBatchOption = 64,
+    learning_rate: LearningRateOption = 2e-2,
+    validate: ValidationOption = None,
+    validation_tokens: Annotated[int, Count(help="New tokens per held-out prompt.")] = 96,
+    checkpoint_every: CheckpointEveryOption = 500,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = "float32",
+    compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train look-ahead embeddings, with which a target drafts for itself (PaSS).
+
+    Nothing but the embeddings learns. Use them with `--look-ahead FOLDER` or `drafter=LookAhead.load(FOLDER)`.
+    """
+    from dataclasses import asdict, replace
+
+    from specdec.drafters.training.cards import command_line, write_look_ahead_card
+    from specdec.drafters.training.look_ahead import LookAheadRecipe
+    from specdec.drafters.training.look_ahead_run import Measure, check_free, train_look_ahead
+    from specdec.drafters.training.trainer import finish, make_accelerator
+    from specdec.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
+
+    recipe = LookAheadRecipe(
+        num_tokens,
+        splits,
+        decay,
+        init,
+        shares_of(data, 0.5),
+        tuple(temperature),
+        texts,
+        batch_rows,
+        row_tokens,
+        write_batch,
+    )
+    config = replace(train_config(steps, learning_rate, checkpoint_every, seed, precision), weight_decay=0.0)
+    check_free(out)
+    place, folder = resolve_device(device), find_checkpoint(target, "target")
+    quiet_transformers()
+    tokenizer = load_tokenizer(folder, "target")
+    model = load_model(folder, "target", place, "bfloat16" if config.bfloat16 else "float32")
+    known = TrainingModel(tokenizer, model.get_input_embeddings().weight.shape[0])
+    stream = text_of(text, row_tokens, known, seed) if "fixed" in recipe.shares else None
+    source = prompts_of(text, prompts, prompt_tokens, known, seed) if "target" in recipe.shares else None
+    held_out = held_out_prompts(validate, known)
+    accelerator = make_accelerator(place)
+    measure = Measure(model, held_out, validation_tokens) if held_out and accelerator.is_main_process else None
+    work = out / "training"
+    num_texts = recipe.num_texts if "target" in recipe.shares else None
+    with writing_bar(num_texts, accelerator.is_main_process) as on_progress:
+        trained = train_look_ahead(
+            model, recipe, config, work, accelerator, stream, source, compile_model, measure, on_progress
+        )
+    if accelerator.is_main_process:
+        found = {**asdict(trained.record), "held_out": trained.measured}
+        trained.embeddings.trained_for(model, found).save(out)
+        report(trained.measured, write_look_ahead_card(trained.embeddings, out, command_line()))
+    finish(work, accelerator)
+
+
+def report(measured: dict[str, Any], card: Path) -> None:
+    if measured:
+        names = ["greedy_acceptance_length", "sampled_acceptance_length"]
+        rows = [[name, *(f"{measured[when][name]:.3f}" for when in ("before", "after"))] for name in names]
+        print_table(["held-out prompts", "before", "after"], rows)
+    typer.echo(f"card: {card}")
