@@ -2,7 +2,8 @@
 
 At a split behind token n of a text, embedding i stands at position n + i and is to predict token n + 1 + i; the loss
 is its cross-entropy. Many splits of a text share one forward, each with its embeddings as a branch of the text
-(`specdec/branches.py`): the text sees none of them, and no split sees another.
+(`specdec/branches.py`): the text sees none of them, and no split sees another. So the text's keys and values come
+first, without gradients, and only the embeddings' own columns are differentiated.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from specdec.branches import Branches
 from specdec.drafters.look_ahead import LookAheadEmbeddings
@@ -90,17 +91,20 @@ class LookAheadLoss(nn.Module):
         token_ids: [rows, length] int64. splits: [rows, splits] int64, the last token that a split sees.
         """
         (rows, length), num_ahead = token_ids.shape, self.embeddings.num_tokens
+        text = DynamicCache()
+        with torch.no_grad():
+            self.target(input_ids=token_ids, past_key_values=text, use_cache=True, logits_to_keep=1)
         branches = Branches.behind(token_ids.new_zeros(rows), length, splits, num_ahead)
-        text = self.target.get_input_embeddings()(token_ids)
-        ahead = self.embeddings.weight.to(text.dtype).repeat(splits.shape[1], 1).expand(rows, -1, -1)
-        visible = branches.visible(branches.slots.shape[1])[:, None]
-        mask = torch.zeros_like(visible, dtype=text.dtype).masked_fill(~visible, torch.finfo(text.dtype).min)
+        visible = branches.visible(branches.slots.shape[1])[:, None, length:]
+        dtype = self.target.dtype
+        mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        ahead = self.embeddings.weight.to(dtype).repeat(splits.shape[1], 1).expand(rows, -1, -1)
         logits = self.target(
-            inputs_embeds=torch.cat([text, ahead], 1),
+            inputs_embeds=ahead,
             attention_mask=mask,
-            position_ids=branches.places,
-            use_cache=False,
-            logits_to_keep=ahead.shape[1],
+            position_ids=branches.places[:, length:],
+            past_key_values=text,
+            use_cache=True,
         ).logits
         labels = token_ids.gather(1, label_places(splits, num_ahead).flatten(1).clamp(max=length - 1))
         losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
