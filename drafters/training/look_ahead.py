@@ -21,6 +21,7 @@ from specdec.drafters.training.data import Batch
 from specdec.drafters.training.distill import CROSS_ENTROPY, Distillation, Reader, seed_of
 from specdec.drafters.training.trainer import Step
 from specdec.errors import ConfigError
+from specdec.model_cache import cache_argument
 
 INITS = ("mean", "frequent")
 NUM_FREQUENT = 256  # tokens whose embeddings are averaged
@@ -93,7 +94,7 @@ class LookAheadLoss(nn.Module):
         (rows, length), num_ahead = token_ids.shape, self.embeddings.num_tokens
         text = DynamicCache()
         with torch.no_grad():
-            self.target(input_ids=token_ids, past_key_values=text, use_cache=True, logits_to_keep=1)
+            self.target(input_ids=token_ids, use_cache=True, logits_to_keep=1, **cache_argument(self.target, text))
         branches = Branches.behind(token_ids.new_zeros(rows), length, splits, num_ahead)
         visible = branches.visible(branches.slots.shape[1])[:, None, length:]
         dtype = self.target.dtype
@@ -103,8 +104,8 @@ class LookAheadLoss(nn.Module):
             inputs_embeds=ahead,
             attention_mask=mask,
             position_ids=branches.places[:, length:],
-            past_key_values=text,
             use_cache=True,
+            **cache_argument(self.target, text),
         ).logits
         labels = token_ids.gather(1, label_places(splits, num_ahead).flatten(1).clamp(max=length - 1))
         losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
