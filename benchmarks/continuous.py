@@ -94,7 +94,7 @@ def equality(pair: Pair, arguments: argparse.Namespace) -> dict:
 
 
 def kill(pair: Pair, arguments: argparse.Namespace, num_kills: int = 3) -> dict:
-    """The command, killed at random moments after it has written a row, then run to its end."""
+    """The command, killed a random moment after it has written a random number of rows, then run to its end."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.models / "target")
     texts = [tokenizer.decode(prompt) for prompt in pair.prompts]
     moments, environment_ = random.Random(0), {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -105,16 +105,15 @@ def kill(pair: Pair, arguments: argparse.Namespace, num_kills: int = 3) -> dict:
         command += [str(arguments.models / "draft"), "--prompts", str(prompts), "--out", str(out), "--device"]
         command += [arguments.device, "--batch-size", str(arguments.max_rows), "--dtype", arguments.dtype]
         command += ["--max-new-tokens", str(arguments.max_new_tokens)]
-        counts = []
-        for _ in range(num_kills):
-            before = out.stat().st_size if out.exists() else 0
+        counts = [0]
+        for least in sorted(moments.sample(range(1, len(texts)), num_kills)):
             process = subprocess.Popen(command, env=environment_, stderr=subprocess.DEVNULL)
-            while process.poll() is None and (not out.exists() or out.stat().st_size == before):
+            while process.poll() is None and num_lines(out) < max(least, counts[-1] + 1):
                 time.sleep(0.005)
-            time.sleep(moments.random())
+            time.sleep(moments.random() / 10)
             process.kill()
             process.wait()
-            counts.append(len(out.read_text().splitlines()))
+            counts.append(num_lines(out))
             log_to_stderr(f"killed with {counts[-1]} of {len(texts)} rows written")
         subprocess.run(command, env=environment_, check=True, stderr=subprocess.DEVNULL)
         rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -125,7 +124,11 @@ def kill(pair: Pair, arguments: argparse.Namespace, num_kills: int = 3) -> dict:
     rows.sort(key=lambda row: row["index"])
     each_once = [row["index"] for row in rows] == list(range(len(texts)))
     equal = sum(row["completion_ids"] == done.token_ids for row, done in zip(rows, expected, strict=False))
-    return {"rows_when_killed": counts, "num_rows": len(rows), "every_row_once": each_once, "num_equal": equal}
+    return {"rows_when_killed": counts[1:], "num_rows": len(rows), "every_row_once": each_once, "num_equal": equal}
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def throughput(pair: Pair, arguments: argparse.Namespace) -> dict:
