@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from checkpoints import PROMPTS, save_checkpoint, word_tokenizer
 from tiny import tiny_llama
 from typer.testing import CliRunner
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import specdec
 from specdec.bench.latency import RowTimes
 from specdec.bench.page import page
-from specdec.bench.roofline import bytes_read, weight_bytes
+from specdec.bench.roofline import bytes_read, measured_bandwidth, weight_bytes
 from specdec.bench.suite import Question, ask, encode, of_length, read_questions
 from specdec.cli.app import app
 from specdec.cli.bench import bench
@@ -72,6 +73,8 @@ def test_every_method_is_checked_and_timed(measured):
     done, record, _ = measured
     assert done.exit_code == 0, done.output
     assert "Every method's outputs equal plain greedy decoding" in done.stdout
+    assert "\nLayouts\n" in done.stdout and "specdec draft_model repad" in done.stdout.split("\nLayouts\n")[1]
+    assert "roofline" not in done.stdout  # of a GPU only
     # Batch 1: plain, three assisted, two lookups; none and draft model in two layouts; two rates.
     assert [entry["batch_size"] for entry in entries(record)].count(1) == 6 + 4 + 2
     assert [entry["batch_size"] for entry in entries(record)].count(2) == 1 + 4 + 2
@@ -335,6 +338,11 @@ def test_without_matplotlib_the_extra_is_named(measured, tmp_path, monkeypatch):
 def test_every_axis_can_be_chosen_on_the_command_line():
     for command in (check, bench):
         assert set(AXES) <= set(inspect.signature(command).parameters), command.__name__
+
+
+def test_a_copy_has_a_bandwidth(monkeypatch):
+    monkeypatch.setattr("specdec.bench.roofline.COPY_BYTES", 2**20)
+    assert 1e7 < measured_bandwidth(torch.device("cpu")) < 1e13  # bytes per second, of any memory
 
 
 def test_the_roofline_counts_weights_and_the_keys_that_were_there():

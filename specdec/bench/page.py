@@ -69,7 +69,7 @@ def origin(record: dict) -> str:
         "Setting": f"{record['dtype']} on {record['device']}, greedy, {record['max_new_tokens']} new tokens, "
         f"{record['repeats']} repeats, seed {record['seed']}",
         "Machine": f"{machine.get('gpu', machine['processor'])}, {machine['cpu_count']} cores, "
-        f"{machine['num_threads']} threads{memory}",
+        f"threads used: {machine['num_threads']}{memory}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "Revision": f"{revision}, {record['date']}",
     }

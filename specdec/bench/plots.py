@@ -46,15 +46,11 @@ def speedup_by_batch(entries: Sequence[dict]) -> Plot | None:
     if not names:
         return None
     with figure() as (drawing, axes):
-        for name, color in colored(names):
+        for index, (name, color) in enumerate(colored(names)):
+            aside = 0.035 * (index - (len(names) - 1) / 2)  # so that equal speeds do not hide each other
             found = sorted((entry for entry in best if entry["method"] == name), key=lambda e: e["batch_size"])
-            line(
-                axes,
-                [sizes.index(e["batch_size"]) for e in found],
-                [e["speedup_over_plain"] for e in found],
-                name,
-                color,
-            )
+            at = [sizes.index(entry["batch_size"]) + aside for entry in found]
+            line(axes, at, [entry["speedup_over_plain"] for entry in found], name, color)
         baseline(axes)
         axes.set_xticks(range(len(sizes)), map(str, sizes))
         axes.set_xlim(-0.3, len(sizes) - 0.7)

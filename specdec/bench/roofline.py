@@ -15,14 +15,16 @@ from transformers import PreTrainedModel
 
 from specdec import Speculation
 from specdec.bench.latency import RowTimes, synchronise
+from specdec.footprint import available_bytes
 
-COPY_BYTES = 2**30
+COPY_BYTES = 2**30  # at most; a fourth of the free memory where that is less
 NUM_COPIES = 10
 
 
 def measured_bandwidth(device: torch.device) -> float:
     """Bytes per second that a large copy reads and writes."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    size = min(COPY_BYTES, available_bytes(device) // 4)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     synchronise(device)
@@ -30,7 +32,7 @@ def measured_bandwidth(device: torch.device) -> float:
     for _ in range(NUM_COPIES):
         target.copy_(source)
     synchronise(device)
-    return 2 * COPY_BYTES * NUM_COPIES / (time.perf_counter() - begin)
+    return 2 * size * NUM_COPIES / (time.perf_counter() - begin)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

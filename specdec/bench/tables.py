@@ -49,7 +49,7 @@ def speed_table(entries: Sequence[dict]) -> Table:
 
 
 def latency_table(entries: Sequence[dict]) -> Table:
-    header = ("method", "batch", "K", "first token p50", "p90", "p99 ms", "whole row p50", "p90", "p99 ms",
+    header = ("method", "batch", "K", "first token ms, p50", "p90", "p99", "whole row ms, p50", "p90", "p99",
               "target calls", "draft calls", "peak MiB", "roofline")  # fmt: skip
     rows = []
     for entry in entries:
@@ -91,8 +91,8 @@ def stage_table(entries: Sequence[dict]) -> Table:
 
 
 def position_table(entries: Sequence[dict]) -> Table:
-    """The share of steps that accepted draft token 1, 2, ..."""
-    drafting = [entry for entry in entries if entry.get("acceptance_by_position")]
+    """The share of steps that accepted draft token 1, 2, ...; layouts change nothing here."""
+    drafting = [e for e in entries if e.get("acceptance_by_position") and "layout" not in e["options"]]
     width = max((len(entry["acceptance_by_position"]) for entry in drafting), default=0)
     header = ("method", "batch", "K", *map(str, range(1, width + 1)))
     rows = []
@@ -101,6 +101,32 @@ def position_table(entries: Sequence[dict]) -> Table:
         rates += ["-"] * (width - len(rates))
         rows.append((entry["method"], str(entry["batch_size"]), cell(entry["num_speculative_tokens"], "d"), *rates))
     return header, rows
+
+
+def layout_table(entries: Sequence[dict]) -> Table:
+    """Speed beside the ragged layout's, what moving keys takes, and how often it was not needed."""
+    header = ("method", "batch", "K", "x ragged", "realign %", "move rows %", "steps without realignment %")
+    plain = {(e["method"], e["batch_size"], e["num_speculative_tokens"]): e for e in entries if e["timed"]}
+    rows = []
+    for entry in entries:
+        layout = entry["options"].get("layout")
+        base = entry["method"].removesuffix(f" {layout}")
+        ragged = plain.get((base, entry["batch_size"], entry["num_speculative_tokens"]))
+        if layout is None or ragged is None or not entry["timed"]:
+            continue
+        ratio = entry["tokens_per_second"]["median"] / ragged["tokens_per_second"]["median"]
+        share = entry["stages"]["share"] if entry.get("stages") else {}
+        moving = [cell(100 * share[stage] if share else None, ".1f") for stage in ("realign", "move rows")]
+        k, rate = cell(entry["num_speculative_tokens"], "d"), cell(100 * entry["grouping_rate"], ".0f")
+        rows.append((entry["method"], str(entry["batch_size"]), k, cell(ratio), *moving, rate))
+    return header, rows
+
+
+def without_empty_columns(table: Table) -> Table:
+    """Columns in which no row says anything are left out, whatever they would be called."""
+    header, rows = table
+    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def all_tables(record: dict) -> list[tuple[str, Table]]:
@@ -113,10 +139,15 @@ def all_tables(record: dict) -> list[tuple[str, Table]]:
             ("By category: x plain / acceptance length", category_table(entries, suite["categories"])),
             ("Latency, calls, memory", latency_table(entries)),
             ("Acceptance by position", position_table(entries)),
+            ("Layouts", layout_table(entries)),
             ("Time by stage", stage_table(entries)),
         ]
         behind = "" if len(record["suites"]) == 1 else f", {suite['name']}"
-        found += [(f"{title}{behind}", table) for title, table in tables if table[1] and len(table[0]) > 3]
+        found += [
+            (f"{title}{behind}", without_empty_columns(table))
+            for title, table in tables
+            if table[1] and len(table[0]) > 3
+        ]
     return found
 
 
