@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -353,3 +354,18 @@ def test_the_roofline_counts_weights_and_the_keys_that_were_there():
     assert read == 4 * weight_bytes(target) + 6 * weight_bytes(draft) + 2.0 * cached
     table = target.get_input_embeddings().weight
     assert weight_bytes(target) == sum(p.nbytes for p in target.parameters()) - table.nbytes
+
+
+def test_the_pair_that_ships_stands_in_for_what_is_not_said():
+    from specdec.cli.bench_run import Wanted
+    from specdec.cli.demo import shipped_pair
+    from specdec.errors import ConfigError
+
+    wanted = Wanted(None, None, None, None, "3", "1", {}, None, None, 8, None, 3, None, True, True, 0)
+    found = wanted.with_defaults()
+    assert found.target == str(shipped_pair() / "target") and found.draft == str(shipped_pair() / "draft")
+    assert found.prompts == shipped_pair() / "prompts.json" and found.limit == 16
+    assert found.drafters()[:2] == ("none", "draft_model") and "prompt_lookup" in found.drafters()
+    assert replace(wanted, limit=120).with_defaults().limit == 120
+    with pytest.raises(ConfigError, match="--draft x without --target"):
+        replace(wanted, draft="x").with_defaults()

@@ -41,7 +41,7 @@ def bench(
         typer.Option(
             metavar="FILE",
             help="Spec-Bench's .jsonl (question_id, category, turns), or .txt, .json, .jsonl as for `specdec check`; "
-            "by default those of the pair that ships.",
+            "by default the first 16 of the pair that ships.",
         ),
     ] = None,
     drafter: Annotated[

@@ -26,6 +26,7 @@ from specdec.ways import PLAIN, axis_values, ways, whole_numbers, words
 
 DRAFT_MODEL = "draft_model"
 QUIET_CORES = 0.2
+NUM_SHIPPED = 16  # of the prompts that ship, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class Wanted:
     def with_defaults(self) -> Wanted:
         """The pair that ships stands in for a target, its prompts for prompts."""
         pair = shipped_pair()
-        found = self if self.prompts is not None else replace(self, prompts=pair / "prompts.json")
+        found = self
+        if self.prompts is None:
+            limit = NUM_SHIPPED if self.limit is None else self.limit
+            found = replace(self, prompts=pair / "prompts.json", limit=limit)
         if self.target is None:
             if self.draft is not None:
                 raise ConfigError(f"--draft {self.draft} without --target; pass its target too")
