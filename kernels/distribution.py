@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,11 +128,18 @@ def cutoffs(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Ten
     rest, count = torch.arange(len(scores), device=scores.device), top_k + 1 if top_k else FEW
     while len(rest):  # of the few largest scores first, and of more of them where these do not tell
         some = scores if len(rest) == len(scores) else scores[rest]
-        ranked = some.topk(count).values if count < vocab else some.sort(descending=True).values
+        ranked = some.topk(count).values if count <= max(vocab // 16, min(vocab, FEW)) else falling(some)
         some_total = None if total is None else total[rest]
         cutoff[rest], mass[rest], is_sure = _cut(ranked, some_total, truncation, vocab)
         rest, count = rest[~is_sure], 8 * count
     return cutoff, top, mass
+
+
+def falling(scores: Tensor) -> Tensor:
+    """Sorted along the last dimension, the largest first."""
+    if scores.device.type == "cpu":  # numpy sorts values without their places, five times faster
+        return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
+    return scores.sort(descending=True).values
 
 
 def _cut(ranked: Tensor, total: Tensor | None, truncation: Truncation, vocab: int) -> tuple[Tensor, Tensor, Tensor]:

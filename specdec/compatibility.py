@@ -79,14 +79,22 @@ def build_network(
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError unless `model` is a transformers model with a generation config."""
+    """Raise UnsupportedModelError unless `model` is a transformers decoder with a generation config."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"model is a {type(model).__name__}; pass a transformers PreTrainedModel "
             "(of a wrapped model, the one inside)"
         )
+    refuse_encoder_decoder(model)
     if getattr(model, "generation_config", None) is None:
         raise UnsupportedModelError(f"{type(model).__name__} cannot generate; load it with AutoModelForCausalLM")
+
+
+def refuse_encoder_decoder(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model; specdec serves decoder-only causal LMs"
+        )
 
 
 def check_architecture(model: PreTrainedModel, layout: Layout | None = None) -> None:
@@ -94,8 +102,7 @@ def check_architecture(model: PreTrainedModel, layout: Layout | None = None) -> 
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     kind = getattr(config, "model_type", name)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model; specdec serves decoder-only causal LMs")
+    refuse_encoder_decoder(model)
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language modelling head; load it with AutoModelForCausalLM")
     if getattr(config, "is_decoder", True) is False and kind in BIDIRECTIONAL:

@@ -59,7 +59,8 @@ def is_plain(module: nn.Module, may_be_replaced: bool = False) -> bool:
     if module._compiled_call_impl is not None or hasattr(module, "parametrizations"):
         return False
     if isinstance(module, nn.Linear | nn.Embedding):
-        return type(module) in (nn.Linear, nn.Embedding)
+        # Quantisers replace the module by a subclass (bitsandbytes) or its weight by one of Tensor (torchao).
+        return type(module) in (nn.Linear, nn.Embedding) and type(module.weight) is nn.Parameter
     # Anything that is not transformers' or torch's own may do what this forward does not.
     return type(module).__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
 

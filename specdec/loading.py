@@ -12,12 +12,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from specdec.errors import ConfigError, DrafterError, InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+IGNORED_IN_FILES = ("_from_model_config", "_commit_hash", "transformers_version")  # where a file comes from
 # What transformers raises for missing, damaged, foreign and mismatched files.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
@@ -147,6 +154,48 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) ->
             raise InputError(f"{prompt.place} has no tokens ({prompt.text[:40]!r}); remove it or write more")
         encoded.append(torch.tensor(ids, dtype=torch.long))
     return encoded
+
+
+def encode_chats(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[Tensor]:
+    """Each prompt as a user's message in the tokenizer's chat template, up to where the answer begins: [length] int64.
+
+    Raises ConfigError for a tokenizer without a template.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError("the target's tokenizer has no chat template; leave --chat out, or pass an instruct model")
+    encoded = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt.text}]
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        # The template writes the special tokens itself.
+        ids = tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+        encoded.append(torch.tensor(ids, dtype=torch.long))
+    return encoded
+
+
+def read_generation_config(path: Path) -> GenerationConfig:
+    """A generation_config.json. Raises InputError for a file that is none, or that names what is no option."""
+    items = read_json(path, "generation config")
+    if not isinstance(items, dict):
+        raise InputError(f"generation config {str(path)!r} holds a JSON {_kind(items)}; it must be an object")
+    known = vars(GenerationConfig())
+    unknown = [name for name in items if name not in known and name not in IGNORED_IN_FILES]
+    if unknown:
+        raise InputError(f"generation config {str(path)!r}: {unknown[0]!r} is no option of transformers; remove it")
+    try:
+        return GenerationConfig.from_dict(items)
+    except LOADING_ERRORS as error:
+        raise InputError(f"generation config {str(path)!r} is not usable: {first_line(error)}") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """What a JSON file holds. Raises InputError that names the file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from None
+    whole = f"{what} {str(path)!r}"
+    return _parse(_decode(content, whole), whole)
 
 
 def read_json_lines(path: Path, what: str) -> list[tuple[Any, str]]:

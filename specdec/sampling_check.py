@@ -118,10 +118,10 @@ def check_sampling(
     plain = [way for way in ways if way.drafter == PLAIN]
     if plain:
         raise ConfigError("plain decoding verifies nothing; pass a drafter to check sampling with")
-    cells = [(way, method) for way in ways for method in (*verifications, CONTROL)]
-    tiny = [*verifications, CONTROL]
-    alpha = ALPHA / (2 * (len(cells) + len(tiny)))
-    tests = [whole_sequence_test(method, 12 * num_samples, seed, alpha, model.device) for method in tiny]
+    methods: list[str | Lossy] = [*verifications, CONTROL]
+    cells = [(way, method) for way in ways for method in methods]
+    alpha = ALPHA / (2 * (len(cells) + len(methods)))
+    tests = [whole_sequence_test(method, 12 * num_samples, seed, alpha, model.device) for method in methods]
     with greedy_settings(model) as ignored:
         for way, method in cells:
             continued = Continuations(model, drafters[way.drafter], way, method, max_new_tokens, chosen)

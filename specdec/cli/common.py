@@ -70,12 +70,13 @@ DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Where to run:
 
 @dataclass(frozen=True)
 class Models:
-    """named: drafters without a model, by name."""
+    """named: drafters without a model, by name. is_chat: prompts are messages, put into the chat template."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     draft: PreTrainedModel | None
     named: Mapping[str, Drafter | str]
+    is_chat: bool = False
 
     @property
     def drafter(self) -> Drafter | PreTrainedModel | str | None:
@@ -87,9 +88,9 @@ class Models:
         return {**({} if self.draft is None else {"draft_model": self.draft}), **self.named}
 
     def encode(self, prompts: list[Prompt]) -> list[Tensor]:
-        from specdec.loading import encode_prompts
+        from specdec.loading import encode_chats, encode_prompts
 
-        return encode_prompts(self.tokenizer, prompts)
+        return (encode_chats if self.is_chat else encode_prompts)(self.tokenizer, prompts)
 
 
 def load_models(

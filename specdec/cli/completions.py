@@ -6,16 +6,18 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import typer
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from specdec.cli.common import Models, say_ignored, stage_bars
 from specdec.config import speculative_config
 from specdec.equivalence import check_prompts
 from specdec.generate import generate
-from specdec.loading import Prompt
+from specdec.loading import Prompt, read_generation_config
+from specdec.lossy import Lossy, verification_named
 from specdec.metrics import Speculation
 from specdec.oracle import greedy_settings, left_pad, now, tell
 from specdec.rows import StepReport
@@ -48,6 +50,40 @@ class Completion:
         typer.echo(json.dumps({**own, "completion_ids": self.token_ids, **counts}))
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode, beside plain greedily. config: of a file. sampling: options that imply do_sample."""
+
+    config: GenerationConfig | None = None
+    sampling: tuple[tuple[str, Any], ...] = ()
+    seed: int | None = None
+    verification: str | Lossy = "token"
+
+    @staticmethod
+    def of(path: Path | None, sampling: dict[str, Any], seed: int | None, verification: str) -> Decoding:
+        given = tuple((name, value) for name, value in sampling.items() if value is not None)
+        config = None if path is None else read_generation_config(path)
+        return Decoding(config, given, seed, verification_named(verification))
+
+    def statistics(self) -> Speculation:
+        """Nothing counted yet, with the name of what verifies."""
+        is_lossy = not isinstance(self.verification, str)
+        samples = bool(self.sampling) or (self.config is not None and bool(self.config.do_sample))
+        name = str(self.verification) if samples or is_lossy else "greedy"
+        return Speculation(verification=name, is_lossless=not is_lossy)
+
+    def options(self, rows: range, max_new_tokens: int) -> dict[str, Any]:
+        """Keywords of `generate` for some of the prompts."""
+        found = {"generation_config": self.config, "max_new_tokens": max_new_tokens, **dict(self.sampling)}
+        if self.sampling:
+            found["do_sample"] = True
+            if self.config is None:
+                found.setdefault("top_k", 0)  # not transformers' default of 50, which nobody asked for here
+        if self.seed is not None:
+            found["seed"] = [(self.seed << 32) + row for row in rows]
+        return {**found, "verification": self.verification}
+
+
 def print_completions(
     models: Models,
     prompts: list[Prompt],
@@ -57,16 +93,17 @@ def print_completions(
     as_json: bool,
     layout: str = "ragged",
     length_policy: str = "fixed",
+    decoding: Decoding | None = None,
 ) -> None:
     """A single prompt's text streams; several are printed as they finish; a summary goes to stderr."""
-    model, token_ids = models.target, models.encode(prompts)
+    model, token_ids, decoding = models.target, models.encode(prompts), decoding or Decoding()
     choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
     speculation = speculative_config(models.drafter, num_speculative_tokens, **choice)
     drafter, k = speculation.drafter, speculation.num_speculative_tokens
     check_prompts(model, token_ids, speculation, batch_size, max_new_tokens)
     streams = len(prompts) == 1 and not as_json
     streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    total = Speculation()
+    total = decoding.statistics()
     # On a terminal the completions themselves show the progress.
     bars = nullcontext() if streams or sys.stdout.isatty() else stage_bars({"speculative": len(prompts)})
     with greedy_settings(model) as ignored, bars as on_progress:
@@ -74,7 +111,7 @@ def print_completions(
         begin = now(model)
         for first in range(0, len(prompts), batch_size):
             batch = range(first, min(first + batch_size, len(prompts)))
-            completions = [Completion(index, prompts[index].text) for index in batch]
+            completions = [Completion(index, prompts[index].text, speculation=decoding.statistics()) for index in batch]
 
             def on_commit(report: StepReport, completions: list[Completion] = completions) -> None:
                 total.add(report)
@@ -92,14 +129,16 @@ def print_completions(
                 drafter=drafter,
                 num_speculative_tokens=k,
                 **choice,
-                max_new_tokens=max_new_tokens,
                 streamer=streamer,
                 on_commit=on_commit,
+                **decoding.options(batch, max_new_tokens),
             )
         print_summary(total, now(model) - begin, models.drafter is not None)
 
 
 def print_summary(total: Speculation, seconds: float, drafted: bool) -> None:
     acceptance = f", mean acceptance length {total.mean_acceptance_length:.2f}" if drafted else ""
+    if not total.is_lossless:
+        acceptance += f", LOSSY: {total.verification}"
     rate = total.num_new_tokens / seconds
     typer.echo(f"{total.num_new_tokens} tokens in {seconds:.1f} s, {rate:.1f} tokens/s{acceptance}", err=True)

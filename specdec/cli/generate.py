@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,24 @@ def generate(
             help="Write rows to this file as they finish; the same command goes on where it was interrupted.",
         ),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are a user's messages: apply the tokenizer's chat template.")
+    ] = False,
+    generation_config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A generation_config.json; what it asks for is served or refused."),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="Sample, at this temperature.")] = None,
+    top_k: Annotated[int | None, Count(help="Sample, among the N likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="Sample, among the likeliest of this mass.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of sampling: prompt i uses the stream (N, i).")] = None,
+    verification: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="token, or of samples block; lossy: lenient:L, typical:EPSILON:DELTA, top_beta:BETA:TAU.",
+        ),
+    ] = "token",
     layout: Annotated[str, typer.Option(metavar="NAME", help="ragged, repad or grouped; the text is the same.")] = (
         "ragged"
     ),
@@ -65,10 +84,10 @@ def generate(
 ) -> None:
     """Continue a prompt, or a file of prompts in batches.
 
-    One prompt streams, several are printed as they finish. Decodes greedily whatever the checkpoint's generation
-    config says. Without a drafter it is plain decoding.
+    One prompt streams, several are printed as they finish. Decodes greedily whatever the checkpoint's own generation
+    config says, unless sampling is asked for. Without a drafter it is plain decoding.
     """
-    from specdec.cli.completions import print_completions
+    from specdec.cli.completions import Decoding, print_completions
     from specdec.errors import ConfigError, InputError
     from specdec.loading import Prompt, read_prompts
 
@@ -83,12 +102,16 @@ def generate(
             raise ConfigError(f"{name} is for prompts that are written to a file; pass --out FILE.jsonl with it")
     elif as_json:
         raise ConfigError("--json prints rows, --out writes them to a file; pass one of them")
-    models = load_models(target, draft, drafter, device, dtype, look_ahead)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    decoding = Decoding.of(generation_config, sampling, seed, verification)
+    if out is not None and decoding != Decoding():
+        raise ConfigError("--out writes greedy rows; leave the generation config and options of sampling out")
+    models = replace(load_models(target, draft, drafter, device, dtype, look_ahead), is_chat=chat)
     if out is not None:
         from specdec.cli.to_file import write_completions
 
         speculation = batch_size, num_speculative_tokens, max_new_tokens
         write_completions(models, texts, out, *speculation, layout, length_policy, kv_tokens, order)
         return
-    how = layout, length_policy
+    how = layout, length_policy, decoding
     print_completions(models, texts, batch_size, num_speculative_tokens, max_new_tokens, as_json, *how)
