@@ -2,8 +2,8 @@
 
 Next token: each prompt is continued many times. Wherever many continuations share a beginning, the tokens behind it are
 a sample of the target's distribution there, which one plain forward and transformers' own warpers tell exactly. The
-places are tested one by one (Williams-corrected G) and all together. Whole sequence: a tiny random model whose every
-output can be enumerated.
+places are tested one by one (Williams-corrected G) and all together, and so are the ranks that all tokens take in their
+distributions, whatever they follow. Whole sequence: a tiny random model whose every output can be enumerated.
 
 The planted bug is a verification that accepts every draft: the same test with the same numbers must reject it.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ from specdec.errors import ConfigError
 from specdec.generate import generate
 from specdec.goodness import POWER, Fit, detectable_distance, g_test, pooled
 from specdec.lossy import Lossy, Typical
+from specdec.network import vocab_size_of
 from specdec.oracle import OnProgress, greedy_settings, tell
 from specdec.ways import PLAIN, Way
 
 ALPHA = 1e-3  # of all tests of a check together
 PROMPT_TOKENS = 16  # of each prompt; a longer text makes no other test, and a slower one
+RANK_CELLS = 20
+FORWARD_ELEMENTS = 2**22  # logits of one plain forward
 MIN_SHARED = 100  # continuations that must share a beginning
 MAX_PLACES = 100  # tested per prompt; those that most continuations share
 CONTROL = Typical(1e-12, 1e-12)  # every draft is typical enough
@@ -44,7 +48,8 @@ class SamplingTest:
 
     kind: "next token" or "whole sequence". is_control: the planted bug, which must be rejected.
     num_samples: tokens, or sequences. num_places: beginnings at which the next token was tested.
-    p_value: of all together. worst_p_value: of the worst place, times the number of places.
+    p_value: of all together. worst_p_value: of the worst place, times the number of places. rank_p_value: of where all
+        verified tokens stand in their distributions, shared places or not.
     detectable_distance: the total variation at every place that is found with probability `goodness.POWER`.
     tokens_per_step: what the drafts gained; 1 means that nothing was verified.
     """
@@ -58,13 +63,14 @@ class SamplingTest:
     freedom: int
     p_value: float
     worst_p_value: float
+    rank_p_value: float
     detectable_distance: float
     tokens_per_step: float
     alpha: float
 
     @property
     def rejected(self) -> bool:
-        return min(self.p_value, self.worst_p_value) < self.alpha
+        return min(self.p_value, self.worst_p_value, self.rank_p_value) < self.alpha
 
     @property
     def passed(self) -> bool:
@@ -120,7 +126,7 @@ def check_sampling(
         raise ConfigError("plain decoding verifies nothing; pass a drafter to check sampling with")
     methods: list[str | Lossy] = [*verifications, CONTROL]
     cells = [(way, method) for way in ways for method in methods]
-    alpha = ALPHA / (2 * (len(cells) + len(methods)))
+    alpha = ALPHA / (3 * (len(cells) + len(methods)))  # three p-values each
     tests = [whole_sequence_test(method, 12 * num_samples, seed, alpha, model.device) for method in methods]
     with greedy_settings(model) as ignored:
         for way, method in cells:
@@ -137,7 +143,7 @@ def name_of(method: str | Lossy) -> str:
 
 
 class Continuations:
-    """Sampled continuations of prompts by one way, counted by what they begin with."""
+    """Sampled continuations of prompts by one way, and how likely the target finds each of their tokens."""
 
     def __init__(
         self,
@@ -151,41 +157,51 @@ class Continuations:
         self.model, self.drafter, self.way, self.method = model, drafter, way, method
         self.max_new_tokens, self.options = max_new_tokens, dict(options)
         self.fits: list[Fit] = []
-        self.num_samples, self.lengths = 0, [0.0, 0.0]  # accepted tokens and steps
+        self.num_samples, self.lengths = 0, [0, 0]  # accepted tokens and steps
+        self.ranks = torch.zeros(RANK_CELLS, dtype=torch.long)
+        self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())
 
     def add(self, prompt: Tensor, num_samples: int, seed: int) -> None:
-        """Continue a prompt `num_samples` times and test the next token behind every beginning that many share."""
+        """Continue a prompt `num_samples` times and look at every token."""
+        rows = self._sampled(prompt, num_samples, seed)
         followers: dict[tuple[int, ...], Counter[int]] = {}
-        ends = set(torch.as_tensor(self.model.generation_config.eos_token_id or []).flatten().tolist())
-        for tokens in self._sampled(prompt, num_samples, seed):
+        for tokens in rows:
             for place, token in enumerate(tokens):
                 followers.setdefault(tuple(tokens[:place]), Counter())[token] += 1
-                if token in ends:
-                    break
         shared = [begin for begin, counts in followers.items() if counts.total() >= MIN_SHARED]
-        shared.sort(key=lambda begin: -followers[begin].total())
-        for begin in shared[:MAX_PLACES]:
-            counts = followers[begin]
-            probs = self._probs(torch.cat([prompt, torch.tensor(begin, dtype=torch.long)]))
-            observed = torch.zeros(len(probs), dtype=torch.long)
-            observed[list(counts)] = torch.tensor(list(counts.values()))
-            fit = g_test(observed, probs)
-            if fit.freedom:
-                self.fits.append(fit)
-                self.num_samples += counts.total()
+        shared = sorted(shared, key=lambda begin: -followers[begin].total())[:MAX_PLACES]
+        left, generator = set(shared), torch.Generator().manual_seed(seed)
+        for tokens, probs in self._with_probs(prompt, rows):
+            for place in range(len(tokens)):
+                begin = tuple(tokens[:place])
+                if begin in left:
+                    left.remove(begin)
+                    self._test(followers[begin], probs[place])
+            # The first token is the prefill's; the others have been verified.
+            self.ranks += rank_cells(probs[1:], torch.tensor(tokens[1:], dtype=torch.long), generator)
+
+    def _test(self, counts: Counter[int], probs: Tensor) -> None:
+        observed = torch.zeros(len(probs), dtype=torch.long)
+        observed[list(counts)] = torch.tensor(list(counts.values()))
+        fit = g_test(observed, probs)
+        if fit.freedom:
+            self.fits.append(fit)
+            self.num_samples += counts.total()
 
     def test(self, alpha: float) -> SamplingTest:
         together = pooled(self.fits)
         worst = min((fit.p_value for fit in self.fits), default=1.0)
+        ranks = g_test(self.ranks, torch.full((RANK_CELLS,), 1 / RANK_CELLS, dtype=torch.float64))
         name = f"{self.way.name} K={self.way.num_speculative_tokens}, {name_of(self.method)}"
         return SamplingTest(
             name, "next token", self.method == CONTROL, self.num_samples, len(self.fits), together.statistic,
-            together.freedom, together.p_value, min(1.0, worst * len(self.fits)),
+            together.freedom, together.p_value, min(1.0, worst * len(self.fits)), ranks.p_value,
             detectable_distance(self.num_samples, together.freedom, alpha),
             1 + self.lengths[0] / max(self.lengths[1], 1), alpha,
         )  # fmt: skip
 
     def _sampled(self, prompt: Tensor, num_samples: int, seed: int) -> list[list[int]]:
+        """The new tokens of each continuation, up to and with its end of sequence."""
         rows: list[list[int]] = []
         while len(rows) < num_samples:
             count = min(self.way.batch_size, num_samples - len(rows))
@@ -201,18 +217,29 @@ class Continuations:
                 return_dict_in_generate=True,
                 **self.options,
             )
-            rows += out.sequences[:, len(prompt) :].tolist()
+            for tokens in out.sequences[:, len(prompt) :].tolist():
+                end = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
+                rows.append(tokens[:end])
             self.lengths[0] += out.speculation.num_accepted_draft_tokens
             self.lengths[1] += out.speculation.num_spec_steps
         return rows
 
     @torch.no_grad()
-    def _probs(self, ids: Tensor) -> Tensor:
-        """The target's distribution behind a text, [vocab] float64, by one plain forward and transformers' warpers."""
-        ids = ids[None].to(self.model.device)
-        scores = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float()
-        return torch.softmax(self._warpers()(ids, scores)[0].double(), -1).cpu()
+    def _with_probs(self, prompt: Tensor, rows: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """Each continuation with the target's distribution of each of its tokens, [tokens, vocab] float64 on the CPU:
+        by plain forwards of whole texts and transformers' own warpers."""
+        size = max(FORWARD_ELEMENTS // (self.max_new_tokens * vocab_size_of(self.model)), 1)
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            texts = [[*prompt.tolist(), *tokens[:-1]] for tokens in part]
+            longest = max(map(len, texts))
+            # Attention is causal: what stands behind a text's end changes nothing before it.
+            ids = torch.tensor([text + text[:1] * (longest - len(text)) for text in texts], device=self.model.device)
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, len(prompt) - 1 :]
+            for tokens, own in zip(part, logits, strict=True):
+                yield tokens, torch.softmax(self._warpers(None, own[: len(tokens)].float()).double(), -1).cpu()
 
+    @cached_property
     def _warpers(self) -> Any:
         config = GenerationConfig(do_sample=True, **self.options)
         return self.model._get_logits_processor(
@@ -220,11 +247,25 @@ class Continuations:
         )
 
 
+def rank_cells(probs: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """How many tokens fall into each of RANK_CELLS equal parts of their own distribution, the likeliest first.
+
+    The mass of all likelier tokens plus a random part of a token's own is uniform if the token follows (a randomised
+    probability integral transform), so that tokens of any places can be counted together.
+    probs: [tokens, vocab] float64. tokens: [tokens] int64.
+    """
+    own = probs.gather(1, tokens[:, None])
+    is_ahead = (probs > own) | ((probs == own) & (torch.arange(probs.shape[1]) < tokens[:, None]))
+    uniform = torch.rand(len(tokens), generator=generator, dtype=torch.float64)
+    place = (probs * is_ahead).sum(1) + uniform * own[:, 0]
+    return (place * RANK_CELLS).long().clamp(max=RANK_CELLS - 1).bincount(minlength=RANK_CELLS)
+
+
 def whole_sequence_test(
     method: str | Lossy, num_samples: int, seed: int, alpha: float, device: torch.device
 ) -> SamplingTest:
     """Whole outputs of a tiny random model, drafted by another, against the enumerated joint."""
-    target, draft = (tiny_model(number).to(device) for number in (0, 5))
+    target, draft = (tiny_model(number).to(device) for number in (3, 2))
     prompt = torch.tensor([1, 2, 1, 0], device=device)
     out: Any = generate(
         target, prompt.expand(num_samples, -1), drafter=draft, num_speculative_tokens=TINY_K, verification=method,
@@ -235,7 +276,7 @@ def whole_sequence_test(
     fit = g_test(counts, joint_of(target, prompt))
     return SamplingTest(
         f"tiny model K={TINY_K}, {name_of(method)}", "whole sequence", method == CONTROL, num_samples, 1, fit.statistic,
-        fit.freedom, fit.p_value, 1.0, detectable_distance(num_samples, fit.freedom, alpha),
+        fit.freedom, fit.p_value, 1.0, 1.0, detectable_distance(num_samples, fit.freedom, alpha),
         out.speculation.mean_acceptance_length, alpha,
     )  # fmt: skip
 
@@ -244,7 +285,7 @@ def tiny_model(seed: int) -> PreTrainedModel:
     """A random model over TINY_VOCAB tokens, neither flat nor peaked; torch's global generator is left as it was."""
     config = LlamaConfig(
         vocab_size=TINY_VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.25, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        max_position_embeddings=64, initializer_range=0.17, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

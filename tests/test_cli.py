@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import PROMPTS, save_checkpoint, word_tokenizer
 from tiny import VOCAB, plain_greedy, tiny_llama
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from specdec import oracle
@@ -247,9 +248,105 @@ def test_generate_prints_json_lines(pair, expected):
         assert line["mean_acceptance_length"] >= 1
 
 
+def test_generate_samples(pair):
+    options = ["--prompts", pair / "prompts.json", "--draft", pair / "draft", "--temperature", 0.9, "--json"]
+
+    def rows(*more):
+        result = generate(pair, *options, *more)
+        assert result.exit_code == 0, result.output
+        return {row["index"]: row for row in map(json.loads, result.stdout.splitlines())}, result.stderr
+
+    one, summary = rows("--seed", 4)
+    assert all(row["verification"] == "token" and row["is_lossless"] for row in one.values()) and "LOSSY" not in summary
+    assert one == rows("--seed", 4, "--batch-size", 2)[0], "a row's sample does not depend on its batch"
+    assert one != rows("--seed", 5)[0]
+    block, _ = rows("--seed", 4, "--verification", "block")
+    assert {row["verification"] for row in block.values()} == {"block"}
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--verification", "top_beta:3:2.5"], "top_beta(beta=3, tau=2.5)"),
+        (["--verification", "typical:0.1:0.3", "--top-p", 0.9], "typical(epsilon=0.1, delta=0.3)"),
+    ],
+)
+def test_generate_names_a_lossy_rule(pair, options, name):
+    common = ["--prompts", pair / "prompts.json", "--draft", pair / "draft", "--limit", 3]
+    result = generate(pair, *common, *options)
+    assert result.exit_code == 0 and f"LOSSY: {name}" in result.stderr, result.output
+    for line in generate(pair, *common, *options, "--json").stdout.splitlines():
+        assert json.loads(line)["verification"] == name and json.loads(line)["is_lossless"] is False
+
+
+def test_generate_reads_a_generation_config(pair, tmp_path):
+    """Penalised greedy decoding, as transformers writes it with the same file."""
+    config = GenerationConfig(repetition_penalty=1.8, no_repeat_ngram_size=2)
+    config.save_pretrained(tmp_path)
+    result = generate(
+        pair,
+        "--prompt",
+        PROMPTS[0],
+        "--draft",
+        pair / "draft",
+        "--generation-config",
+        tmp_path / "generation_config.json",
+    )
+    ids = torch.tensor([int(word[1:]) for word in PROMPTS[0].split()])
+    model = tiny_llama().bfloat16().float()
+    wanted = plain_greedy(model, ids, max_new_tokens=NEW, repetition_penalty=1.8, no_repeat_ngram_size=2)
+    assert result.exit_code == 0 and result.stdout == words(wanted) + "\n", result.output
+    assert wanted != plain_greedy(model, ids, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"num_beams": 4}', "num_beams=4"),
+        ('{"temperatur": 4}', "'temperatur' is no option"),
+        ("[1]", "JSON list"),
+        ("{", "not JSON"),
+    ],
+)
+def test_generate_refuses_a_generation_config(pair, tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    result = generate(pair, "--prompt", "w5", "--generation-config", path)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+TEMPLATE = (
+    "<bos> {% for message in messages %}w9 {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w10{% endif %}"
+)
+
+
+def test_generate_applies_the_chat_template(pair, tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    save_checkpoint(tmp_path / "target", tiny_llama().bfloat16(), tokenizer)
+    chat = generate(tmp_path, "--prompt", PROMPTS[0], "--chat")
+    model = tiny_llama().bfloat16().float()
+    ids = torch.tensor([1, 9, 5, 6, 7, 10])
+    assert chat.exit_code == 0, chat.output
+    assert chat.stdout == words(plain_greedy(model, ids, max_new_tokens=NEW)) + "\n"
+    assert chat.stdout != generate(pair, "--prompt", PROMPTS[0]).stdout
+    refused = generate(pair, "--prompt", PROMPTS[0], "--chat")
+    assert refused.exit_code == 2 and "no chat template; leave --chat out" in refused.stderr
+
+
+def test_generate_to_a_file_is_greedy(pair, tmp_path):
+    result = generate(pair, "--prompt", "w5", "--out", tmp_path / "rows.jsonl", "--temperature", 0.5)
+    assert result.exit_code == 2 and "--out writes greedy rows" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--prompt", "w3", "--seed", 3], "seed= has no effect on greedy decoding"),
+        (["--prompt", "w3", "--verification", "block"], "do_sample=True"),
+        (["--prompt", "w3", "--verification", "lenient:2", "--drafter", "prompt_lookup"], "lenience=2.0"),
+        (["--prompt", "w3", "--verification", "lenient:0.5"], "nothing to accept"),
         ([], "pass either --prompt TEXT or --prompts FILE"),
         (["--prompt", "w3", "--prompts", "a.txt"], "pass either"),
         (["--prompt", ""], "--prompt is empty"),

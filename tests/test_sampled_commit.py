@@ -137,8 +137,16 @@ def nothing_to_recover():
 
 def compare(target, ids, draft, numbers, lengths, limits):
     device = target.device
-    for verification, probs in (("token", draft), ("block", draft), ("block", None)):
-        options = {"eos": (0, 5), "lengths": lengths, "limits": limits, "verification": verification}
+    ways = [
+        ("token", draft, 1.0),
+        ("block", draft, 1.0),
+        ("block", None, 1.0),
+        ("token", draft, 0.3),
+        ("token", None, 0.3),
+    ]
+    for verification, probs, lenience in ways:
+        options = {"eos": (0, 5), "lengths": lengths, "limits": limits}
+        options |= {"verification": verification, "lenience": lenience}
         expected, tokens, ends = run(target, ids, probs, numbers, implementation="torch", **options)
         torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN and the largest integers
         try:

@@ -86,7 +86,7 @@ def run(
 
 
 def print_report(found: SamplingReport) -> None:
-    columns = ["test", "of", "samples", "places", "p", "worst place", "finds TV", "tokens per step", "verdict"]
+    columns = ["test", "of", "samples", "places", "p", "worst place", "ranks", "finds TV", "tokens per step", "verdict"]
     rows = [
         [
             test.name,
@@ -95,6 +95,7 @@ def print_report(found: SamplingReport) -> None:
             str(test.num_places),
             f"{test.p_value:.2g}",
             f"{test.worst_p_value:.2g}",
+            f"{test.rank_p_value:.2g}",
             f"{test.detectable_distance:.3f}",
             f"{test.tokens_per_step:.2f}",
             verdict(test),
@@ -119,6 +120,7 @@ def verdict(test: SamplingTest) -> str:
 
 
 def junit_case(test: SamplingTest) -> Case:
-    message = f"{verdict(test)}: p {test.p_value:.3g}, worst place {test.worst_p_value:.3g}, limit {test.alpha:.1e}"
+    values = f"p {test.p_value:.3g}, worst place {test.worst_p_value:.3g}, ranks {test.rank_p_value:.3g}"
+    message = f"{verdict(test)}: {values}, limit {test.alpha:.1e}"
     details = f"{test.num_samples} samples at {test.num_places} places; finds TV {test.detectable_distance:.3f}"
     return Case(f"{test.kind}: {test.name}", "passed" if test.passed else "failed", message, details)
