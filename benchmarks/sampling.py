@@ -252,9 +252,12 @@ def peak_memory(
         weights = sum(p.nbytes for model in models.values() for p in model.parameters())
         add({
             "batch_size": batch_size, "K": k, "vocab": vocab, "dtype": str(dtype).removeprefix("torch."),
-            "setting": name, "weights_mb": round(weights / 1e6, 1), "held_between_steps_mb": round(held[2] / 1e6, 1),
-            "peak_minus_weights_mb": round((held[-1] - weights) / 1e6, 1),
-            "peak_minus_held_mb": round((held[-1] - held[2]) / 1e6, 1),
+            "setting": name, "weights_mb": round(weights / 1e6, 1),
+            **({} if device.type != "cuda" else {
+                "held_between_steps_mb": round(held[2] / 1e6, 1),
+                "peak_minus_weights_mb": round((held[-1] - weights) / 1e6, 1),
+                "peak_minus_held_mb": round((held[-1] - held[2]) / 1e6, 1),
+            }),
             "logits_mb": round(logits * dtype.itemsize / 1e6, 1), "naive_mb": round(naive / 1e6, 1),
         })  # fmt: skip
 
@@ -277,12 +280,12 @@ def main() -> None:
     parser.add_argument("--draft-shape", choices=("own", *SHAPES), help="by default 0.6B on a GPU, else the pair's own")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--settings", help="numbers of settings of steps, 0 = greedy; by default all")
-    parser.add_argument("--batch-sizes", default="1,8")
+    parser.add_argument("--batch-sizes", help="by default 8 on a GPU, else 1,8")
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=151_936, help="of kernels and memory")
     parser.add_argument("--memory-batch-size", type=int, default=32)
     parser.add_argument("--context", type=int, default=64, help="prompt tokens")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -290,7 +293,8 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     arguments.target_shape = arguments.target_shape or ("8B" if on_gpu else "own")
     arguments.draft_shape = arguments.draft_shape or ("0.6B" if on_gpu else "own")
-    parts, batch_sizes = arguments.parts.split(","), [int(size) for size in arguments.batch_sizes.split(",")]
+    parts = arguments.parts.split(",")
+    batch_sizes = [int(size) for size in (arguments.batch_sizes or ("8" if on_gpu else "1,8")).split(",")]
     names = list(SETTINGS)
     if arguments.settings:
         names = [names[int(number)] for number in arguments.settings.split(",")]
@@ -327,7 +331,7 @@ def main() -> None:
                     lambda entry: record.add("steps", entry),
                 )  # fmt: skip
                 if on_gpu:
-                    launches_per_step(models, ids[:size], k, names, lambda entry: record.add("launches", entry))
+                    launches_per_step(models, ids[:size], k, names[:3], lambda entry: record.add("launches", entry))
 
 
 if __name__ == "__main__":
