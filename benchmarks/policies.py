@@ -276,7 +276,7 @@ def speed_behind_first_steps(
 
 def guarantee(pair: Pair, arguments: argparse.Namespace) -> tuple[dict, bool]:
     torch.manual_seed(arguments.seed)
-    random_draft = AutoModelForCausalLM.from_config(pair.draft.config).to(pair.draft).eval()
+    random_draft = AutoModelForCausalLM.from_config(pair.draft.config).to(pair.draft.device, pair.draft.dtype).eval()
     greedy = {"do_sample": False}
     sampled = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": arguments.seed}
     cases: list[tuple[str, Any, dict]] = [

@@ -75,3 +75,75 @@ def test_wrong_arguments_are_refused_at_once(load, folder, wrong):
     with pytest.raises(SystemExit) as refused:
         load("decode").main(["--models", str(folder), "--num-prompts", "4", *wrong.split()])
     assert refused.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def compared(load, folder) -> tuple[int, dict, str]:
+    """Exit status, record and standard output of a comparison of length policies."""
+    printed, out = io.StringIO(), folder.parent / "policies.json"
+    options = ["--models", str(folder), "--json", str(out), "--plot", str(out.with_suffix(".png"))]
+    options += [
+        "--num-prompts",
+        "4",
+        "--max-new-tokens",
+        "12",
+        "--repeats",
+        "2",
+        "--num-speculative-tokens",
+        "2,4",
+        "--batch-sizes",
+        "1,2",
+    ]
+    with contextlib.redirect_stdout(printed):
+        status = load("policies").main(options)
+    return status, json.loads(out.read_text()), printed.getvalue()
+
+
+def test_policies_are_compared_with_the_best_fixed_k(compared, folder):
+    status, record, printed = compared
+    assert status == 0 and (folder.parent / "policies.png").stat().st_size > 1000
+    kinds = ["plain", "fixed", "confidence", "cost_model", "oracle"]
+    assert [(e["kind"], e["batch_size"]) for e in record["policies"]] == [(k, b) for b in (1, 2) for k in kinds]
+    for entry in record["policies"]:
+        assert entry["kind"] in printed
+        assert (entry["gain"]["median"] == 0) == (entry["kind"] == "fixed")
+        if entry["kind"] == "oracle":  # of what it drafts all is accepted
+            counts = entry["speculation"]
+            assert counts["num_draft_tokens"] == counts["num_accepted_draft_tokens"]
+
+
+def test_an_oracle_drafts_what_will_be_accepted(load):
+    import numpy as np
+
+    assert load("policies").run_lengths(np.array([True, True, False, True])) == [2, 1, 0, 1]
+    assert load("policies").run_lengths(np.array([], dtype=bool)) == []
+
+
+def test_settings_are_chosen_on_other_prompts_than_they_are_judged_on(load):
+    policies, measure, methods = load("policies"), load("measure"), load("methods")
+    ways = [policies.Way("fixed", k, k, None) for k in (2, 4)]
+    seconds = {2: [1.0, 9.0, 1.0, 9.0], 4: [2.0, 1.0, 2.0, 1.0]}  # 2 is faster on prompts 0 and 2, 4 on the others
+    results = [
+        measure.Result(
+            methods.Method(way.name, 1, True, None, None), [[7] * 6] * 4, 4, specdec.Speculation(), [seconds[way.most]]
+        )
+        for way in ways
+    ]
+    (entry,) = policies.judged(ways, results)
+    assert entry["setting"] == 2 and entry["tokens_per_second"]["median"] == 12 / 18
+
+
+def test_the_guarantee_is_measured_behind_the_first_steps(load, folder, tmp_path):
+    policies, out = load("policies"), tmp_path / "guarantee.json"
+    options = ["--guarantee", "--models", str(folder), "--json", str(out), "--num-prompts", "2", "--repeats", "1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        policies.main(
+            [*options, "--batch-sizes", "1,2", "--max-new-tokens", "170"]
+        )  # a tiny model's time is no measure
+    found = json.loads(out.read_text())["guarantee"]
+    assert [(e["batch_size"], e["drafter"].split(",")[0]) for e in found] == [
+        (size, drafter) for size in (1, 2) for drafter in ("draft", "random draft", "prompt_lookup")
+    ]
+    assert all(e["over_plain"]["median"] > 0 and len(e["plain"]["repeats"]) == 1 for e in found)
+    with pytest.raises(ValueError, match="raise --max-new-tokens"):
+        policies.main([*options, "--max-new-tokens", "20"])

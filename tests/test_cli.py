@@ -361,6 +361,25 @@ def test_bad_input_of_generate(pair, options, message):
     assert result.stdout == ""
 
 
+def test_length_policies(pair, expected):
+    draft = ["--draft", pair / "draft", "--length-policy"]
+    plain = generate(pair, "--prompts", pair / "prompts.json", "--json")
+    for policy in ("heuristic", "confidence:0.2", "cost_model"):
+        result = generate(pair, "--prompts", pair / "prompts.json", "--json", *draft, policy)
+        assert result.exit_code == 0, result.output
+        ids = [
+            [json.loads(line)["completion_ids"] for line in sorted(run.stdout.splitlines())] for run in (result, plain)
+        ]
+        assert ids[0] == ids[1]
+    result = check(pair, *draft, "fixed,confidence")
+    assert result.exit_code == 0 and "2/2 ways equal" in result.stdout, result.output
+    for arguments, message in ((["acceptance_head"], "holds no acceptance_head.json"), (["spiral"], "is unknown")):
+        result = check(pair, *draft, *arguments)
+        assert result.exit_code == 2 and message in result.stderr
+    result = check(pair, "--drafter", "prompt_lookup", "--length-policy", "confidence")
+    assert result.exit_code == 2 and "does not show" in result.stderr
+
+
 def test_demo_succeeds(pair):
     result = run("demo", "--models", pair, "--max-new-tokens", NEW)
     assert result.exit_code == 0, result.output
