@@ -257,7 +257,8 @@ def compare(pair: Pair, arguments: argparse.Namespace) -> tuple[dict, bool]:
 def speed_behind_first_steps(
     pair: Pair, batch: Batch, options: dict[str, Any], max_new_tokens: int, clock: Clock
 ) -> float:
-    """Tokens per second behind the first steps, to the end of all rows; none of them ends before its limit."""
+    """Tokens per second behind the first steps, to the end of all rows, none of which ends before its limit. Where
+    drafts are so good that there are fewer than twice as many steps, behind the first half of them."""
     times, tokens = [], []
 
     def on_commit(report: specdec.StepReport) -> None:
@@ -269,9 +270,8 @@ def speed_behind_first_steps(
         on_commit=on_commit, **options,
     )  # fmt: skip
     synchronise(batch.input_ids.device)
-    if len(times) <= FIRST_STEPS + 1:
-        raise ValueError(f"{len(times)} steps leave nothing behind the first {FIRST_STEPS}; raise --max-new-tokens")
-    return sum(tokens[FIRST_STEPS + 1 :]) / (times[-1] - times[FIRST_STEPS])
+    skipped = min(FIRST_STEPS, len(times) // 2)  # and prefill's report
+    return sum(tokens[skipped + 1 :]) / (times[-1] - times[skipped])
 
 
 def guarantee(pair: Pair, arguments: argparse.Namespace) -> tuple[dict, bool]:

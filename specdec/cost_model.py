@@ -95,6 +95,15 @@ def knowledge_of(target: PreTrainedModel, drafter: Drafter) -> Knowledge:
     return _known.setdefault(target, {}).setdefault(key, Knowledge())
 
 
+def head_beside(target: PreTrainedModel, drafter: Drafter) -> AcceptanceHead | None:
+    """The one in the draft model's folder, if it was trained for this pair."""
+    folder = None if drafter.model is None else Path(drafter.model.config._name_or_path)
+    if folder is None or not (folder / f"{AcceptanceHead.kind}.json").is_file():
+        return None
+    head = AcceptanceHead.load(folder)
+    return head if head.fits(target, drafter.model) else None
+
+
 class CostModel(LengthPolicy):
     """Works with every drafter; the output of greedy decoding does not depend on what it picks."""
 
@@ -107,8 +116,8 @@ class CostModel(LengthPolicy):
         knowledge: Knowledge | None = None,
     ):
         """head: what estimates acceptance while drafting: a head, an acceptance head's folder, or None for the
-            drafter's own probability; by default the acceptance head in the draft model's folder, if there is one.
-            A drafter that shows no tokens is used without.
+            drafter's own probability; by default the acceptance head in the draft model's folder, if there is one
+            for this pair. A drafter that shows no tokens is used without.
         clock: in place of the real one. knowledge: in place of what earlier calls have learned about the pair.
         """
         self.head, self._given_clock, self._given_knowledge = head, clock, knowledge
@@ -119,14 +128,11 @@ class CostModel(LengthPolicy):
         super().check(target, drafter)
 
     def _find_estimate(self, target: PreTrainedModel, drafter: Drafter) -> tuple[Estimate | None, frozenset[str]]:
-        head, beside = self.head, False
-        if head == "beside":
-            folder = None if drafter.model is None else Path(drafter.model.config._name_or_path)
-            beside = folder is not None and (folder / f"{AcceptanceHead.kind}.json").is_file()
-            head = folder if beside else None
-        if head is None or not (drafter.shows or beside):
-            shows = "logits" in drafter.shows
-            return (draft_probability, frozenset({"logits"})) if shows else (None, frozenset())
+        head = head_beside(target, drafter) if self.head == "beside" else self.head
+        if not drafter.shows:
+            return None, frozenset()
+        if head is None:
+            return draft_probability, frozenset({"logits"})
         kind = DiscoEstimate if isinstance(head, Disco) else HeadEstimate
         return kind.of(self.name, head, target, drafter), kind.sees
 

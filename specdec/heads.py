@@ -30,3 +30,8 @@ class Head(Trained):
     def check(self, target: PreTrainedModel, drafter: PreTrainedModel) -> None:
         """Raise ConfigError unless this head was trained for exactly these two models, whatever their dtype now."""
         self.check_models({"target": target, "drafter": drafter})
+
+    def fits(self, target: PreTrainedModel, drafter: PreTrainedModel) -> bool:
+        """Whether `check` would pass."""
+        pairs = (self.target, target), (self.drafter, drafter)
+        return all(known is not None and known.difference(Fingerprint.of(model)) is None for known, model in pairs)

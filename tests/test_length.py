@@ -435,6 +435,8 @@ def test_a_head_beside_the_draft_model_is_found(tmp_path):
         cost_model = CostModel()
         cost_model.check(TARGET, DraftModel(OTHER))
         assert cost_model.sees == {"logits", "hidden_states"}
+        cost_model.check(OTHER, DraftModel(OTHER))  # the head is for another pair
+        assert cost_model.sees == {"logits"}
     finally:
         OTHER.config._name_or_path = before
     given = run(some_prompts(5, 1), ByAcceptanceHead(0.5, head=HEAD), max_new_tokens=30, eos_token_id=None).speculation

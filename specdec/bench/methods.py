@@ -230,7 +230,10 @@ def total(parts: Sequence[Speculation]) -> Speculation:
     """The counts of several generations together."""
     summed = Speculation()
     for part in parts:
+        summed.verification, summed.is_lossless = part.verification, part.is_lossless
         for name, value in vars(part).items():
+            if isinstance(value, str | bool):
+                continue
             known = getattr(summed, name)
             both = (
                 [a + b for a, b in zip_longest(known, value, fillvalue=0)] if isinstance(value, list) else known + value
