@@ -186,7 +186,7 @@ class CostModel(LengthPolicy):
         if not self._is_plain_known:
             return 0
         other = 0 if drafts else 1 + int(rates[1:].argmax())
-        if self._may_probe(other, rates):
+        if self._may_probe(other):
             self._is_probe = True
             return other
         if not drafts:
@@ -221,7 +221,7 @@ class CostModel(LengthPolicy):
             for (rows, _), curve in self._known.verify.curves.items()
         )
 
-    def _may_probe(self, other: int, rates: np.ndarray) -> bool:
+    def _may_probe(self, other: int) -> bool:
         """Whether it is time to try the other way, and what it is expected to lose fits into its share of the time."""
         if other == 0 and self._since_plain < PLAIN_IS_OLD:
             return False
