@@ -8,9 +8,9 @@ interleaved repeats of one run, with an oracle that drafts exactly the tokens th
 is chosen on every other prompt and judged on the rest. Outputs are compared with transformers' plain greedy decoding
 first; the exit status is 1 if any is not equal.
 
-The second measures, at several batch sizes, tokens per second behind the first 32 steps of `cost_model`, which begins
-without any knowledge each time, over those of plain decoding of the same engine: with the pair's draft, with a draft of
-random weights, and with prompt lookup on sampled text, which repeats little.
+The second measures, at several batch sizes, tokens per second of `cost_model`, which begins without any knowledge each
+time, over those of plain decoding of the same engine, from the 33rd step on and until the first row ends: with the
+pair's draft, with a draft of random weights, and with prompt lookup on sampled text, which repeats little.
 """
 
 from __future__ import annotations
@@ -257,13 +257,16 @@ def compare(pair: Pair, arguments: argparse.Namespace) -> tuple[dict, bool]:
 def speed_behind_first_steps(
     pair: Pair, batch: Batch, options: dict[str, Any], max_new_tokens: int, clock: Clock
 ) -> float:
-    """Tokens per second behind the first steps, to the end of all rows, none of which ends before its limit. Where
-    drafts are so good that there are fewer than twice as many steps, behind the first half of them."""
-    times, tokens = [], []
+    """Tokens per second behind the first steps, while the batch is full: plain decoding ends all rows at once, drafts
+    one after the other. Where there are fewer than twice as many steps, behind the first half of them."""
+    times, tokens, is_full = [], [], True
 
     def on_commit(report: specdec.StepReport) -> None:
-        times.append(clock())
-        tokens.append(int(report.num_committed.sum()))
+        nonlocal is_full
+        if is_full:
+            times.append(clock())
+            tokens.append(int(report.num_committed.sum()))
+        is_full = is_full and not report.finished.any()
 
     specdec.generate(
         pair.target, batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens, eos_token_id=None,
