@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from specdec.branches import ExtraQueries
 from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.errors import ConfigError, DrafterError
 from specdec.extra_queries import check_extra_queries
@@ -27,23 +28,31 @@ from specdec.trained import Trained
 
 
 class LookAheadEmbeddings(Trained):
-    """weight: [num_tokens, hidden_size]; row i - 1 stands i places behind the text and predicts the token behind it."""
+    """weight: [num_helpers + num_tokens, hidden_size].
+
+    Look-ahead embedding i, in row num_helpers + i - 1, stands i places behind the text and predicts the token behind
+    it. Helpers, which the paper has none of, stand before the first in the same place and predict nothing: queries see
+    them, so that more is learned than one vector a token holds.
+    """
 
     kind: ClassVar[str] = "look_ahead"
     roles: ClassVar[tuple[str, ...]] = ("target",)
     alternative: ClassVar[str] = "choose another drafter"
     target: Fingerprint | None
 
-    def __init__(self, num_tokens: int, hidden_size: int):
+    def __init__(self, num_tokens: int, hidden_size: int, num_helpers: int = 0):
         super().__init__()
-        if num_tokens < 1:
-            raise ConfigError(f"num_tokens={num_tokens} must be at least 1")
-        self.shape = {"num_tokens": num_tokens, "hidden_size": hidden_size}
-        self.weight = nn.Parameter(torch.zeros(num_tokens, hidden_size))
+        if num_tokens < 1 or num_helpers < 0:
+            raise ConfigError(f"num_tokens={num_tokens} must be at least 1, num_helpers={num_helpers} at least 0")
+        self.num_tokens, self.num_helpers = num_tokens, num_helpers
+        self.shape = {"num_tokens": num_tokens, "hidden_size": hidden_size, "num_helpers": num_helpers}
+        self.weight = nn.Parameter(torch.zeros(num_helpers + num_tokens, hidden_size))
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.weight)
+    def ahead(self) -> Tensor:
+        """How many places behind the text each stands, [num_helpers + num_tokens] int64."""
+        tokens = torch.arange(1, self.num_tokens + 1, device=self.weight.device)
+        return torch.cat([tokens.new_ones(self.num_helpers), tokens])
 
     def trained_for(self, target: PreTrainedModel, recipe: Mapping[str, Any]) -> Self:
         """Mark these embeddings as trained for a target. recipe: how, and what they reached; any JSON."""
@@ -61,7 +70,7 @@ class LookAhead(Drafter):
 
     def __init__(self, embeddings: LookAheadEmbeddings):
         self.embeddings = embeddings
-        self.num_extra_queries = embeddings.num_tokens
+        self.num_extra_queries = len(embeddings.weight)
         self._checked: ReferenceType[PreTrainedModel] | None = None
 
     @classmethod
@@ -83,7 +92,8 @@ class LookAhead(Drafter):
                 f"num_speculative_tokens={max_draft_tokens}, but there are {self.embeddings.num_tokens} look-ahead "
                 "embeddings; lower it, or train more of them"
             )
-        self._queries = self.embeddings.weight.detach().to(rows.device, target.dtype)
+        weight, ahead = self.embeddings.weight.detach(), self.embeddings.ahead
+        self._queries = ExtraQueries(weight.to(rows.device, target.dtype), ahead.to(rows.device))
         self._max_tokens = max_draft_tokens
         self._num_known = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: guesses behind the committed tokens
         self._guesses: Tensor | None = None  # by slot: [slots, k] tokens, or [slots, k, vocab] logits for sampling
@@ -93,8 +103,11 @@ class LookAhead(Drafter):
         num_tokens = min(max_tokens, int(known.max()))
         draft = self._draft(rows, num_tokens) if num_tokens else Draft.empty(len(rows), rows.device)
         # The step commits a token at least, and the last place of a row is the target's own.
-        num_queries = min(self._max_tokens, rows.max_remaining - 2)
-        queries = self._queries[:num_queries] if num_queries > 0 else None
+        num_guesses = min(self._max_tokens, rows.max_remaining - 2)
+        if num_guesses < 1:
+            return draft
+        num_queries = self.embeddings.num_helpers + num_guesses
+        queries = ExtraQueries(self._queries.embeddings[:num_queries], self._queries.ahead[:num_queries])
         return Draft(draft.token_ids, draft.probs, extra_queries=queries)
 
     def _draft(self, rows: Rows, num_tokens: int) -> Draft:
@@ -117,7 +130,7 @@ class LookAhead(Drafter):
         if verified.extra_logits is None:
             self._num_known[:num_rows] = 0
             return
-        found = verified.extra_logits(verified.num_accepted)
+        found = verified.extra_logits(verified.num_accepted)[:, self.embeddings.num_helpers :]
         if self.sampler is None:
             found = found.argmax(-1)
         if self._guesses is None:

@@ -1,7 +1,7 @@
 """Queries beside the text: behind some of its places stands a short branch, which the text itself never sees.
 
-A branch behind the token at position p holds queries at positions p + 1, p + 2, ...; each sees the text up to p and the
-queries before it in its own branch, as if it stood in the text's place. One forward takes the text and all branches:
+A branch behind the token at position p holds queries at positions behind p; each sees the text up to p and the queries
+before it in its own branch, as if these stood in the text's place. One forward takes the text and all branches:
 the text's columns first, then the branches one after the other, each column written to a slot of its own behind the
 text's. The next forward starts among or right behind the text's slots and so writes over whatever it could see.
 """
@@ -9,9 +9,25 @@ text's. The next forward starts among or right behind the text's slots and so wr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class ExtraQueries(NamedTuple):
+    """A branch that is to stand behind every place of a step.
+
+    embeddings: [extra, hidden], input embeddings of the model. ahead: [extra] int64, how many places behind the end of
+    the text each stands, from 1; several may stand in one place.
+    """
+
+    embeddings: Tensor
+    ahead: Tensor
+
+    @property
+    def num(self) -> int:
+        return len(self.embeddings)
 
 
 @dataclass(frozen=True)
@@ -31,13 +47,13 @@ class Branches:
     begins: Tensor
 
     @staticmethod
-    def behind(starts: Tensor, num_tokens: int, columns: Tensor, length: int) -> Branches:
-        """Branches of `length` queries behind some columns of the text.
+    def behind(starts: Tensor, num_tokens: int, columns: Tensor, ahead: Tensor) -> Branches:
+        """A branch behind each of some columns of the text.
 
-        starts: [rows] int64, the slot of each row's first column. columns: [branches] or [rows, branches] int64.
+        starts: [rows] int64, the slot of each row's first column. columns: [1 or rows, branches] int64. ahead: [length]
+        int64, as in `ExtraQueries`.
         """
-        text = starts[:, None] + torch.arange(num_tokens, device=starts.device)
-        ahead = torch.arange(1, length + 1, device=starts.device)
+        text, length = starts[:, None] + torch.arange(num_tokens, device=starts.device), len(ahead)
         # [rows, branches, length]
         ends = (starts[:, None] + columns)[..., None].expand(-1, -1, length)
         branch = torch.arange(ends.shape[1], device=starts.device)
@@ -46,7 +62,13 @@ class Branches:
         def joined(own: Tensor) -> Tensor:
             return torch.cat([text, own.flatten(1)], 1)
 
-        return Branches(num_tokens, joined(begins + ahead - 1), joined(ends + ahead), joined(ends), joined(begins))
+        return Branches(
+            num_tokens,
+            joined(begins + torch.arange(length, device=starts.device)),
+            joined(ends + ahead),
+            joined(ends),
+            joined(begins),
+        )
 
     def visible(self, num_slots: int) -> Tensor:
         """Which slots each column sees, windows apart: [rows, columns, num_slots] bool."""

@@ -124,23 +124,23 @@ class RaggedCache(Cache):
         used_slots: int,
         first_row: int = 0,
         host_starts: np.ndarray | None = None,
-        num_extra: int = 0,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         """Announce a forward over [rows, width] columns and return their positions, [rows, width] int64.
 
         starts: [rows] int64, tokens of each row that stay visible; these are the rows from `first_row` on.
         used_slots: an upper bound of starts + width known to the host; what lies behind it is neither read nor masked.
         host_starts: `starts` on the host, for layouts that decide there what to move.
-        num_extra: queries behind each token, see `specdec/branches.py`; `width` counts them, behind all tokens.
+        ahead: of extra queries behind each token, see `ExtraQueries`; `width` counts them, behind all tokens.
         """
         assert used_slots <= self.num_slots, f"{used_slots} slots needed, {self.num_slots} allocated"
         self.rows = slice(first_row, first_row + len(starts))
         self.width, self.used_slots, self.num_filled = width, used_slots, max(self.num_filled, used_slots)
         self.starts = starts if self.pads is None else starts + self.pads
         self.branches = None
-        if num_extra:
-            columns = torch.arange(width // (1 + num_extra), device=self.device)
-            self.branches = Branches.behind(self.starts, len(columns), columns[None], num_extra)
+        if ahead is not None:
+            columns = torch.arange(width // (1 + len(ahead)), device=self.device)
+            self.branches = Branches.behind(self.starts, len(columns), columns[None], ahead)
             self.query_slots, places = self.branches.slots, self.branches.places
             self.positions = places if self.pads is None else places - self.pads[:, None]
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
+    from specdec.branches import ExtraQueries
     from specdec.layout import Layout
     from specdec.length import LengthPolicy
     from specdec.rows import Rows
@@ -35,15 +36,15 @@ class Draft:
         from, and no token is dropped after it was sampled.
     parents: [rows, k] int64, the index of each token's parent in a draft tree, -1 for the root; None means a chain,
         which is all that is verified yet.
-    extra_queries: [extra, hidden] input embeddings that the verify forward takes along behind every place where the
-        draft may end: query i stands i + 1 places behind it, and sees the text and the draft up to it and the queries
-        before it. They change nothing of what the target says about the text. At most `Drafter.num_extra_queries`.
+    extra_queries: what the verify forward takes along behind every place where the draft may end: each query sees the
+        text and the draft up to there and the queries before it. They change nothing of what the target says about
+        the text. At most `Drafter.num_extra_queries`.
     """
 
     token_ids: Tensor
     probs: Tensor | None = None
     parents: Tensor | None = None
-    extra_queries: Tensor | None = None
+    extra_queries: ExtraQueries | None = None
 
     @staticmethod
     def empty(num_rows: int, device: torch.device) -> Draft:

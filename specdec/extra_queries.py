@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
+from specdec.branches import ExtraQueries
 from specdec.compatibility import (
     PROBE_ATTEMPTS,
     PROBE_ERRORS,
@@ -64,11 +65,12 @@ def probe(model: PreTrainedModel, network: Network, seed: int) -> float:
     embed, device = model.get_input_embeddings(), model.device
     texts = [probe_tokens(model, length + WIDTH, seed + row) for row, length in enumerate(PROMPT_LENGTHS)]
     extra = embed(probe_tokens(model, NUM_EXTRA, seed + len(texts)).to(device)) / 2  # no token's own embedding
+    queries = ExtraQueries(extra, torch.arange(1, NUM_EXTRA + 1, device=device))
     rows = Rows([ids[:n] for ids, n in zip(texts, PROMPT_LENGTHS, strict=True)], WIDTH, 0, device)
     step = torch.stack([ids[n:] for ids, n in zip(texts, PROMPT_LENGTHS, strict=True)]).to(device)
     with network.running():
         network.prefill(rows)
-        output = network.forward(step, rows.lengths, network.cache.num_slots, extra_queries=extra)
+        output = network.forward(step, rows.lengths, network.cache.num_slots, extra_queries=queries)
         assert output.extra_logits is not None
         behind = [output.extra_logits(torch.full_like(rows.lengths, column)) for column in range(WIDTH)]
     differences = []

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.activations import SiLUActivation
 
+from specdec.branches import ExtraQueries
 from specdec.cache import RaggedLayer
 from specdec.layout import Layout
 from specdec.network import Network, NetworkOutput
@@ -228,14 +229,14 @@ class FusedNetwork(Network):
         positions: Tensor,
         logits_at: Tensor | None,
         layers: tuple[int, ...],
-        extra_queries: Tensor | None = None,
+        extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         rows, width = positions.shape
         shared = self._shared(positions)
         hidden = F.embedding(token_ids.flatten(), self.embedding.weight)
         if extra_queries is not None:
             text = hidden.view(rows, token_ids.shape[1], -1)
-            branches = extra_queries.repeat(token_ids.shape[1], 1).expand(rows, -1, -1)
+            branches = extra_queries.embeddings.repeat(token_ids.shape[1], 1).expand(rows, -1, -1)
             hidden = torch.cat([text, branches], 1).flatten(0, 1)
         states = [hidden]
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.branches import ExtraQueries
 from specdec.cache import RaggedCache
 from specdec.fused import is_known_class, is_plain, windows
 from specdec.invariant import is_batch_invariant, is_invariant_forward
@@ -220,7 +221,7 @@ class InvariantNetwork(Network):
         used_slots: int,
         layers: tuple[int, ...] = (),
         host_starts: np.ndarray | None = None,
-        extra_queries: Tensor | None = None,
+        extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         assert extra_queries is None, "the kernels see one interval of slots; build_network chooses another network"
         if self.kept.graphs is None or token_ids.shape[1] > MAX_STEP_WIDTH:
@@ -234,7 +235,7 @@ class InvariantNetwork(Network):
         positions: Tensor,
         logits_at: Tensor | None,
         layers: tuple[int, ...],
-        extra_queries: Tensor | None = None,
+        extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         cache = self.cache
         hidden, states = self.kept.run(token_ids, cache.starts, cache.used_slots, cache.rows, layers)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.branches import ExtraQueries
 from specdec.layout import Layout, Ragged
 from specdec.rows import Rows
 
@@ -29,7 +30,7 @@ class NetworkOutput(NamedTuple):
     """logits: [rows, width or 1, vocab] in the model's dtype. hidden_states: [rows, width, hidden] per asked layer.
 
     extra_logits: of a forward with extra queries, from the columns that they are wanted behind, [rows] int64, to
-    [rows, num_extra, vocab]; those behind other columns are not computed where the network can help it.
+    [rows, extra, vocab]; those behind other columns are not computed where the network can help it.
     """
 
     logits: Tensor
@@ -54,7 +55,7 @@ class Network(ABC):
         positions: Tensor,
         logits_at: Tensor | None,
         layers: tuple[int, ...],
-        extra_queries: Tensor | None = None,
+        extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         """One forward after `cache.begin`. logits_at: [rows] int64, the one column a row needs logits for."""
 
@@ -70,19 +71,20 @@ class Network(ABC):
         used_slots: int,
         layers: tuple[int, ...] = (),
         host_starts: np.ndarray | None = None,
-        extra_queries: Tensor | None = None,
+        extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         """Feed [rows, width] tokens to follow each row's first starts[b] ([rows] int64) cached ones.
 
         used_slots: an upper bound of starts + width known to the host. layers: hidden states to return, numbered as
         in transformers (0 = embeddings, -1 = behind the final norm). host_starts: `starts` on the host; a layout that
         needs them copies them there if they are not given.
-        extra_queries: [num_extra, hidden] input embeddings that stand behind every token (`specdec/branches.py`) and
-        take slots of the cache until the next forward: width * num_extra behind the tokens, which `used_slots` counts.
+        extra_queries: stand behind every token (`specdec/branches.py`) and take slots of the cache until the next
+        forward: width * extra behind the tokens, which `used_slots` counts.
         """
-        num_extra = 0 if extra_queries is None else len(extra_queries)
-        width = token_ids.shape[1] * (1 + num_extra)
-        positions = self.cache.begin(starts, width, used_slots, host_starts=host_starts, num_extra=num_extra)
+        width, ahead = token_ids.shape[1], None
+        if extra_queries is not None:
+            width, ahead = width * (1 + extra_queries.num), extra_queries.ahead
+        positions = self.cache.begin(starts, width, used_slots, host_starts=host_starts, ahead=ahead)
         return self._run(token_ids, positions, None, layers, extra_queries)
 
     def prefill(self, rows: Rows, token_ids: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import attention
+from specdec.branches import ExtraQueries
 from specdec.invariant_attention import INVARIANT
 from specdec.layout import Layout
 from specdec.model_cache import cache_argument
@@ -67,7 +68,7 @@ class StockNetwork(Network):
         positions: Tensor,
         logits_at: Tensor | None,
         layers: tuple[int, ...],
-        extra_queries: Tensor | None = None,
+        extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         options: dict = {"use_cache": True, "return_dict": True, "output_hidden_states": bool(layers)}
         if self.accepts_positions:
@@ -89,11 +90,12 @@ class StockNetwork(Network):
         return NetworkOutput(logits, tuple(output.hidden_states[i] for i in layers))
 
     def _run_with_extra(
-        self, token_ids: Tensor, extra_queries: Tensor, layers: tuple[int, ...], options: dict
+        self, token_ids: Tensor, extra_queries: ExtraQueries, layers: tuple[int, ...], options: dict
     ) -> NetworkOutput:
         rows, num_tokens = token_ids.shape
         text = self.model.get_input_embeddings()(token_ids)
-        inputs = torch.cat([text, extra_queries.to(text.dtype).repeat(num_tokens, 1).expand(rows, -1, -1)], 1)
+        branches = extra_queries.embeddings.to(text.dtype).repeat(num_tokens, 1)
+        inputs = torch.cat([text, branches.expand(rows, -1, -1)], 1)
         assert self.cache.branches is not None
         with attention.masks_of(self.cache.branches):
             output = self.model(inputs_embeds=inputs, **cache_argument(self.model, self.cache), **options)

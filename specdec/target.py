@@ -63,7 +63,7 @@ class Target:
         """One forward over each row's last token and its draft, then the commit."""
         inputs = torch.cat([rows.last_tokens(1), draft.token_ids.clamp(min=0)], 1)
         extra = draft.extra_queries
-        width = inputs.shape[1] * (1 if extra is None else 1 + len(extra))
+        width = inputs.shape[1] * (1 if extra is None else 1 + extra.num)
         # The last committed token has no keys yet, so a row's cache is one shorter than the row.
         used_slots = rows.max_length - 1 + width
         output = self.network.forward(inputs, rows.lengths - 1, used_slots, self.layers, rows.host_lengths - 1, extra)

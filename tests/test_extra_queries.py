@@ -12,7 +12,7 @@ from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM
 
 from specdec import batch_invariant, branches
-from specdec.branches import Branches
+from specdec.branches import Branches, ExtraQueries
 from specdec.compatibility import build_network
 from specdec.errors import UnsupportedModelError
 from specdec.extra_queries import check_extra_queries, probe
@@ -39,7 +39,8 @@ def test_what_a_column_sees(starts, num_tokens, data):
     """By the definition, column by column."""
     columns = data.draw(st.lists(st.integers(0, num_tokens - 1), min_size=1, max_size=4))
     length = data.draw(st.integers(1, 3))
-    found = Branches.behind(torch.tensor(starts), num_tokens, torch.tensor(columns)[None], length)
+    ahead = torch.arange(1, length + 1)
+    found = Branches.behind(torch.tensor(starts), num_tokens, torch.tensor(columns)[None], ahead)
     num_slots = max(starts) + num_tokens + len(columns) * length
     visible, places = found.visible(num_slots), found.key_places(num_slots)
     for row, start in enumerate(starts):
@@ -87,13 +88,15 @@ def test_the_known_refusals_are_families():
     assert set(NO_EXTRA_QUERIES) <= set(SERVED) and not set(NO_EXTRA_QUERIES) & set(REFUSED)
 
 
-def step(network, model, extra, starts=(7, 4), width=3, slots=None, poison=None, seed=0):
+def step(network, model, extra, starts=(7, 4), width=3, slots=None, poison=None, seed=0, ahead=None):
     """Logits of the text, and of the extra queries behind every column, [rows, width, extra, vocab]."""
     generator = torch.Generator().manual_seed(seed)
     texts = torch.randint(3, 60, (len(starts), max(starts) + width), generator=generator)
     rows = Rows([ids[:n] for ids, n in zip(texts, starts, strict=True)], width, 0, model.device)
     tokens = torch.stack([ids[n : n + width] for ids, n in zip(texts, starts, strict=True)])
     num_extra = 0 if extra is None else len(extra)
+    if extra is not None:
+        extra = ExtraQueries(extra, torch.arange(1, num_extra + 1) if ahead is None else ahead)
     with network.running():
         network.prefill(rows)
         if poison is not None:
@@ -108,7 +111,7 @@ def step(network, model, extra, starts=(7, 4), width=3, slots=None, poison=None,
     return output.logits, torch.stack(columns, 1)
 
 
-def uncached(model, extra, starts=(7, 4), width=3, seed=0):
+def uncached(model, extra, starts, width, seed, ahead):
     """The same by the model's own forward over the text up to each place and the queries behind it."""
     generator = torch.Generator().manual_seed(seed)
     texts = torch.randint(3, 60, (len(starts), max(starts) + width), generator=generator)
@@ -117,7 +120,11 @@ def uncached(model, extra, starts=(7, 4), width=3, seed=0):
     for ids, start in zip(texts, starts, strict=True):
         for column in range(width):
             inputs = torch.cat([embed(ids[: start + column + 1]), extra])[None]
-            logits = model(inputs_embeds=inputs, use_cache=False).logits[0]
+            places = torch.cat([torch.arange(start + column + 1), start + column + ahead])[None]
+            seen = torch.ones(1, 1, places.shape[1], places.shape[1], dtype=torch.bool).tril()
+            window = getattr(model.config, "sliding_window", None) or 999
+            seen &= places[..., None] - places[:, None] < window
+            logits = model(inputs_embeds=inputs, position_ids=places, attention_mask=seen, use_cache=False).logits[0]
             text.append(logits[start + column])
             queries.append(logits[start + column + 1 :])
     shape = (len(starts), width)
@@ -128,15 +135,21 @@ def uncached(model, extra, starts=(7, 4), width=3, seed=0):
 @pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])
 @pytest.mark.parametrize("layout", [Ragged(), Repad()])
 @settings(deadline=None, max_examples=8)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 3), min_size=1, max_size=4).map(sorted),
+    st.integers(0, 99),
+)
 @torch.no_grad()
-def test_logits_are_those_of_the_queries_in_the_texts_place(build, network_type, layout, starts, width, count, seed):
-    model = MODELS[build]
+def test_logits_are_those_of_the_queries_in_the_texts_place(build, network_type, layout, starts, width, ahead, seed):
+    """Some of them in one place, others with places between them."""
+    model, count, ahead = MODELS[build], len(ahead), torch.tensor(ahead)
     starts = sorted(starts, reverse=True)
     extra = torch.randn(count, 32, generator=torch.Generator().manual_seed(seed)) * 0.4
     network = network_type(model, len(starts), max(starts) + width * (1 + count), layout=layout)
-    text, queries = step(network, model, extra, starts, width, seed=seed)
-    expected_text, expected_queries = uncached(model, extra, starts, width, seed)
+    text, queries = step(network, model, extra, starts, width, seed=seed, ahead=ahead)
+    expected_text, expected_queries = uncached(model, extra, starts, width, seed, ahead)
     torch.testing.assert_close(text, expected_text, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(queries, expected_queries, rtol=2e-4, atol=2e-4)
 

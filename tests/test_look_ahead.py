@@ -23,8 +23,8 @@ EOS = 2
 
 
 def embeddings_for(model, num_tokens, seed=0, scale=0.4):
-    """Untrained ones; over a vocabulary of 7 a guess is right often enough."""
-    made = LookAheadEmbeddings(num_tokens, model.config.hidden_size)
+    """Untrained ones, some with helpers; over a vocabulary of 7 a guess is right often enough."""
+    made = LookAheadEmbeddings(num_tokens, model.config.hidden_size, num_helpers=seed % 3)
     torch.nn.init.normal_(made.weight, std=scale, generator=torch.Generator().manual_seed(seed))
     return made.trained_for(model, {"made": "up"})
 
@@ -217,19 +217,21 @@ def test_a_rows_sample_does_not_depend_on_its_batch():
 
 def test_no_more_is_asked_than_can_be_used():
     """Guesses behind a row's limit would be thrown away."""
-    model, widths = small(1), []
+    model, widths, helpers = small(1), [], 1
 
     class Watched(LookAhead):
         def propose(self, rows, max_tokens):
             draft = super().propose(rows, max_tokens)
-            widths.append((rows.max_remaining, 0 if draft.extra_queries is None else len(draft.extra_queries)))
+            widths.append((rows.max_remaining, 0 if draft.extra_queries is None else draft.extra_queries.num))
             return draft
 
     specdec.generate(
-        model, torch.tensor([[3, 4]]), drafter=Watched(embeddings_for(model, 4)), num_speculative_tokens=3,
+        model, torch.tensor([[3, 4]]), drafter=Watched(embeddings_for(model, 4, helpers)), num_speculative_tokens=3,
         max_new_tokens=9, eos_token_id=None,
     )  # fmt: skip
-    assert widths[0] == (8, 3) and all(width == max(min(3, remaining - 2), 0) for remaining, width in widths)
+    wanted = [min(3, remaining - 2) for remaining, _ in widths]
+    assert [width for _, width in widths] == [count + helpers if count > 0 else 0 for count in wanted]
+    assert wanted[0] == 3
 
 
 def test_saved_and_loaded(tmp_path):

@@ -33,16 +33,18 @@ from specdec.errors import ConfigError, InputError
 CPU = torch.device("cpu")
 
 
-def random_embeddings(num_tokens=3, hidden_size=32):
-    made = LookAheadEmbeddings(num_tokens, hidden_size)
+def random_embeddings(num_tokens=3, hidden_size=32, num_helpers=2):
+    made = LookAheadEmbeddings(num_tokens, hidden_size, num_helpers)
     torch.nn.init.normal_(made.weight, std=0.3)
     return made
 
 
 def expected_losses(model, embeddings, token_ids, split):
     """By the definition: the text up to the split, the embeddings behind it, one plain forward."""
-    text = model.get_input_embeddings()(token_ids[: split + 1])
-    logits = model(inputs_embeds=torch.cat([text, embeddings.weight])[None]).logits[0, split + 1 :]
+    inputs = torch.cat([model.get_input_embeddings()(token_ids[: split + 1]), embeddings.weight])[None]
+    places = torch.tensor([*range(split + 1), split + 1, split + 1, split + 1, split + 2, split + 3])[None]
+    mask = torch.ones(1, 1, places.shape[1], places.shape[1], dtype=torch.bool).tril()
+    logits = model(inputs_embeds=inputs, position_ids=places, attention_mask=mask).logits[0, -embeddings.num_tokens :]
     labels = token_ids[split + 2 : split + 2 + embeddings.num_tokens]  # the split's own prediction is split + 1
     return F.cross_entropy(logits[: len(labels)], labels, reduction="none")
 
@@ -98,7 +100,13 @@ def test_where_training_starts():
 
 
 RECIPE = LookAheadRecipe(
-    num_tokens=2, num_splits=6, shares={"target": 0.5, "fixed": 0.5}, num_texts=8, batch_rows=4, row_tokens=16
+    num_tokens=2,
+    num_helpers=1,
+    num_splits=6,
+    shares={"target": 0.5, "fixed": 0.5},
+    num_texts=8,
+    batch_rows=4,
+    row_tokens=16,
 )
 CONFIG = TrainConfig(num_steps=12, learning_rate=0.2, weight_decay=0.0, checkpoint_every=4)
 
@@ -159,7 +167,7 @@ def test_the_command(tmp_path):
     (tmp_path / "held_out.json").write_text(json.dumps(["w5 w6 w7", "w9 w10"]))
     command = (
         f"train look-ahead --target {target} --out {tmp_path / 'out'} --text {tmp_path / 'text.jsonl'} "
-        "--num-tokens 2 --splits 4 --texts 8 --steps 3 --batch-rows 2 --row-tokens 24 --prompt-tokens 8 "
+        "--num-tokens 2 --helpers 1 --splits 4 --texts 8 --steps 3 --batch-rows 2 --row-tokens 24 --prompt-tokens 8 "
         f"--validate {tmp_path / 'held_out.json'} --validation-tokens 8"
     ).split()
     done = CliRunner().invoke(app, command)
@@ -202,6 +210,7 @@ def test_options_that_do_not_go_together(options, message, tmp_path):
     ("options", "message"),
     [
         ({"num_tokens": 0}, "num_tokens=0 must be at least 1"),
+        ({"num_helpers": -1}, "num_helpers=-1 must be at least 0"),
         ({"decay": 0.0}, "decay=0.0 must be above 0"),
         ({"init": "zero"}, "init='zero'; choose 'mean' or 'frequent'"),
         ({"row_tokens": 8}, "leaves no split for 8"),

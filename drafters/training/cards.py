@@ -58,8 +58,8 @@ LABELS = {
 
 LOOK_AHEAD_CARD = """# Look-ahead embeddings
 
-{num_tokens} embeddings of {hidden_size} numbers ({parameters:,} parameters), with which one target drafts for itself
-(PaSS): use them with `specdec generate --look-ahead FOLDER` or
+{num_tokens} embeddings of {hidden_size} numbers, and {num_helpers} before them that predict nothing ({parameters:,}
+parameters), with which one target drafts for itself (PaSS): use them with `specdec generate --look-ahead FOLDER` or
 `specdec.drafters.look_ahead.LookAhead.load(FOLDER)`. The target's fingerprint is in `look_ahead.json`; others are
 refused. Nothing but the embeddings was trained.
 

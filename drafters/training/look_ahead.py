@@ -9,6 +9,7 @@ first, without gradients, and only the embeddings' own columns are differentiate
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from specdec.errors import ConfigError
 from specdec.model_cache import cache_argument
 
 INITS = ("mean", "frequent")
+OPTIMISER: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.99)}  # of `TrainConfig`
 NUM_FREQUENT = 256  # tokens whose embeddings are averaged
 
 
@@ -31,14 +33,16 @@ NUM_FREQUENT = 256  # tokens whose embeddings are averaged
 class LookAheadRecipe:
     """What is trained on what.
 
-    num_tokens: look-ahead embeddings. num_splits: of each text, in one forward. decay: embedding i's loss weighs
-        decay ** (i - 1), since its guess counts only where those before it were right.
+    num_tokens: look-ahead embeddings. num_helpers: those before them that predict nothing. num_splits: of each text,
+        in one forward. decay: embedding i's loss weighs decay ** (i - 1), since its guess counts only where those
+        before it were right.
     init: the mean of all of the target's input embeddings, or of those of the text's most frequent tokens.
     shares, temperatures, num_texts, batch_rows, row_tokens, write_batch: the text, as for `Distillation`; "target" is
         what the target itself writes, which is what decoding asks about.
     """
 
     num_tokens: int = 8
+    num_helpers: int = 4
     num_splits: int = 32
     decay: float = 0.8
     init: str = "frequent"
@@ -50,9 +54,9 @@ class LookAheadRecipe:
     write_batch: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "num_splits"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("num_tokens", 1), ("num_helpers", 0), ("num_splits", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 < self.decay <= 1:
             raise ConfigError(f"decay={self.decay} must be above 0 and at most 1, which weighs all embeddings alike")
         if self.init not in INITS:
@@ -91,15 +95,15 @@ class LookAheadLoss(nn.Module):
 
         token_ids: [rows, length] int64. splits: [rows, splits] int64, the last token that a split sees.
         """
-        (rows, length), num_ahead = token_ids.shape, self.embeddings.num_tokens
+        (rows, length), embeddings = token_ids.shape, self.embeddings
         text = DynamicCache()
         with torch.no_grad():
             self.target(input_ids=token_ids, use_cache=True, logits_to_keep=1, **cache_argument(self.target, text))
-        branches = Branches.behind(token_ids.new_zeros(rows), length, splits, num_ahead)
+        branches = Branches.behind(token_ids.new_zeros(rows), length, splits, embeddings.ahead)
         visible = branches.visible(branches.slots.shape[1])[:, None, length:]
         dtype = self.target.dtype
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-        ahead = self.embeddings.weight.to(dtype).repeat(splits.shape[1], 1).expand(rows, -1, -1)
+        ahead = embeddings.weight.to(dtype).repeat(splits.shape[1], 1).expand(rows, -1, -1)
         logits = self.target(
             inputs_embeds=ahead,
             attention_mask=mask,
@@ -107,9 +111,10 @@ class LookAheadLoss(nn.Module):
             use_cache=True,
             **cache_argument(self.target, text),
         ).logits
-        labels = token_ids.gather(1, label_places(splits, num_ahead).flatten(1).clamp(max=length - 1))
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
-        return losses.view(rows, -1, num_ahead)
+        logits = logits.unflatten(1, (splits.shape[1], -1))[:, :, embeddings.num_helpers :].float()
+        labels = token_ids.gather(1, label_places(splits, embeddings.num_tokens).flatten(1).clamp(max=length - 1))
+        losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none")
+        return losses.view(logits.shape[:3])
 
 
 def label_places(splits: Tensor, num_ahead: int) -> Tensor:

@@ -63,7 +63,9 @@ def train_look_ahead(
     pool = None
     if "target" in recipe.shares and prompts is not None:
         pool = target_texts(target, prompts, recipe.text, config.seed, work, accelerator, on_progress)
-    embeddings = LookAheadEmbeddings(recipe.num_tokens, target.get_input_embeddings().weight.shape[1])
+    embeddings = LookAheadEmbeddings(
+        recipe.num_tokens, target.get_input_embeddings().weight.shape[1], recipe.num_helpers
+    )
     embeddings.to(accelerator.device)
     initialise(embeddings, target, frequent_text(recipe, pool, text))
     measured = {} if measure is None else {"before": measure(embeddings)}

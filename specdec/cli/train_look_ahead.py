@@ -30,6 +30,7 @@ from specdec.cli.train import (
 from specdec.cli.train_distill import ValidationOption, held_out_prompts, shares_of
 
 TokensOption = Annotated[int, Count(max=32, help="Look-ahead embeddings: the longest draft.")]
+HelpersOption = Annotated[int, typer.Option(metavar="N", min=0, help="Embeddings before them that predict nothing.")]
 SplitsOption = Annotated[int, Count(help="Places of each row at which they are asked, in one forward.")]
 DecayOption = Annotated[
     float, typer.Option(metavar="D", help="Embedding i's loss weighs D^(i-1), as its guess counts only behind others.")
@@ -53,6 +54,7 @@ def look_ahead(
     prompts: PromptsOption = None,
     prompt_tokens: PromptTokensOption = 48,
     num_tokens: TokensOption = 8,
+    helpers: HelpersOption = 4,
     splits: SplitsOption = 32,
     decay: DecayOption = 0.8,
     init: InitOption = "frequent",
@@ -63,7 +65,7 @@ def look_ahead(
     batch_rows: BatchRowsOption = 16,
     row_tokens: RowTokensOption = 192,
     write_batch: WriteBatchOption = 64,
-    learning_rate: LearningRateOption = 2e-2,
+    learning_rate: LearningRateOption = 0.4,
     validate: ValidationOption = None,
     validation_tokens: Annotated[int, Count(help="New tokens per held-out prompt.")] = 96,
     checkpoint_every: CheckpointEveryOption = 500,
@@ -79,13 +81,14 @@ def look_ahead(
     from dataclasses import asdict, replace
 
     from specdec.drafters.training.cards import command_line, write_look_ahead_card
-    from specdec.drafters.training.look_ahead import LookAheadRecipe
+    from specdec.drafters.training.look_ahead import OPTIMISER, LookAheadRecipe
     from specdec.drafters.training.look_ahead_run import Measure, check_free, train_look_ahead
     from specdec.drafters.training.trainer import finish, make_accelerator
     from specdec.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
 
     recipe = LookAheadRecipe(
         num_tokens,
+        helpers,
         splits,
         decay,
         init,
@@ -96,7 +99,7 @@ def look_ahead(
         row_tokens,
         write_batch,
     )
-    config = replace(train_config(steps, learning_rate, checkpoint_every, seed, precision), weight_decay=0.0)
+    config = replace(train_config(steps, learning_rate, checkpoint_every, seed, precision), **OPTIMISER)
     check_free(out)
     place, folder = resolve_device(device), find_checkpoint(target, "target")
     quiet_transformers()

@@ -28,7 +28,7 @@ class RepadCache(RaggedCache):
         used_slots: int,
         first_row: int = 0,
         host_starts: np.ndarray | None = None,
-        num_extra: int = 0,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         """As in the ragged cache. host_starts: `starts` on the host; without them they are copied there."""
         lengths = starts.cpu().numpy() if host_starts is None else host_starts
@@ -41,7 +41,7 @@ class RepadCache(RaggedCache):
             self.realign(first_row, pads.copy(), aligned, int(lengths.max()))
             pads[:] = aligned
         self.pads = torch.from_numpy(pads.copy()).to(self.device) if pads.any() else None
-        return super().begin(starts, width, int(pads[0] + lengths[0]) + width, first_row, num_extra=num_extra)
+        return super().begin(starts, width, int(pads[0] + lengths[0]) + width, first_row, ahead=ahead)
 
     def realign(self, first_row: int, old_pads: np.ndarray, new_pads: np.ndarray, num_columns: int) -> None:
         """Move each row of [rows] to its new padding, through one index that serves all layers."""
