@@ -10,7 +10,8 @@ what it is expected to add is worth more than the seconds it adds at that rate (
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
@@ -47,9 +48,11 @@ class Clock(Protocol):
     def seconds(self, begin: Any, end: Any) -> float: ...
 
 
+@dataclass(frozen=True)
 class HostClock:
-    def mark(self) -> float:
-        return time.perf_counter()
+    """mark: seconds, of the wall's clock or any other."""
+
+    mark: Callable[[], float] = time.perf_counter
 
     def seconds(self, begin: float, end: float) -> float:
         return end - begin

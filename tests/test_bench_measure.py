@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,14 @@ def test_a_wrong_method_is_never_timed(pair, reference, monkeypatch):
     (result,) = measure(pair, reference, [method], 3, lines.append)
     assert (result.num_equal, result.seconds, result.refused) == (2, [], True)
     assert lines == ["specdec prompt_lookup K=2, batch 2: 2/4 equal, NOT TIMED"]
+
+
+def test_another_clock_times_the_calls(pair, reference):
+    """Each call reads it twice: one second by this clock."""
+    ticks = itertools.count()
+    plain = transformers_method(pair, PLAIN, 1, None, NEW)
+    (result,) = measure(pair, reference, [plain], 2, lambda line: None, lambda: float(next(ticks)))
+    assert result.seconds == [[1.0] * 4] * 2
 
 
 def test_a_missing_prompt_is_an_error_not_a_match(pair, reference):

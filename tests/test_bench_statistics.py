@@ -10,7 +10,7 @@ import pytest
 from specdec.bench.compare import FASTER, NOT_EQUAL, SAME, SLOWER, UNCLEAR, compare, read_record, verdict_of
 from specdec.bench.methods import PLAIN
 from specdec.bench.record import FORMAT
-from specdec.bench.statistics import Timing, percentiles, rate, speedup
+from specdec.bench.statistics import Timing, estimate, percentiles, rate, speedup
 from specdec.errors import ConfigError, InputError
 
 NUM_CALLS, REPEATS, TOKENS = 12, 5, 64
@@ -159,6 +159,12 @@ def test_a_rate_is_tokens_over_seconds_and_its_interval_knows_both_sources():
     other_calls = rate(Timing.of([[1.0, 1.0]] * 5, [10, 30]))
     other_repeats = rate(Timing.of([[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]], [10, 10]))
     assert other_calls.low < other_calls.median < other_calls.high and other_repeats.low < other_repeats.median
+
+
+def test_an_estimate_of_repeats_lies_within_them():
+    found = estimate([3.0, 1.0, 2.0])
+    assert (found.median, found.low, found.high, found.repeats) == (2.0, 1.0, 3.0, (3.0, 1.0, 2.0))
+    assert estimate([4.0]).low == estimate([4.0]).high == 4.0
 
 
 def test_percentiles_of_a_row():

@@ -18,6 +18,8 @@ from specdec.bench.memory import PeakMemory
 from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, new_tokens, total
 from specdec.bench.statistics import Timing
 
+Clock = Callable[[], float]  # seconds
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -83,11 +85,12 @@ def measure(
     methods: Sequence[Method],
     num_repeats: int,
     log: Callable[[str], None],
+    clock: Clock = time.perf_counter,
 ) -> list[Result]:
     """Check every method's token ids against the reference's, which also warms it up; then time them, then look inside.
 
     reference: of each prompt, new tokens of transformers' plain greedy decoding of it alone. Methods of ours that are
-    not equal are not timed. Each repeat runs every method once, starting at another one.
+    not equal are not timed. Each repeat runs every method once, starting at another one. clock: of the timed runs.
     """
     results = [checked(pair, reference, method, log) for method in methods]
     timed = [result for result in results if not result.refused]
@@ -95,7 +98,7 @@ def measure(
         start = repeat * len(timed) // num_repeats
         for result in timed[start:] + timed[:start]:
             if not result.refused:
-                time_once(pair, reference, result)
+                time_once(pair, reference, result, clock)
                 log(f"repeat {repeat + 1}/{num_repeats}, {result.method.label}: {sum(result.seconds[-1]):.2f} s")
     for result in results:
         if result.refused:
@@ -112,10 +115,10 @@ def checked(pair: Pair, reference: Sequence[list[int]], method: Method, log: Cal
     return result
 
 
-def time_once(pair: Pair, reference: Sequence[list[int]], result: Result) -> None:
+def time_once(pair: Pair, reference: Sequence[list[int]], result: Result, clock: Clock = time.perf_counter) -> None:
     """Outputs count here too: a method may turn wrong."""
     others = ForeignLoad()
-    outputs, seconds, _ = run(pair, result.method)
+    outputs, seconds, _ = run(pair, result.method, clock)
     result.num_equal = min(result.num_equal, count_equal(outputs, reference))
     result.seconds.append(seconds)
     result.foreign_cores.append(others.cores())
@@ -133,12 +136,14 @@ def older_objects_left_alone() -> Iterator[None]:
 
 
 @torch.no_grad()
-def run(pair: Pair, method: Method) -> tuple[list[list[int]], list[float], Speculation | None]:
+def run(
+    pair: Pair, method: Method, clock: Clock = time.perf_counter
+) -> tuple[list[list[int]], list[float], Speculation | None]:
     """New tokens per prompt, seconds per batch, and our statistics; inputs are on the device before the clock runs."""
     outputs, seconds, statistics = [], [], []
     gc.collect()
     for batch in batches(pair, method.batch_size):
-        decoded, elapsed = timed_decode(method, batch)
+        decoded, elapsed = timed_decode(method, batch, clock)
         outputs += new_tokens(decoded, batch, pair.eos_ids)
         seconds.append(elapsed)
         if decoded.speculation is not None:
@@ -190,13 +195,13 @@ class ForeignLoad:
         return time.perf_counter(), busy - getattr(machine, "guest_nice", 0.0), time.process_time()
 
 
-def timed_decode(method: Method, batch: Batch) -> tuple[Decoded, float]:
+def timed_decode(method: Method, batch: Batch, clock: Clock = time.perf_counter) -> tuple[Decoded, float]:
     """The method's result and its seconds, prefill included."""
     synchronise(batch.input_ids.device)
-    begin = time.perf_counter()
+    begin = clock()
     decoded = method.decode(batch)
     synchronise(batch.input_ids.device)
-    return decoded, time.perf_counter() - begin
+    return decoded, clock() - begin
 
 
 def count_equal(outputs: Sequence[list[int]], reference: Sequence[list[int]]) -> int:

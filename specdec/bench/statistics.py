@@ -81,6 +81,13 @@ def rate(timing: Timing, seed: int = 0) -> Estimate:
     return Estimate.of(timing.rates(), np.median(resampled_rates(timing, repeats, calls), 1))
 
 
+def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Of one value a repeat, whatever it measures; the bootstrap is over repeats alone."""
+    measured = np.asarray(values, dtype=float)
+    repeats = resampled_repeats(len(measured), np.random.default_rng(seed))
+    return Estimate.of(measured, np.median(measured[repeats], 1))
+
+
 def speedup(ours: Timing, baseline: Timing, seed: int = 0) -> Estimate:
     """Tokens per second over the baseline's, repeat by repeat: noise that slows a whole repeat down cancels.
 
