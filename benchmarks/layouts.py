@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 import transformers
-from pairs import DEMO_PAIR, load_pair, numbers, positive, write_record
+from pairs import DEMO_PAIR, load_pair, numbers, positive, suite_of, write_record
 
 import specdec
 from specdec.bench.latency import StepClock
@@ -28,11 +28,10 @@ from specdec.bench.measure import log_to_stderr, measure, older_objects_left_alo
 from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
 from specdec.bench.record import describe_pair, describe_result, describe_suite
 from specdec.bench.stages import profile
-from specdec.bench.suite import Asked, Suite
 from specdec.bench.tables import markdown
 from specdec.environment import environment
 from specdec.layout import LAYOUTS, Grouped, Layout
-from specdec.oracle import greedy_settings, run_plain
+from specdec.oracle import greedy_settings
 
 SHOWN = ("draft", "verify", "realign", "move rows")
 
@@ -102,11 +101,10 @@ def main(argv: Sequence[str]) -> int:
     record |= environment(device, ["python", "benchmarks/layouts.py", *argv])
     pair = load(arguments)
     with greedy_settings(pair.target), older_objects_left_alone():
-        reference = run_plain(pair.target, pair.prompts, arguments.max_new_tokens).outputs
-        suite = Suite("prompts", pair.prompts, [Asked(i, None, 0) for i in range(len(pair.prompts))], reference)
+        suite = suite_of(pair, arguments.max_new_tokens)
         plain = peers(Pair(pair.name, pair.target, None, pair.prompts), arguments.max_new_tokens,
                       arguments.batch_sizes, lookup=False)  # fmt: skip
-        results = measure(pair, reference, plain + methods_of(pair, arguments), arguments.repeats, log_to_stderr)
+        results = measure(pair, suite.reference, plain + methods_of(pair, arguments), arguments.repeats, log_to_stderr)
         names = ("device", "dtype", "max_new_tokens", "repeats")
         record |= {name: getattr(arguments, name) for name in names}
         record |= {"models": describe_pair(pair), "suites": [describe_suite(suite)]}

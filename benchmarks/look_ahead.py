@@ -1,34 +1,41 @@
 """What look-ahead embeddings are worth (PaSS): tokens a step by L, target calls against plain decoding, and speed.
 
-    python benchmarks/look_ahead.py
     python benchmarks/look_ahead.py --models FOLDER --look-ahead FOLDER
 
 Token ids are compared with transformers' plain greedy decoding before anything is timed; a method that differs is not.
 All methods run interleaved in one process. Small models fall into loops, which are easy to guess; "without loops"
-leaves those prompts out.
+leaves those prompts out. The exit status is 1 if any is not equal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from decode import DEMO_PAIR, RESULTS, numbers, positive
-from loops import ends_in_loop
-from measure import Result, log_to_stderr, measure, speedup
-from methods import PLAIN, Batch, Decoded, Method, Pair, load_pair, transformers_method
-from record import describe_pair, environment, markdown
+import transformers
+from pairs import DEMO_PAIR, load_pair, numbers, positive, suite_of, write_record
 
 import specdec
+from specdec.bench.latency import StepClock
+from specdec.bench.measure import Result, log_to_stderr, measure, older_objects_left_alone
+from specdec.bench.methods import PLAIN, Batch, Decoded, Method, Pair, generate, transformers_method
+from specdec.bench.record import describe_pair, describe_result, describe_suite, find
+from specdec.bench.statistics import speedup
+from specdec.bench.suite import Suite
+from specdec.bench.tables import cell, markdown
 from specdec.drafter import Drafter
 from specdec.drafters.look_ahead import LookAhead
+from specdec.environment import environment
+from specdec.oracle import greedy_settings
 
 LOOKUP = "prompt_lookup"
+LOOKUP_K = 5
+OUR_PLAIN = "specdec plain"
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -39,114 +46,98 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=positive, default=32)
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--num-speculative-tokens", type=numbers, default=tuple(range(1, 9)), help="L, those used")
+    parser.add_argument("--num-speculative-tokens", type=numbers, help="L, those used; by default every one there is")
     parser.add_argument("--batch-sizes", type=numbers, default=(1, 8))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument(
-        "--json", type=Path, help="the record; by default benchmarks/results/look-ahead-<device>-<date>"
+        "--json", type=Path, help="the record; by default benchmarks/results/look-ahead-<device>-<pair>-<date>"
     )
     return parser.parse_args(argv)
 
 
-def methods_of(pair: Pair, drafter: LookAhead, arguments: argparse.Namespace) -> list[Method]:
+def methods_of(pair: Pair, drafter: LookAhead, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Method]:
+    def ours(name: str, batch_size: int, k: int | None, drafter: Drafter | str | None) -> Method:
+        def decode(batch: Batch, clock: StepClock | None = None) -> Decoded:
+            return generate(pair, batch, drafter, k, arguments.max_new_tokens, clock)
+
+        return Method(name, batch_size, True, k, decode)
+
     found = []
-    lengths = [k for k in arguments.num_speculative_tokens if k <= drafter.embeddings.num_tokens]
     for batch_size in arguments.batch_sizes:
         found.append(transformers_method(pair, PLAIN, batch_size, None, arguments.max_new_tokens))
-        found.append(ours(pair, "specdec plain", batch_size, None, None, arguments.max_new_tokens))
-        found += [ours(pair, "specdec look_ahead", batch_size, k, drafter, arguments.max_new_tokens) for k in lengths]
-        found.append(ours(pair, f"specdec {LOOKUP}", batch_size, 5, LOOKUP, arguments.max_new_tokens))
+        found.append(ours(OUR_PLAIN, batch_size, None, None))
+        found += [ours("specdec look_ahead", batch_size, k, drafter) for k in lengths]
+        found.append(ours(f"specdec {LOOKUP}", batch_size, LOOKUP_K, LOOKUP))
     return found
 
 
-def ours(
-    pair: Pair, name: str, batch_size: int, k: int | None, drafter: Drafter | str | None, max_new_tokens: int
-) -> Method:
-    def decode(batch: Batch) -> Decoded:
-        output = specdec.generate(
-            pair.target, batch.input_ids, batch.attention_mask, drafter=drafter, num_speculative_tokens=k,
-            do_sample=False, max_new_tokens=max_new_tokens, return_dict_in_generate=True,
-        )  # fmt: skip
-        return Decoded(output.sequences, output.speculation)
-
-    return Method(name, batch_size, True, k, decode)
+def lengths_of(drafter: LookAhead, asked: Sequence[int] | None) -> Sequence[int]:
+    """Raises ConfigError if more is asked for than there is."""
+    most = drafter.embeddings.num_tokens
+    lengths = range(1, most + 1) if asked is None else asked
+    if max(lengths) > most:
+        raise specdec.ConfigError(f"--num-speculative-tokens {max(lengths)} exceeds the {most} look-ahead embeddings")
+    return lengths
 
 
-def describe(result: Result, plain: Result, theirs: Result, straight: list[int]) -> dict:
-    """plain: our own plain decoding of the same batches; theirs: transformers'. straight: prompts without a loop."""
-    done = result.speculation
-    per_row, calls = None, None
-    if done is not None and plain.speculation is not None:
-        per_row = round(done.mean_acceptance_length, 4)
-        calls = round(plain.speculation.num_target_calls / done.num_target_calls, 4)
-    spread, own = speedup(result, theirs), speedup(result, plain)
-    alone = speedup(result, theirs, straight) if result.method.batch_size == 1 and straight else None
-    return {
-        "method": result.method.name, "num_speculative_tokens": result.method.num_speculative_tokens,
-        "batch_size": result.method.batch_size, "equal": f"{result.num_equal}/{len(result.outputs)}",
-        "mean_acceptance_length": per_row, "plain_calls_per_call": calls,
-        "acceptance_by_position": None if done is None else [round(x, 4) for x in done.acceptance_by_position],
-        "tokens_per_second": result.tokens_per_second(), "foreign_cores": result.foreign_cores,
-        "x_transformers_plain": spread and spread.median, "x_specdec_plain": own and own.median,
-        "x_transformers_plain_without_loops": alone and alone.median,
-    }  # fmt: skip
+def describe(result: Result, results: Sequence[Result], suite: Suite) -> dict:
+    """The harness's entry, beside our own plain decoding too. plain_calls_per_call: target calls, prefill apart."""
+    entry = describe_result(result, results, suite)
+    plain = find(results, OUR_PLAIN, None, result.method.batch_size)
+    assert plain is not None
+    timed = result.is_timed and plain.is_timed
+    entry["speedup_over_specdec_plain"] = asdict(speedup(result.timing, plain.timing)) if timed else None
+    entry["plain_calls_per_call"] = None
+    if result.speculation is not None and plain.speculation is not None:
+        calls = plain.speculation.num_target_calls / max(result.speculation.num_target_calls, 1)
+        entry["plain_calls_per_call"] = calls
+    return entry
 
 
-@torch.no_grad()
-def mean_length_without_loops(pair: Pair, drafter: LookAhead, k: int, straight: list[int], max_new: int) -> float:
-    """Tokens a step over the prompts whose outputs do not end in a loop."""
-    accepted = steps = 0
-    for index in straight:
-        done = specdec.generate(
-            pair.target, pair.prompts[index][None].to(pair.target.device), drafter=drafter, num_speculative_tokens=k,
-            do_sample=False, max_new_tokens=max_new, return_dict_in_generate=True,
-        ).speculation  # fmt: skip
-        accepted, steps = accepted + done.num_accepted_draft_tokens, steps + done.num_spec_steps
-    return 1 + accepted / max(steps, 1)
-
-
-def table(rows: Sequence[dict]) -> str:
-    head = ["batch", "method", "L", "equal", "tokens per step", "plain calls / calls", "x transformers", "x our plain"]
-    names = ("mean_acceptance_length", "plain_calls_per_call", "x_transformers_plain", "x_specdec_plain")
-    body = [
-        [
-            str(row["batch_size"]), row["method"], str(row["num_speculative_tokens"] or ""), row["equal"],
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in names),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return markdown(head, body)
+def table(entries: Sequence[dict]) -> str:
+    header = ("batch", "method", "L", "equal", "tokens per step", "without loops", "plain calls / calls",
+              "x transformers", "x without loops", "x our plain")  # fmt: skip
+    rows = []
+    for entry in entries:
+        straight = entry["without_loops"] or {}
+        rows.append(
+            (
+                str(entry["batch_size"]),
+                entry["method"],
+                cell(entry["num_speculative_tokens"], "d"),
+                f"{entry['num_equal']}/{entry['num_prompts']}",
+                cell(entry.get("mean_acceptance_length")),
+                cell(straight.get("mean_acceptance_length")),
+                cell(entry["plain_calls_per_call"]),
+                cell(entry["speedup_over_plain"]),
+                cell(straight.get("speedup_over_plain")),
+                cell(entry["speedup_over_specdec_plain"]),
+            )
+        )
+    return markdown(header, rows)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
-    pair = load_pair(arguments.models, arguments.num_prompts, getattr(torch, arguments.dtype), arguments.device)
-    drafter = LookAhead.load(arguments.look_ahead or arguments.models / "look_ahead")
-    reference = transformers_method(pair, PLAIN, 1, None, arguments.max_new_tokens)
-    results = measure(pair, reference, methods_of(pair, drafter, arguments), arguments.repeats, log_to_stderr)
-    straight = [i for i, tokens in enumerate(results[0].outputs) if not ends_in_loop(tokens)]
-    rows = []
-    for batch_size in arguments.batch_sizes:
-        some = [result for result in results if result.method.batch_size == batch_size]
-        theirs, plain = some[0], some[1]
-        rows += [describe(result, plain, theirs, straight) for result in some]
-    largest = max(k for k in arguments.num_speculative_tokens if k <= drafter.embeddings.num_tokens)
-    alone = mean_length_without_loops(pair, drafter, largest, straight, arguments.max_new_tokens)
-    now = datetime.now(timezone.utc)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    now, device = datetime.now(timezone.utc), torch.device(arguments.device)
     record = {"date": now.isoformat(timespec="seconds")}
-    record |= environment(torch.device(arguments.device), "benchmarks/look_ahead.py", argv) | describe_pair(pair)
-    record |= {name: getattr(arguments, name) for name in ("dtype", "max_new_tokens", "repeats")}
-    record |= {
-        "embeddings": drafter.embeddings.shape,
-        "prompts_without_loops": len(straight),
-        "mean_acceptance_length_without_loops": {str(largest): round(alone, 4)},
-        "rows": rows,
-    }
-    name = f"look-ahead-{arguments.device}-{now:%Y-%m-%d}-{pair.name}.json"
-    path = arguments.json or RESULTS / name
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(rows))
-    print(f"\nwithout loops ({len(straight)} prompts), L = {largest}: {alone:.2f} tokens per step\n{path}")
+    record |= environment(device, ["python", "benchmarks/look_ahead.py", *argv])
+    drafter = LookAhead.load(arguments.look_ahead or arguments.models / "look_ahead")
+    lengths = lengths_of(drafter, arguments.num_speculative_tokens)
+    pair = load_pair(arguments.models, arguments.num_prompts, getattr(torch, arguments.dtype), device)
+    with greedy_settings(pair.target), older_objects_left_alone():
+        suite = suite_of(pair, arguments.max_new_tokens)
+        methods = methods_of(pair, drafter, lengths, arguments)
+        results = measure(pair, suite.reference, methods, arguments.repeats, log_to_stderr)
+    record |= {name: getattr(arguments, name) for name in ("device", "dtype", "max_new_tokens", "repeats")}
+    record |= {"models": describe_pair(pair), "suites": [describe_suite(suite)], "embeddings": drafter.embeddings.shape}
+    record["results"] = [describe(result, results, suite) for result in results]
+    looping = record["suites"][0]["num_looping"]
+    print(table(record["results"]))
+    print(f"\n{looping} of {len(pair.prompts)} continuations end in a loop")
+    write_record(record, arguments.json, f"look-ahead-{arguments.device}-{pair.name}", now)
     return 0 if all(result.all_equal for result in results) else 1
 
 

@@ -1,9 +1,10 @@
-"""What the scripts here share: the folder of a trained pair, where records go, arguments that are numbers."""
+"""What the scripts here share: a trained pair and its prompts, clocks, where records go, arguments that are numbers."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec.bench.methods import Pair
+from specdec.bench.suite import Asked, Suite
+from specdec.cost_model import HostClock
+from specdec.oracle import run_plain
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DEMO_PAIR = Path(specdec.__file__).resolve().parent / "assets" / "demo_pair"
 
 
@@ -31,6 +36,29 @@ def load_pair(folder: Path, num_prompts: int, dtype: torch.dtype, device: torch.
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     ids = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts[:num_prompts]]
     return Pair(folder.resolve().name, target, draft, ids)
+
+
+def suite_of(pair: Pair, max_new_tokens: int) -> Suite:
+    """The pair's prompts as they stand, with plain decoding's answers. To be called within `greedy_settings`."""
+    reference = run_plain(pair.target, pair.prompts, max_new_tokens).outputs
+    return Suite("prompts", pair.prompts, [Asked(index, None, 0) for index in range(len(pair.prompts))], reference)
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall",
+        help="cpu: the time that this process computes, for one thread on a machine that others use too",
+    )  # fmt: skip
+
+
+def check_clock(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.clock == "cpu" and (arguments.device != "cpu" or torch.get_num_threads() > 1):
+        parser.error("--clock cpu is for --device cpu with one thread; set OMP_NUM_THREADS=1")
+
+
+def cost_clock(name: str) -> HostClock | None:
+    """The same clock for a cost model; None leaves it the device's own."""
+    return None if name == "wall" else HostClock(CLOCKS[name])
 
 
 def positive(text: str) -> int:

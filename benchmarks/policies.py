@@ -1,64 +1,59 @@
-"""Length policies against each other on held-out prompts, and the cost model against plain decoding.
+"""Length policies against each other, and against an oracle, on held-out prompts.
 
     python benchmarks/policies.py
-    python benchmarks/policies.py --guarantee
 
-The first compares fixed K, `confidence`, `acceptance_head`, `disco` and `cost_model` over sweeps of their settings, in
-interleaved repeats of one run, with an oracle that drafts exactly the tokens that will be accepted. Each kind's setting
-is chosen on every other prompt and judged on the rest. Outputs are compared with transformers' plain greedy decoding
-first; the exit status is 1 if any is not equal.
-
-The second measures, at several batch sizes, tokens per second of `cost_model`, which begins without any knowledge each
-time, over those of plain decoding of the same engine, from the 33rd step on and until the first row ends: with the
-pair's draft, with a draft of random weights, and with prompt lookup on sampled text, which repeats little.
+Fixed K, `confidence`, `acceptance_head`, `disco` and `cost_model` over sweeps of their settings, in interleaved repeats
+of one run, with an oracle that drafts exactly the tokens that will be accepted. Each kind's setting is chosen on every
+other prompt and judged on the rest. Outputs are compared with transformers' plain greedy decoding first; the exit
+status is 1 if any is not equal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from decode import DEMO_PAIR, RESULTS, numbers, positive
-from measure import Clock, ForeignLoad, Result, Spread, log_to_stderr, measure, synchronise
-from methods import PLAIN, Batch, Decoded, Method, Pair, left_pad, load_pair, transformers_method
-from record import describe_pair, environment, markdown
-from transformers import AutoModelForCausalLM
+from pairs import (
+    CLOCKS,
+    DEMO_PAIR,
+    add_clock,
+    check_clock,
+    cost_clock,
+    load_pair,
+    numbers,
+    positive,
+    suite_of,
+    write_record,
+)
 
 import specdec
 from specdec.acceptance_head import AcceptanceHead
-from specdec.cost_model import CostModel, Knowledge
+from specdec.bench.latency import StepClock
+from specdec.bench.measure import ForeignLoad, Result, log_to_stderr, measure, older_objects_left_alone
+from specdec.bench.methods import Batch, Decoded, Method, Pair, generate
+from specdec.bench.record import describe_pair, describe_suite
+from specdec.bench.statistics import Estimate, Timing, rate, speedup
+from specdec.bench.suite import Suite
+from specdec.bench.tables import markdown
+from specdec.cost_model import CostModel
 from specdec.disco import Disco
+from specdec.environment import environment
 from specdec.length import ByAcceptanceHead, ByDisco, Confidence, Fixed, LengthPolicy
+from specdec.oracle import greedy_settings
 
 MOST = 20
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-FIRST_STEPS = 32
 THRESHOLDS = {
     "confidence": (0.2, 0.35, 0.5),
     "acceptance_head": (0.4, 0.55, 0.7, 0.85),
     "disco": (0.3, 0.45, 0.6),
 }
-
-
-@dataclass(frozen=True)
-class ClockOf:
-    """A cost model's clock on the host."""
-
-    mark: Callable[[], float]
-
-    def seconds(self, begin: float, end: float) -> float:
-        return end - begin
 
 
 class Oracle(LengthPolicy):
@@ -113,7 +108,7 @@ class Way:
 
 
 def all_ways(arguments: argparse.Namespace, agrees: Sequence[np.ndarray]) -> list[Way]:
-    clock = ClockOf(CLOCKS["cpu"]) if arguments.clock == "cpu" else None
+    clock = cost_clock(arguments.clock)
     ways = [Way("plain", None, 1, None)]
     ways += [Way("fixed", k, k, lambda prompts: Fixed()) for k in arguments.num_speculative_tokens]
     ways += [Way("confidence", h, MOST, lambda p, h=h: Confidence(h)) for h in THRESHOLDS["confidence"]]
@@ -132,64 +127,68 @@ def all_ways(arguments: argparse.Namespace, agrees: Sequence[np.ndarray]) -> lis
 
 
 def method_of(pair: Pair, way: Way, batch_size: int, max_new_tokens: int) -> Method:
-    def decode(batch: Batch) -> Decoded:
-        drafting: dict[str, Any] = {}
-        if way.make is not None:
-            drafting = {"drafter": pair.draft, "length_policy": way.make(batch.prompt_indices)}
-            drafting["num_speculative_tokens"] = way.most
-        output = specdec.generate(
-            pair.target, batch.input_ids, batch.attention_mask, do_sample=False, max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True, **drafting,
-        )  # fmt: skip
-        return Decoded(output.sequences, output.speculation)
+    def decode(batch: Batch, clock: StepClock | None = None) -> Decoded:
+        if way.make is None:
+            return generate(pair, batch, None, None, max_new_tokens, clock)
+        policy = {"length_policy": way.make(batch.prompt_indices)}
+        return generate(pair, batch, pair.draft, way.most, max_new_tokens, clock, policy)
 
     return Method(way.name, batch_size, True, None, decode)
 
 
 def judged(ways: Sequence[Way], results: Sequence[Result]) -> list[dict]:
     """Each kind at the setting that was fastest on every other prompt, by its speed on the rest; at a batch size
-    above 1, where single prompts have no time, on all of them."""
+    above 1, where single prompts have no time, on all of them. Nothing where no fixed K was timed."""
     num_prompts = len(results[0].outputs)
     alone = results[0].method.batch_size == 1
     chosen_on = range(0, num_prompts, 2) if alone else None
     judged_on = range(1, num_prompts, 2) if alone else None
-    speeds = {way.name: result for way, result in zip(ways, results, strict=True) if result.seconds}
-    best: dict[str, Way] = {}
-    for way in (way for way in ways if way.name in speeds):
-        if way.kind not in best or median(speeds[way.name], chosen_on) > median(speeds[best[way.kind].name], chosen_on):
-            best[way.kind] = way
-    base = speeds[best["fixed"].name]
-    entries = [describe(way, speeds[way.name], base, judged_on) for way in best.values()]
+    best: dict[str, tuple[Way, Result]] = {}
+    for way, result in zip(ways, results, strict=True):
+        known = best.get(way.kind)
+        if result.is_timed and (known is None or median(result, chosen_on) > median(known[1], chosen_on)):
+            best[way.kind] = way, result
+    if "fixed" not in best:
+        return []
+    base = timing(best["fixed"][1], judged_on)
+    entries = [describe(way, result, timing(result, judged_on), base) for way, result in best.values()]
     gain = next((entry["gain"]["median"] for entry in entries if entry["kind"] == "oracle"), 0.0)
     for entry in entries:
         entry["share_of_oracle"] = entry["gain"]["median"] / gain if gain > 0 else None
     return entries
 
 
+def timing(result: Result, prompts: Sequence[int] | None) -> Timing:
+    return result.timing if prompts is None else result.timing_of(prompts)
+
+
 def median(result: Result, prompts: Sequence[int] | None) -> float:
-    return statistics.median(result.tokens_per_second(prompts))
+    return float(np.median(timing(result, prompts).rates()))
 
 
-def describe(way: Way, result: Result, base: Result, prompts: Sequence[int] | None) -> dict:
+def describe(way: Way, result: Result, ours: Timing, base: Timing) -> dict:
     """gain: over the best fixed K, repeat by repeat. tokens_per_target_call: per row."""
-    ours, theirs = result.tokens_per_second(prompts), base.tokens_per_second(prompts)
-    gain = Spread.of([a / b - 1 for a, b in zip(ours, theirs, strict=True)])
     speculation = result.speculation
-    assert gain is not None and speculation is not None
+    assert speculation is not None
     return {
         "kind": way.kind,
         "setting": way.setting,
         "batch_size": result.method.batch_size,
-        "tokens_per_second": vars(Spread.of(ours)),
-        "gain": vars(gain),
+        "tokens_per_second": asdict(rate(ours)),
+        "gain": asdict(gain_of(speedup(ours, base))),
         "tokens_per_target_call": speculation.mean_acceptance_length,
         "drafted_per_step": speculation.num_draft_tokens / max(speculation.num_spec_steps, 1),
         "speculation": speculation.to_dict(),
     }
 
 
+def gain_of(ratio: Estimate) -> Estimate:
+    """What is above 1."""
+    return Estimate(ratio.median - 1, ratio.low - 1, ratio.high - 1, tuple(value - 1 for value in ratio.repeats))
+
+
 def table(entries: Sequence[dict]) -> str:
-    header = ("policy", "batch", "setting", "tokens/s (range)", "over best fixed K (range)", "share of oracle's gain",
+    header = ("policy", "batch", "setting", "tokens/s (95 %)", "over best fixed K (95 %)", "share of oracle's gain",
               "tokens per target call", "drafted per step", "acceptance rate")  # fmt: skip
     rows = []
     for entry in entries:
@@ -199,8 +198,8 @@ def table(entries: Sequence[dict]) -> str:
                 entry["kind"],
                 str(entry["batch_size"]),
                 "-" if entry["setting"] is None else f"{entry['setting']:g}",
-                f"{speed['median']:.0f} ({speed['min']:.0f}-{speed['max']:.0f})",
-                f"{gain['median']:+.1%} ({gain['min']:+.1%} to {gain['max']:+.1%})",
+                f"{speed['median']:.0f} ({speed['low']:.0f}-{speed['high']:.0f})",
+                f"{gain['median']:+.1%} ({gain['low']:+.1%} to {gain['high']:+.1%})",
                 "-" if share is None else f"{share:.0%}",
                 f"{entry['tokens_per_target_call']:.2f}",
                 f"{entry['drafted_per_step']:.2f}",
@@ -231,103 +230,17 @@ def plot_calibration(entries: Sequence[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def compare(pair: Pair, arguments: argparse.Namespace) -> tuple[dict, bool]:
-    reference = transformers_method(pair, PLAIN, 1, None, arguments.max_new_tokens)
-    plain = method_of(pair, Way("plain", None, 1, None), 1, arguments.max_new_tokens)
-    outputs = measure(pair, reference, [plain], 0, log_to_stderr)[0].outputs
-    ways = all_ways(arguments, agreement(pair, outputs))
+def compare(pair: Pair, suite: Suite, arguments: argparse.Namespace) -> tuple[list[dict], list[str]]:
+    """An entry of each kind at each batch size, and the methods that were wrong."""
+    ways = all_ways(arguments, agreement(pair, suite.reference))
     entries, wrong = [], []
     for batch_size in arguments.batch_sizes:
         methods = [method_of(pair, way, batch_size, arguments.max_new_tokens) for way in ways]
-        results = measure(pair, reference, methods, arguments.repeats, log_to_stderr, CLOCKS[arguments.clock])
+        clock = CLOCKS[arguments.clock]
+        results = measure(pair, suite.reference, methods, arguments.repeats, log_to_stderr, clock)
         wrong += [result.method.label for result in results if result.refused]
         entries += judged(ways, results)
-    print(table(entries))
-    if arguments.plot is not None:
-        first = arguments.batch_sizes[0]
-        plot_calibration([entry for entry in entries if entry["batch_size"] == first], arguments.plot)
-    for label in wrong:
-        log_to_stderr(f"NOT EQUAL to plain decoding, not timed: {label}")
-    return {"policies": entries}, not wrong
-
-
-# ---- the guarantee
-
-
-def speed_behind_first_steps(
-    pair: Pair, batch: Batch, options: dict[str, Any], max_new_tokens: int, clock: Clock
-) -> float:
-    """Tokens per second behind the first steps, while the batch is full: plain decoding ends all rows at once, drafts
-    one after the other. Where there are fewer than twice as many steps, behind the first half of them."""
-    times, tokens, is_full = [], [], True
-
-    def on_commit(report: specdec.StepReport) -> None:
-        nonlocal is_full
-        if is_full:
-            times.append(clock())
-            tokens.append(int(report.num_committed.sum()))
-        is_full = is_full and not report.finished.any()
-
-    specdec.generate(
-        pair.target, batch.input_ids, batch.attention_mask, max_new_tokens=max_new_tokens, eos_token_id=None,
-        on_commit=on_commit, **options,
-    )  # fmt: skip
-    synchronise(batch.input_ids.device)
-    skipped = min(FIRST_STEPS, len(times) // 2)  # and prefill's report
-    return sum(tokens[skipped + 1 :]) / (times[-1] - times[skipped])
-
-
-def guarantee(pair: Pair, arguments: argparse.Namespace) -> tuple[dict, bool]:
-    torch.manual_seed(arguments.seed)
-    random_draft = AutoModelForCausalLM.from_config(pair.draft.config).to(pair.draft.device, pair.draft.dtype).eval()
-    greedy = {"do_sample": False}
-    sampled = {"do_sample": True, "temperature": 1.5, "top_k": 0, "seed": arguments.seed}
-    cases: list[tuple[str, Any, dict]] = [
-        ("draft", pair.draft, greedy),
-        ("random draft", random_draft, greedy),
-        ("prompt_lookup, sampled text", "prompt_lookup", sampled),
-    ]
-    entries = []
-    for batch_size in arguments.batch_sizes:
-        for name, drafter, decoding in cases:
-            entries.append(guaranteed(pair, batch_size, name, drafter, decoding, arguments))
-            log_to_stderr(f"batch {batch_size}, {name}: {entries[-1]['over_plain']['median']:.3f}")
-    header = ("drafter", "batch", "plain tokens/s", "cost_model tokens/s", "over plain (range)")
-    rows = [
-        (
-            entry["drafter"],
-            str(entry["batch_size"]),
-            f"{entry['plain']['median']:.0f}",
-            f"{entry['cost_model']['median']:.0f}",
-            "{median:.3f} ({min:.3f}-{max:.3f})".format(**entry["over_plain"]),
-        )
-        for entry in entries
-    ]
-    print(markdown(header, rows))
-    return {"guarantee": entries}, all(entry["over_plain"]["median"] >= 0.97 for entry in entries)
-
-
-def guaranteed(
-    pair: Pair, batch_size: int, name: str, drafter: Any, decoding: dict, arguments: argparse.Namespace
-) -> dict:
-    """Interleaved repeats, each way first in every other one; the first of both is a warm-up."""
-    repeated = Pair(pair.name, pair.target, pair.draft, (pair.prompts * batch_size)[:batch_size])
-    batch = left_pad(repeated, range(batch_size))
-    speeds: dict[str, list[float]] = {"plain": [], "cost_model": []}
-    load, clock = ForeignLoad(), CLOCKS[arguments.clock]
-    for repeat in range(arguments.repeats + 1):
-        for way in ("plain", "cost_model")[:: 1 if repeat % 2 else -1]:
-            options = dict(decoding)
-            if way == "cost_model":
-                own = ClockOf(clock) if arguments.clock == "cpu" else None
-                options |= {"drafter": drafter, "length_policy": CostModel(clock=own, knowledge=Knowledge())}
-            speed = speed_behind_first_steps(repeated, batch, options, arguments.max_new_tokens, clock)
-            if repeat:
-                speeds[way].append(speed)
-    ratios = [ours / plain for ours, plain in zip(speeds["cost_model"], speeds["plain"], strict=True)]
-    found = {**speeds, "over_plain": ratios}
-    spreads = {key: vars(Spread.of(values)) for key, values in found.items()}
-    return {"drafter": name, "batch_size": batch_size, **spreads, "foreign_cores": load.cores()}
+    return entries, wrong
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -336,28 +249,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=DEMO_PAIR, help="folder with target/, draft/ and prompts.json")
     parser.add_argument("--head", type=Path, help="folder with the heads, by default the draft's")
     parser.add_argument("--num-prompts", type=positive, default=24, help="how many of the prompts, from the first")
-    parser.add_argument("--max-new-tokens", type=positive, help="by default 96, and 160 with --guarantee")
+    parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--num-speculative-tokens", type=numbers, default=(2, 3, 4, 5, 6, 7, 8, 10, 12), help="fixed K")
-    parser.add_argument("--batch-sizes", type=numbers, help="by default 1, and 1,8,32,64 with --guarantee")
-    parser.add_argument("--guarantee", action="store_true", help="compare the cost model with plain decoding instead")
-    parser.add_argument(
-        "--clock", choices=tuple(CLOCKS), default="wall",
-        help="cpu: the time that this process computes, for one thread on a machine that others use too",
-    )  # fmt: skip
+    parser.add_argument("--batch-sizes", type=numbers, default=(1,))
+    add_clock(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="draw predicted against actual acceptance there")
     parser.add_argument("--json", type=Path, help="the record; by default benchmarks/results/policies-<device>-<date>")
     arguments = parser.parse_args(argv)
-    if arguments.clock == "cpu" and (arguments.device != "cpu" or torch.get_num_threads() > 1):
-        parser.error("--clock cpu is for --device cpu with one thread; set OMP_NUM_THREADS=1")
+    check_clock(parser, arguments)
+    if arguments.num_prompts < 2:
+        parser.error("--num-prompts 1 leaves no prompt to judge a setting on; pass 2 or more")
     arguments.head = arguments.head or arguments.models / "draft"
-    arguments.max_new_tokens = arguments.max_new_tokens or (160 if arguments.guarantee else 96)
-    arguments.batch_sizes = arguments.batch_sizes or ((1, 8, 32, 64) if arguments.guarantee else (1,))
-    for batch_size in () if arguments.guarantee else arguments.batch_sizes:
-        if arguments.num_prompts % batch_size:
-            parser.error(f"--num-prompts {arguments.num_prompts} is no multiple of batch size {batch_size}")
     return arguments
 
 
@@ -365,20 +269,26 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    torch.manual_seed(arguments.seed)
     now, device = datetime.now(timezone.utc), torch.device(arguments.device)
-    record = {"date": now.isoformat(timespec="seconds")} | environment(device, "benchmarks/policies.py", argv)
+    record = {"date": now.isoformat(timespec="seconds")}
+    record |= environment(device, ["python", "benchmarks/policies.py", *argv])
     pair = load_pair(arguments.models, arguments.num_prompts, getattr(torch, arguments.dtype), device)
-    names = ("device", "clock", "dtype", "seed", "max_new_tokens", "repeats")
-    record |= {name: getattr(arguments, name) for name in names} | describe_pair(pair)
     load = ForeignLoad()
-    found, passed = (guarantee if arguments.guarantee else compare)(pair, arguments)
-    record |= found | {"foreign_cores": load.cores()}
-    kind = "guarantee" if arguments.guarantee else "policies"
-    path = arguments.json or RESULTS / f"{kind}-{arguments.device}-{now:%Y-%m-%d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if passed else 1
+    with greedy_settings(pair.target), older_objects_left_alone():
+        suite = suite_of(pair, arguments.max_new_tokens)
+        entries, wrong = compare(pair, suite, arguments)
+    names = ("device", "clock", "dtype", "max_new_tokens", "repeats")
+    record |= {name: getattr(arguments, name) for name in names}
+    record |= {"models": describe_pair(pair), "suites": [describe_suite(suite)]}
+    record |= {"policies": entries, "foreign_cores": load.cores()}
+    print(table(entries))
+    if arguments.plot is not None:
+        first = arguments.batch_sizes[0]
+        plot_calibration([entry for entry in entries if entry["batch_size"] == first], arguments.plot)
+    write_record(record, arguments.json, f"policies-{arguments.device}", now)
+    for label in wrong:
+        log_to_stderr(f"NOT EQUAL to plain decoding, not timed: {label}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from checkpoints import PROMPTS, save_checkpoint
 from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
+
+import specdec
+from specdec import Speculation, StepReport
+from specdec.bench.measure import Result
+from specdec.bench.methods import Batch, Method, Pair
+from specdec.drafters.look_ahead import LookAheadEmbeddings
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ARGUMENTS = ["--num-prompts", "2", "--max-new-tokens", "6", "--repeats", "2", "--batch-sizes", "1,2"]
@@ -81,10 +92,9 @@ def test_wrong_arguments_are_refused_at_once(load, folder, wrong):
 def compared(load, folder) -> tuple[int, dict, str]:
     """Exit status, record and standard output of a comparison of length policies."""
     printed, out = io.StringIO(), folder.parent / "policies.json"
-    sizes = ARGUMENTS.replace("--repeats 3", "--repeats 2").split()
-    options = ["--models", str(folder), "--json", str(out), "--plot", str(out.with_suffix(".png")), *sizes]
+    options = ["--models", str(folder), "--json", str(out), "--plot", str(out.with_suffix(".png")), *ARGUMENTS]
     with contextlib.redirect_stdout(printed):
-        status = load("policies").main(options)
+        status = load("policies").main([*options, "--num-speculative-tokens", "2,4"])
     return status, json.loads(out.read_text()), printed.getvalue()
 
 
@@ -95,42 +105,89 @@ def test_policies_are_compared_with_the_best_fixed_k(compared, folder):
     assert [(e["kind"], e["batch_size"]) for e in record["policies"]] == [(k, b) for b in (1, 2) for k in kinds]
     for entry in record["policies"]:
         assert entry["kind"] in printed
-        assert (entry["gain"]["median"] == 0) == (entry["kind"] == "fixed")
+        assert (entry["gain"]["repeats"] == [0, 0]) == (entry["kind"] == "fixed")
         if entry["kind"] == "oracle":  # of what it drafts all is accepted
             counts = entry["speculation"]
             assert counts["num_draft_tokens"] == counts["num_accepted_draft_tokens"]
 
 
 def test_an_oracle_drafts_what_will_be_accepted(load):
-    import numpy as np
-
     assert load("policies").run_lengths(np.array([True, True, False, True])) == [2, 1, 0, 1]
     assert load("policies").run_lengths(np.array([], dtype=bool)) == []
 
 
 def test_settings_are_chosen_on_other_prompts_than_they_are_judged_on(load):
-    policies, measure, methods = load("policies"), load("measure"), load("methods")
+    policies = load("policies")
     ways = [policies.Way("fixed", k, k, None) for k in (2, 4)]
     seconds = {2: [1.0, 9.0, 1.0, 9.0], 4: [2.0, 1.0, 2.0, 1.0]}  # 2 is faster on prompts 0 and 2, 4 on the others
     results = [
-        measure.Result(
-            methods.Method(way.name, 1, True, None, None), [[7] * 6] * 4, 4, specdec.Speculation(), [seconds[way.most]]
-        )
+        Result(Method(way.name, 1, True, None, None), [[7] * 6] * 4, 4, Speculation(), [seconds[way.most]])
         for way in ways
     ]
     (entry,) = policies.judged(ways, results)
     assert entry["setting"] == 2 and entry["tokens_per_second"]["median"] == 12 / 18
 
 
-def test_the_guarantee_is_measured_behind_the_first_steps(load, folder, tmp_path):
-    policies, out = load("policies"), tmp_path / "guarantee.json"
-    options = ["--guarantee", "--models", str(folder), "--json", str(out), "--num-prompts", "2", "--repeats", "1"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        policies.main(
-            [*options, "--batch-sizes", "1,2", "--max-new-tokens", "170"]
-        )  # a tiny model's time is no measure
+def test_one_prompt_cannot_choose_and_judge(load, folder):
+    with pytest.raises(SystemExit) as refused:
+        load("policies").main(["--models", str(folder), "--num-prompts", "1"])
+    assert refused.value.code == 2
+
+
+@pytest.mark.parametrize("script", ["policies", "guarantee"])
+def test_a_processs_own_time_is_for_one_thread(load, folder, script, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit) as refused:
+        load(script).main(["--models", str(folder), "--clock", "cpu"])
+    assert refused.value.code == 2
+
+
+@pytest.mark.parametrize("max_new_tokens", [2, 170])
+def test_the_guarantee_is_measured_by_drafter_and_batch(load, folder, tmp_path, max_new_tokens):
+    """A tiny model's time is no measure: the exit status may be either."""
+    out = tmp_path / "guarantee.json"
+    options = ["--models", str(folder), "--json", str(out), "--num-prompts", "2", "--repeats", "1"]
+    load("guarantee").main([*options, "--batch-sizes", "1,3", "--max-new-tokens", str(max_new_tokens)])
     found = json.loads(out.read_text())["guarantee"]
     assert [(e["batch_size"], e["drafter"].split(",")[0]) for e in found] == [
-        (size, drafter) for size in (1, 2) for drafter in ("draft", "random draft", "prompt_lookup")
+        (size, drafter) for size in (1, 3) for drafter in ("draft", "random draft", "prompt_lookup")
     ]
     assert all(e["over_plain"]["median"] > 0 and len(e["plain"]["repeats"]) == 1 for e in found)
+
+
+def test_the_guarantee_is_about_full_batches_behind_the_first_steps(load, monkeypatch):
+    """By hand: a prefill, 70 steps that take one second and give 1 token to each of 2 rows, but the first 32 take ten;
+    behind them one row is alone."""
+    guarantee, clock = load("guarantee"), [0.0]
+
+    def generate(*args, on_commit, **options):
+        for step in range(90):
+            clock[0] += 10.0 if step <= 32 else 1.0
+            rows = np.arange(2 if step <= 70 else 1)
+            ended = np.full(len(rows), step == 70)
+            ones = np.ones(len(rows), dtype=int)
+            on_commit(StepReport(rows, ones, ones, ones, ended, ones, ones[:, None], is_prefill=step == 0))
+
+    monkeypatch.setattr(specdec, "generate", generate)
+    pair, batch = Pair("tiny", None, None, []), Batch(range(2), torch.ones(2, 3), torch.ones(2, 3))
+    assert guarantee.speed_behind_first_steps(pair, batch, {}, 90, lambda: clock[0]) == 2.0
+
+
+def test_look_ahead_is_measured_by_number_of_tokens(load, folder, tmp_path, capsys):
+    out, target = tmp_path / "out.json", AutoModelForCausalLM.from_pretrained(folder / "target")
+    made = LookAheadEmbeddings(3, target.config.hidden_size)
+    torch.nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(0))
+    made.trained_for(target, {}).save(tmp_path)
+    options = ["--models", str(folder), "--look-ahead", str(tmp_path), "--json", str(out), *ARGUMENTS]
+    assert load("look_ahead").main(options) == 0
+    record = json.loads(out.read_text())
+    found = [(e["method"], e["num_speculative_tokens"]) for e in record["results"] if e["batch_size"] == 2]
+    lengths = [("specdec look_ahead", k) for k in (1, 2, 3)]
+    assert found == [("transformers plain", None), ("specdec plain", None), *lengths, ("specdec prompt_lookup", 5)]
+    for entry in record["results"]:
+        if entry["method"] == "specdec plain":
+            assert entry["plain_calls_per_call"] == entry["speedup_over_specdec_plain"]["median"] == 1.0
+        assert (entry["plain_calls_per_call"] is None) == (not entry["is_ours"])
+    assert "| 2 | specdec look_ahead | 3 | 2/2 |" in capsys.readouterr().out
+    with pytest.raises(specdec.ConfigError, match="tokens 4 exceeds the 3 look-ahead"):
+        load("look_ahead").main([*options, "--num-speculative-tokens", "2,4"])
