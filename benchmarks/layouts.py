@@ -33,6 +33,7 @@ from specdec.environment import environment
 from specdec.layout import LAYOUTS, Grouped, Layout
 from specdec.oracle import greedy_settings
 
+PROMPTS_PER_PLACE = 2  # of the largest pool
 SHOWN = ("draft", "verify", "realign", "move rows")
 
 
@@ -46,7 +47,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-speculative-tokens", type=positive, default=5)
     parser.add_argument("--batch-sizes", type=numbers, default=(1, 8, 32))
     parser.add_argument("--group-size", type=positive, default=8, help="rows per step of the grouped layout")
-    parser.add_argument("--pools", type=numbers, default=(8, 16, 32, 48), help="rows of the pool that groups come from")
+    parser.add_argument("--pools", type=numbers, default=(8, 16, 32), help="rows of the pool that groups come from")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument("--json", type=Path, help="the record; by default benchmarks/results/layouts-<device>-<date>")
     return parser.parse_args(argv)
@@ -66,13 +67,17 @@ def methods_of(pair: Pair, arguments: argparse.Namespace) -> list[Method]:
     return [method(name, batch_size) for batch_size in arguments.batch_sizes for name in LAYOUTS]
 
 
-def grouping_rates(pair: Pair, arguments: argparse.Namespace) -> list[dict]:
-    """Per pool: the share of steps whose rows ended together already, all prompts in one continuous run."""
+def grouping_rates(pair: Pair, prompts: Sequence[torch.Tensor], arguments: argparse.Namespace) -> list[dict]:
+    """Per pool: the share of steps whose rows ended together already, all prompts in one continuous run.
+
+    Newcomers are prefilled at once, so that the pool is full while there are prompts.
+    """
     rates = []
     for pool in arguments.pools:
         run = specdec.generate_many(
-            pair.target, pair.prompts, drafter=pair.draft, num_speculative_tokens=arguments.num_speculative_tokens,
+            pair.target, prompts, drafter=pair.draft, num_speculative_tokens=arguments.num_speculative_tokens,
             max_rows=pool, layout=Grouped(arguments.group_size), max_new_tokens=arguments.max_new_tokens,
+            prefill_tokens=pool * max(map(len, prompts)),
         )  # fmt: skip
         num_prompts = sum(1 for _ in run)
         counts = run.speculation
@@ -84,12 +89,15 @@ def grouping_rates(pair: Pair, arguments: argparse.Namespace) -> list[dict]:
     return rates
 
 
-def load(arguments: argparse.Namespace) -> Pair:
+def load(arguments: argparse.Namespace) -> tuple[Pair, list[torch.Tensor]]:
+    """The pair with its prompts, and those of the pools: each once, as equal ones would group with each other."""
     own = len(json.loads((arguments.models / "prompts.json").read_text()))
     dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
-    pair = load_pair(arguments.models, min(arguments.num_prompts, own), dtype, device)
+    wanted = max(arguments.num_prompts, PROMPTS_PER_PLACE * max(arguments.pools))
+    pair = load_pair(arguments.models, min(wanted, own), dtype, device)
     times = -(-arguments.num_prompts // len(pair.prompts))
-    return Pair(pair.name, pair.target, pair.draft, (pair.prompts * times)[: arguments.num_prompts])
+    prompts = (pair.prompts * times)[: arguments.num_prompts]
+    return Pair(pair.name, pair.target, pair.draft, prompts), pair.prompts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     now, device = datetime.now(timezone.utc), torch.device(arguments.device)
     record = {"date": now.isoformat(timespec="seconds")}
     record |= environment(device, ["python", "benchmarks/layouts.py", *argv])
-    pair = load(arguments)
+    pair, pooled = load(arguments)
     with greedy_settings(pair.target), older_objects_left_alone():
         suite = suite_of(pair, arguments.max_new_tokens)
         plain = peers(Pair(pair.name, pair.target, None, pair.prompts), arguments.max_new_tokens,
@@ -115,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
             if result.method.is_ours and result.is_timed:
                 entry["stages"] = profile(pair, result.method, arguments.repeats)
             record["results"].append(entry)
-        record["grouping"] = grouping_rates(pair, arguments)
+        record["grouping"] = grouping_rates(pair, pooled, arguments)
     print(layout_table([entry for entry in record["results"] if "stages" in entry]))
     grouping = [[str(rate["pool"]), f"{rate['grouping_rate']:.0%}"] for rate in record["grouping"]]
     print("\n" + markdown(["pool", f"steps of {arguments.group_size} rows that needed no realignment"], grouping))
