@@ -226,6 +226,7 @@ def test_compare_flags_a_planted_slowdown_of_a_tenth(measured, tmp_path):
     for one in (record, slowed):
         for entry in one["results"]:
             calls = len(entry["calls"]["seconds"][0])
+            entry["foreign_cores"] = [0.0] * 3
             entry["calls"]["seconds"] = [[sum(steady) / calls * (1 + 0.01 * r)] * calls for r in range(3)]
     victim = next(e for e in slowed["results"] if e["method"] == "specdec draft_model" and e["batch_size"] == 2)
     victim["calls"]["seconds"] = [[1.1 * call for call in repeat] for repeat in victim["calls"]["seconds"]]
@@ -240,6 +241,7 @@ def test_compare_flags_a_planted_slowdown_of_a_tenth(measured, tmp_path):
     assert found["num_regressions"] == 1
     assert run("bench", "compare", paths[0], paths[0]).exit_code == 0
     assert run("bench", "compare", *paths, "--min-effect", 0.2).exit_code == 0
+    assert run("bench", "compare", *paths, "--min-effect", 0.2, "--max-foreign-cores", -1).exit_code == 2
     assert run("bench", "compare", paths[0], out / "r.md").exit_code == 2
 
 

@@ -28,7 +28,7 @@ def entry(method, seconds, is_ours=True, **more):
         "suite": "prompts", "method": method, "is_ours": is_ours, "batch_size": 1, "num_speculative_tokens": None,
         "options": {}, "timed": True, "num_equal": NUM_CALLS, "num_prompts": NUM_CALLS,
         "tokens_per_second": {"median": NUM_CALLS * TOKENS / float(np.median(seconds.sum(1)))},
-        "speedup_over_plain": {"median": 1.0},
+        "speedup_over_plain": {"median": 1.0}, "foreign_cores": [0.0] * len(seconds),
         "calls": {"seconds": seconds.tolist(), "num_new_tokens": [TOKENS] * NUM_CALLS}, **more,
     }  # fmt: skip
 
@@ -67,6 +67,19 @@ def test_false_alarms_under_much_noise_are_as_rare_as_promised():
     pairs = [compare(record(seed, noise=0.04), record(1000 + seed, noise=0.04)) for seed in range(60)]
     assert sum(any(change.ratio <= 0.95 for change in found.changes) for found in pairs) > 15
     assert sum(bool(found.regressions) for found in pairs) <= 6
+
+
+def test_disturbed_repeats_do_not_count():
+    """Two repeats of five disturbed: left out, with whatever they say. Three: too few are left for a verdict."""
+    after = record(1)
+    for repeat in (0, 3):
+        after["results"][1]["foreign_cores"][repeat] = 1.5
+        after["results"][1]["calls"]["seconds"][repeat] = [9.0] * NUM_CALLS
+    found = compare(record(0), after)
+    assert not found.regressions and not found.unjudged and found.changes[0].ratio == pytest.approx(1, abs=0.04)
+    after["results"][1]["foreign_cores"][4] = 0.3
+    assert [change.label for change in compare(record(0), after).unjudged] == ["specdec 0, batch 1"]
+    assert not compare(record(0), after, max_foreign_cores=0.5).unjudged
 
 
 def test_a_gain_is_no_regression():

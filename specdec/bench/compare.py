@@ -5,7 +5,8 @@ transformers' plain decoding in the same repeat of the same run. The ratio of th
 bootstrap interval: repeats are drawn anew in each record, calls (batches of prompts) in both alike. Its confidence is
 shared among all methods compared, so that the chance of any false alarm is that of one comparison. A method is slower
 if the ratio is 1 - min_effect or less and the whole interval lies below 1: the first says that it matters (and is more
-than two processes of the same program differ by), the second that it is not chance.
+than two processes of the same program differ by), the second that it is not chance. Other processes at work slow methods
+down unevenly, so repeats in which they kept cores busy do not count; without enough others there is no verdict.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from specdec.errors import ConfigError, InputError
 MIN_EFFECT = 0.05
 MIN_REPEATS = 3
 SLOWER, FASTER, SAME, UNCLEAR, NOT_EQUAL = "slower", "faster", "same", "unclear", "not equal any more"
+BUSY = "busy machine"
+MAX_FOREIGN_CORES = 0.2  # that other processes may keep busy in a repeat that counts
 
 
 @dataclass(frozen=True)
 class Change:
     """One method. before, after: its speedup over plain decoding, median over repeats; None where not timed.
     ratio, low, high: after over before, with the bootstrap interval. verdict: `SLOWER` and its kind above; same means
-    that the interval lies within 1 +- min_effect, unclear that it reaches further without being significant."""
+    that the interval lies within 1 +- min_effect, unclear that it reaches further without being significant,
+    busy machine that too few repeats were undisturbed, in which case the ratio is that of all of them."""
 
     suite: str
     label: str
@@ -67,6 +71,10 @@ class Comparison:
     def regressions(self) -> list[Change]:
         return [change for change in self.changes if change.is_regression]
 
+    @property
+    def unjudged(self) -> list[Change]:
+        return [change for change in self.changes if change.verdict == BUSY]
+
     def to_dict(self) -> dict[str, Any]:
         return {"num_regressions": len(self.regressions), **asdict(self)}
 
@@ -85,7 +93,13 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def compare(before: dict, after: dict, min_effect: float = MIN_EFFECT, seed: int = 0) -> Comparison:
+def compare(
+    before: dict,
+    after: dict,
+    min_effect: float = MIN_EFFECT,
+    max_foreign_cores: float = MAX_FOREIGN_CORES,
+    seed: int = 0,
+) -> Comparison:
     """Raises ConfigError if the records are not of the same work, or have too few repeats to compare."""
     if not 0 <= min_effect < 1:
         raise ConfigError(f"min_effect={min_effect} is no share; pass 0 to below 1, such as {MIN_EFFECT}")
@@ -96,7 +110,15 @@ def compare(before: dict, after: dict, min_effect: float = MIN_EFFECT, seed: int
         raise ConfigError("the records have no method of ours in common; run both with the same drafters and batches")
     confidence = 1 - (1 - CONFIDENCE) / len(ours)
     changes = [
-        change_of(key, olds[key], news[key], baselines(olds, key), baselines(news, key), confidence, min_effect, seed)
+        change_of(
+            key,
+            (olds[key], baselines(olds, key)),
+            (news[key], baselines(news, key)),
+            confidence,
+            min_effect,
+            max_foreign_cores,
+            seed,
+        )
         for key in ours
     ]
     plain = {
@@ -151,23 +173,30 @@ def baselines(entries: dict[tuple[str, str], dict], key: tuple[str, str]) -> dic
 
 def change_of(
     key: tuple[str, str],
-    old: dict,
-    new: dict,
-    old_plain: dict,
-    new_plain: dict,
+    olds: tuple[dict, dict],
+    news: tuple[dict, dict],
     confidence: float,
     min_effect: float,
+    max_foreign_cores: float,
     seed: int,
 ) -> Change:
+    """olds, news: the method's entry and plain decoding's, of each record."""
+    old, new = olds[0], news[0]
     if not (old["timed"] and new["timed"]):
         verdict = NOT_EQUAL if old["timed"] else UNCLEAR
         before, after = (e["speedup_over_plain"]["median"] if e["timed"] else None for e in (old, new))
         return Change(*key, before, after, None, None, None, verdict)
-    first, second = (timing_of(old), timing_of(old_plain)), (timing_of(new), timing_of(new_plain))
+    chosen = [quiet_repeats(*entries, max_foreign_cores) for entries in (olds, news)]
+    judged = min(map(len, chosen)) >= MIN_REPEATS
+    first, second = (
+        (timing_of(entries[0], repeats if judged else None), timing_of(entries[1], repeats if judged else None))
+        for entries, repeats in zip((olds, news), chosen, strict=True)
+    )
     before, after = (float(np.median(ours.rates() / plain.rates())) for ours, plain in (first, second))
     low, high = interval(resampled_ratios(first, second, seed), confidence)
     ratio = after / before
-    return Change(*key, before, after, ratio, low, high, verdict_of(ratio, low, high, min_effect))
+    verdict = verdict_of(ratio, low, high, min_effect) if judged else BUSY
+    return Change(*key, before, after, ratio, low, high, verdict)
 
 
 def resampled_ratios(before: tuple[Timing, Timing], after: tuple[Timing, Timing], seed: int) -> np.ndarray:
@@ -190,8 +219,17 @@ def verdict_of(ratio: float, low: float, high: float, min_effect: float) -> str:
     return SAME if low >= 1 - min_effect and high <= 1 + min_effect else UNCLEAR
 
 
-def timing_of(entry: dict) -> Timing:
-    return Timing.of(entry["calls"]["seconds"], entry["calls"]["num_new_tokens"])
+def quiet_repeats(ours: dict, plain: dict, max_foreign_cores: float) -> list[int]:
+    """Those that no other process disturbed, neither ours nor plain decoding."""
+    busy = zip(ours["foreign_cores"], plain["foreign_cores"], strict=True)
+    return [repeat for repeat, cores in enumerate(busy) if max(cores) <= max_foreign_cores]
+
+
+def timing_of(entry: dict, repeats: Sequence[int] | None) -> Timing:
+    """repeats: which of them; None for all."""
+    seconds = entry["calls"]["seconds"]
+    chosen = seconds if repeats is None else [seconds[repeat] for repeat in repeats]
+    return Timing.of(chosen, entry["calls"]["num_new_tokens"])
 
 
 def rate_of(entry: dict) -> float:

@@ -181,14 +181,16 @@ def print_record(record: dict) -> None:
         typer.echo(line)
 
 
-def compare_files(before: Path, after: Path, min_effect: float, json_path: Path | None) -> bool:
-    """Compare, print, write; whether nothing has become worse."""
+def compare_files(
+    before: Path, after: Path, min_effect: float, max_foreign_cores: float, json_path: Path | None
+) -> int:
+    """Compare, print, write; the exit status."""
     Files(json_path).checked()
-    found = compare(read_record(before), read_record(after), min_effect)
+    found = compare(read_record(before), read_record(after), min_effect, max_foreign_cores)
     print_comparison(found)
     if json_path is not None:
         json_path.write_text(json.dumps(asdict(found) | {"num_regressions": len(found.regressions)}, indent=1) + "\n")
-    return not found.regressions
+    return 1 if found.regressions else 2 if found.unjudged else 0
 
 
 def print_comparison(found: Comparison) -> None:
@@ -203,6 +205,11 @@ def print_comparison(found: Comparison) -> None:
     for when, labels in (("before", found.only_before), ("after", found.only_after)):
         for label in labels:
             typer.echo(f"only {when}: {label}")
+    if found.unjudged:
+        typer.echo(
+            f"{len(found.unjudged)} methods cannot be judged: other processes were at work in too many repeats; run "
+            "both on a quiet machine, or pass --max-foreign-cores"
+        )
     count = len(found.regressions)
     limits = f"(least change that counts {found.min_effect:.0%}, intervals {found.confidence:.2%})"
     typer.echo(f"{count} of {len(found.changes)} methods worse {limits}")
