@@ -5,8 +5,8 @@ transformers' plain decoding in the same repeat of the same run. The ratio of th
 bootstrap interval: repeats are drawn anew in each record, calls (batches of prompts) in both alike. Its confidence is
 shared among all methods compared, so that the chance of any false alarm is that of one comparison. A method is slower
 if the ratio is 1 - min_effect or less and the whole interval lies below 1: the first says that it matters (and is more
-than two processes of the same program differ by), the second that it is not chance. Other processes at work slow methods
-down unevenly, so repeats in which they kept cores busy do not count; without enough others there is no verdict.
+than two processes of the same program differ by), the second that it is not chance. Other processes slow methods down
+unevenly, so repeats in which they kept cores busy do not count; without enough others there is no verdict.
 """
 
 from __future__ import annotations
