@@ -231,9 +231,7 @@ def processors_of(
     def build(prompt_length: int) -> LogitsProcessorList:
         own = copy.copy(config)
         own.min_length = own.min_new_tokens = None
-        own.num_beams = own.num_return_sequences = (
-            1  # None in a fresh config of newer transformers, which compares them
-        )
+        own.num_beams = own.num_return_sequences = 1  # newer transformers compares them, and they may be None
         own.max_length = prompt_length + options.max_new_tokens
         model._prepare_special_tokens(own, True, device=model.device)
         try:
