@@ -57,7 +57,7 @@ def sequential(ids, mask, present):
 
 
 @given(batches(), st.sampled_from(DRAFTERS), st.integers(1, 6), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_greedy_filling_is_sequential_and_calls_never_exceed_tokens(batch, drafter, k, bonus_token):
     ids, mask, present = batch
     out = specdec.infill(
@@ -71,7 +71,7 @@ def test_greedy_filling_is_sequential_and_calls_never_exceed_tokens(batch, draft
 
 
 @given(batches(), st.sampled_from(DRAFTERS[:3]), st.integers(1, 6), st.booleans(), st.integers(0, 9))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_sampled_filling_keeps_the_bound_and_the_rows_apart(batch, drafter, k, bonus_token, seed):
     ids, mask, present = batch
     options = {
