@@ -197,7 +197,7 @@ class ByAcceptanceHead(Stopping):
     name = "acceptance_head"
     sees = frozenset({"logits", "hidden_states"})
 
-    def __init__(self, threshold: float = 0.6, min_tokens: int = 1, head: object | None = None):
+    def __init__(self, threshold: float = 0.5, min_tokens: int = 1, head: object | None = None):
         """head: an `AcceptanceHead`, or the folder that holds one; by default the one in the draft model's folder."""
         super().__init__(threshold, min_tokens)
         self.head = head
