@@ -19,7 +19,7 @@ class ExtraQueries(NamedTuple):
     """A branch that is to stand behind every place of a step.
 
     embeddings: [extra, hidden], input embeddings of the model. ahead: [extra] int64, how many places behind the end of
-    the text each stands, from 1; several may stand in one place.
+    the text each stands: from 1 to its own number, and several may stand in one place.
     """
 
     embeddings: Tensor
