@@ -111,16 +111,33 @@ def test_continuous_scheduling(layout):
     assert run.speculation.num_accepted_draft_tokens > 0
 
 
-def test_the_demo_targets_own_embeddings(demo_pair):
+def test_the_shipped_embeddings(demo_pair):
+    """They belong to the shipped target, change nothing of its text, and are worth something."""
     prompts = [torch.tensor(demo_pair.tokenizer(text).input_ids)[:60] for text in demo_pair.prompts[:3]]
     ids, mask = left_pad(prompts, 1)
-    drafter = drafter_for(demo_pair.target, 3)
     out = specdec.generate(
-        demo_pair.target, ids, mask, drafter=drafter, num_speculative_tokens=3, max_new_tokens=24,
-        return_dict_in_generate=True,
+        demo_pair.target, ids, mask, drafter=LookAhead.load(demo_pair.folder / "look_ahead"), max_new_tokens=32,
+        num_speculative_tokens=2, return_dict_in_generate=True,
     )  # fmt: skip
-    expected = [plain_greedy(demo_pair.target, prompt, max_new_tokens=24) for prompt in prompts]
+    expected = [plain_greedy(demo_pair.target, prompt, max_new_tokens=32) for prompt in prompts]
     assert continuations(out.sequences, ids.shape[1], expected, 1) == expected
+    assert out.speculation.acceptance_by_position[0] > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_the_shipped_embeddings_on_more_prompts(demo_pair, batch_size):
+    drafter = LookAhead.load(demo_pair.folder / "look_ahead")
+    prompts = [torch.tensor(demo_pair.tokenizer(text).input_ids) for text in demo_pair.prompts[:16]]
+    for first in range(0, len(prompts), batch_size):
+        some = prompts[first : first + batch_size]
+        ids, mask = left_pad(some, 1)
+        for k in (1, 3, 8):
+            out = specdec.generate(
+                demo_pair.target, ids, mask, drafter=drafter, num_speculative_tokens=k, max_new_tokens=48
+            )
+            expected = [plain_greedy(demo_pair.target, prompt, max_new_tokens=48) for prompt in some]
+            assert continuations(out, ids.shape[1], expected, 1) == expected
 
 
 def test_batch_invariant_output_is_that_of_single_rows():
