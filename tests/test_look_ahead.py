@@ -132,11 +132,11 @@ def test_the_shipped_embeddings_on_more_prompts(demo_pair, batch_size):
     for first in range(0, len(prompts), batch_size):
         some = prompts[first : first + batch_size]
         ids, mask = left_pad(some, 1)
+        expected = [plain_greedy(demo_pair.target, prompt, max_new_tokens=48) for prompt in some]
         for k in (1, 3, 8):
             out = specdec.generate(
                 demo_pair.target, ids, mask, drafter=drafter, num_speculative_tokens=k, max_new_tokens=48
             )
-            expected = [plain_greedy(demo_pair.target, prompt, max_new_tokens=48) for prompt in some]
             assert continuations(out, ids.shape[1], expected, 1) == expected
 
 
