@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+OLD = "past_key_values"
+NAME = "cache" if any(field.name == "cache" for field in dataclasses.fields(CausalLMOutputWithPast)) else OLD
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache | None) -> dict[str, Cache | None]:
-    """`cache` under the name that the model's forward gives it."""
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-    return {name: cache}
+    """`cache` under the name that the model's forward gives it; a model's own code may keep the old one."""
+    return {OLD if OLD in inspect.signature(type(model).forward).parameters else NAME: cache}
 
 
 def returned_cache(output: Any) -> Cache:

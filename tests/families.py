@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[str, dict]] = {
     "minimax_m3_vl_text": (MORE_STATE, dict(layer_types=[FULL, "minimax_m3_sparse", FULL])),
     "moshi": (OWN_WINDOW, {}),
     "openai-gpt": (NOTHING_CACHED, {}),
-    "xlm": (NOTHING_CACHED, {}),
+    "xlm": ("use transformers' own generate", {}),  # its `cache` is of a kind of its own
     "roberta": (OTHER_LOGITS, {}),
     "roformer": (OTHER_LOGITS, {}),
     "paligemma": (OTHER_LOGITS, dict(

@@ -17,10 +17,9 @@ from specdec.any_subset import Order, XLNet, conditionals_of
 from specdec.drafter import Draft
 from specdec.drafters.any_subset import AheadDraft, NgramDraft, Proposal, Sampling, SelfDraft
 from specdec.infill import Filling, Forbidding, fill, rows_of, sequences_of
-from specdec.kernels.distribution import NO_TRUNCATION, Distribution
+from specdec.kernels.distribution import NO_TRUNCATION
 from specdec.kernels.greedy_commit import commit
 from specdec.kernels.sample import sample_tokens
-from specdec.kernels.sampled_commit import sampled_commit
 from specdec.random_streams import Purpose, RowStreams
 from specdec.verify import SampledVerification
 
@@ -133,18 +132,24 @@ def copy_of(rows):
 
 
 class ForgetsToRenormalise(SampledVerification):
-    """Planted: the mask's probability is set to zero behind the softmax."""
+    """Planted: the mask's probability is set to zero behind the softmax, in p as in q, and p / q taken of the rest."""
 
     def __call__(self, rows, draft, scores, eos_ids):
-        weights = scores.softmax(-1)
-        weights[..., MASK] = 0
-        zeros = torch.zeros_like(weights[..., 0])
-        target = Distribution(weights.log(), 1.0, zeros - torch.inf, zeros, torch.ones_like(zeros).double())
-        uniforms = self.streams.uniforms(rows.row_ids, rows.host_lengths, scores.shape[1], Purpose.VERIFY)
-        done = sampled_commit(
-            target, draft.token_ids, draft.probs, uniforms, eos_ids, rows.token_ids, rows.lengths, rows.limits
-        )
-        return done, torch.zeros(len(rows), dtype=torch.long)
+        p, q = scores.softmax(-1), draft.probs
+        p[..., MASK] = 0
+        num_rows, k = draft.token_ids.shape
+        row, ids = torch.arange(num_rows), draft.token_ids.clamp(min=0)[..., None]
+        uniforms = self.streams.uniforms(rows.row_ids, rows.host_lengths, k + 1, Purpose.VERIFY)
+        passes = uniforms[:, :k] < (p[:, :k].gather(2, ids) / q.gather(2, ids)).squeeze(2)
+        num_accepted = (passes & (draft.token_ids >= 0)).cumprod(1).sum(1)
+        rejected = num_accepted < (draft.token_ids >= 0).sum(1)
+        here = p[row, num_accepted]
+        rest = (here - q[row, num_accepted.clamp(max=k - 1)]).clamp(min=0)
+        last = sample_tokens(torch.where(rejected[:, None], rest, here), uniforms[:, k])[:, None]
+        width = torch.arange(k + 1)
+        tokens = torch.where(width < num_accepted[:, None], torch.cat([draft.token_ids, last], 1), last)
+        done = commit(tokens, num_accepted, eos_ids, rows.token_ids, rows.lengths, rows.limits)
+        return done, torch.zeros(num_rows, dtype=torch.long)
 
 
 class SelfDraftWithoutMask(SelfDraft):

@@ -13,6 +13,7 @@ from specdec.cli.common import (
     DraftOption,
     DtypeOption,
     LayoutOption,
+    LengthPoliciesOption,
     LimitOption,
     MaxNewTokensOption,
 )
@@ -53,6 +54,7 @@ def bench(
     ] = "3,5",
     batch_size: Annotated[str, typer.Option(metavar="N,...", help="Prompts decoded together.")] = "1,8",
     layout: LayoutOption = None,
+    length_policy: LengthPoliciesOption = None,
     acceptance_rates: Annotated[
         str | None, typer.Option(metavar="P,...", help="Also a drafter that is right with these probabilities.")
     ] = None,
@@ -93,9 +95,10 @@ def bench(
         return
     from specdec.cli import bench_run
 
+    axes = {"layout": layout, "length_policy": length_policy}
     wanted = bench_run.Wanted(
-        target, draft, prompts, drafter, num_speculative_tokens, batch_size, {"layout": layout}, acceptance_rates,
-        context_lengths, max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, seed,
+        target, draft, prompts, drafter, num_speculative_tokens, batch_size, axes, acceptance_rates, context_lengths,
+        max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, seed,
     )  # fmt: skip
     files = bench_run.Files(json_path, markdown, html, answers).checked()
     if not bench_run.run(wanted, files, batch_invariant, dtype, device):

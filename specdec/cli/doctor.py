@@ -33,7 +33,9 @@ def doctor(
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Say how a model is served: layouts, exactness, drafters that fit, memory.
+    """Say how a model is served.
+
+    Layouts, exactness, drafters that fit, memory.
 
     Loads and probes the model, generates nothing.
 
