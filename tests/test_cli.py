@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from checkpoints import PROMPTS, save_checkpoint, word_tokenizer
 from tiny import VOCAB, plain_greedy, tiny_llama
 from transformers import GenerationConfig
@@ -413,6 +414,19 @@ def test_version_and_help():
     listed = run("--help").stdout.partition("Commands:")[2]
     assert all(command in listed for command in ("check", "generate", "demo"))
     assert "..." not in listed  # every summary fits its line
+
+
+def commands(command, name="specdec"):
+    yield name, command
+    for part, below in getattr(command, "commands", {}).items():
+        yield from commands(below, f"{name} {part}")
+
+
+def test_options_are_lower_case_whatever_their_metavar():
+    """typer 0.27 takes a metavar that is the parameter's name in capitals for the option, unless that is given."""
+    for name, command in commands(typer.main.get_command(app)):
+        for parameter in command.params:
+            assert all(option == option.lower() for option in parameter.opts), f"{name}: {parameter.opts}"
 
 
 def test_python_m_specdec(tmp_path):

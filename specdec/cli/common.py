@@ -62,10 +62,12 @@ LimitOption = Annotated[int | None, Count(help="Use only the first N prompts of 
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        metavar="DTYPE", help="float32, bfloat16, float16 or float64; by default float32 on a CPU, else as stored."
+        "--dtype",
+        metavar="DTYPE",
+        help="float32, bfloat16, float16 or float64; by default float32 on a CPU, else as stored.",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, ...")]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, ...")]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,10 @@ def generate(
         int | None, Count(help="With --out: the most tokens that the target's cache may have room for.")
     ] = None,
     order: Annotated[
-        str, typer.Option(metavar="ORDER", help="With --out: arrival, or longest_first, which reads all prompts first.")
+        str,
+        typer.Option(
+            "--order", metavar="ORDER", help="With --out: arrival, or longest_first, which reads all prompts first."
+        ),
     ] = "arrival",
     limit: LimitOption = None,
     dtype: DtypeOption = None,

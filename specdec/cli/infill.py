@@ -13,9 +13,10 @@ from specdec.cli.common import Count, DeviceOption, DtypeOption, Folder, quiet_t
 
 def infill(
     text: Annotated[
-        str | None, typer.Option(metavar="TEXT", help='Text with masks: "def f(<mask:12>):" has one of 12 tokens.')
+        str | None,
+        typer.Option("--text", metavar="TEXT", help='Text with masks: "def f(<mask:12>):" has one of 12 tokens.'),
     ] = None,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Or a file with such text.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Or a file with such text.")] = None,
     lines: Annotated[
         list[str] | None,
         typer.Option(metavar="A-B", help="Of --file, lines to fill anew, in as many tokens (may be repeated)."),

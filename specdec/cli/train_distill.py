@@ -65,7 +65,7 @@ def distill(
     prompts: PromptsOption = None,
     prompt_tokens: PromptTokensOption = 96,
     loss: LossOption = "fkl",
-    beta: Annotated[float, typer.Option(metavar="BETA", help="Weight of the target in jsd.")] = 0.5,
+    beta: Annotated[float, typer.Option("--beta", metavar="BETA", help="Weight of the target in jsd.")] = 0.5,
     data: DataOption = "fixed",
     mix_share: MixShareOption = 0.5,
     temperature: TemperaturesOption = [1.0],  # noqa: B006 - typer copies it
