@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--d-inner", type=int, default=512)
     parser.add_argument("--batch-rows", type=int, default=96)
     parser.add_argument("--row-tokens", type=int, default=384)
-    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="2.5e-3 has diverged behind the warm-up")
     parser.add_argument("--draft-weight", type=float, default=0.5)
     parser.add_argument("--max-corpus-bytes", type=int, default=2_000_000_000)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
