@@ -1,4 +1,4 @@
-"""Train the shipped infilling model on one GPU in a fixed time.
+"""Train an infilling model for the demo pair's tokenizer on one GPU in a fixed time.
 
     python benchmarks/train_infill_model.py --out infill_model
 
