@@ -2,18 +2,28 @@
 
     python benchmarks/pack_corpus.py --tokenizer specdec/assets/demo_pair/target --out demo_tokens.npy
 
-Only files of distributions that are not held out are packed: the pairs' `prompts.json` come from the others.
+Only files of distributions that are not held out are packed: the demo pair's `prompts.json` come from the others. With
+`--without prompts.json`, neither are distributions in a file of which one of these prompts is found.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from python_corpus import encode_stream, load_corpus
+from python_corpus import Document, encode_stream, load_corpus
 from transformers import AutoTokenizer
 
 from specdec.drafters.training.data import save_stream
+from specdec.loading import read_prompts
+
+
+def without(documents: Sequence[Document], prompts: Sequence[str]) -> list[Document]:
+    """The documents of distributions in which no prompt occurs."""
+    found = {document.source for document in documents if any(prompt in document.text for prompt in prompts)}
+    print(f"left out, since prompts occur in them: {', '.join(sorted(found)) or 'none'}")
+    return [document for document in documents if document.source not in found]
 
 
 def main() -> None:
@@ -21,11 +31,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, nargs="+", required=True, help="folders with a tokenizer")
     parser.add_argument("--out", type=Path, nargs="+", required=True, help="a .npy file for each")
     parser.add_argument("--max-bytes", type=int, default=2_000_000_000, help="of source, drawn by the seed")
+    parser.add_argument("--without", type=Path, nargs="*", default=(), help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if len(options.tokenizer) != len(options.out):
         parser.error(f"{len(options.tokenizer)} tokenizers, but {len(options.out)} files in --out")
-    texts = [document.text for document in load_corpus(options.max_bytes, options.seed).training]
+    documents = load_corpus(options.max_bytes, options.seed).training
+    if options.without:
+        documents = without(documents, [prompt.text for path in options.without for prompt in read_prompts(path)])
+    texts = [document.text for document in documents]
     for folder, path in zip(options.tokenizer, options.out, strict=True):
         tokens = encode_stream(AutoTokenizer.from_pretrained(folder), texts, "cpu").numpy()
         save_stream(path, tokens)
