@@ -1,4 +1,4 @@
-"""One sample per row of what scores stand for, and the probabilities that it came from, in one pass over the row.
+"""One sample per row of what scores stand for, and the probabilities that it came from.
 
 A sample is the token at which the cumulative sum of its distribution exceeds a uniform number (inverse transform), so
 that a row's token depends on nothing but its own scores and its own number.
@@ -10,17 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kernels.block_statistics import block_statistics, kernel_scores, tiles_of
 from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.distribution import (
-    NUM_CANDIDATES,
-    Truncation,
-    blocks_of,
-    candidates_for,
-    cutoffs,
-    kernel_scores,
-    numbers_of,
-    probs_of,
-)
+from specdec.kernels.distribution import Truncation, cutoffs, probs_of
 from specdec.kernels.greedy_commit import NO_TOKEN
 
 BLOCK = 128  # entries of the vocabulary that the reference sums first
@@ -28,7 +20,7 @@ BLOCK = 128  # entries of the vocabulary that the reference sums first
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.distribution import probs_at, statistics
+    from specdec.kernels.block_statistics import chosen_block, combined, first_above, prob_of, scores_at
 
 
 def sample(
@@ -87,74 +79,56 @@ def sample_tokens(mass: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _sample_triton(scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor) -> Tensor:
-    num_rows, vocab = scores.shape
+    """Predicted on an H200 for 8 rows of 151 936: 4 us to write the probabilities, 4 us to choose."""
+    num_rows, num_columns = probs.shape
+    vocab = scores.shape[1]
     scores = kernel_scores(scores)
+    partials, cutoff = block_statistics(scores[:, None], truncation)
+    parts, tiles = tiles_of(vocab), tiles_of(num_columns)
+    sums = torch.empty(num_rows, tiles.num_blocks, dtype=torch.float64, device=scores.device)
     tokens = torch.empty(num_rows, dtype=torch.long, device=scores.device)
-    _sample_kernel[(num_rows,)](
-        scores,
-        candidates_for(scores, truncation),
-        uniforms,
-        probs,
-        tokens,
-        vocab,
-        probs.shape[1],
-        scores.stride(0),
-        uniforms.stride(0),
-        probs.stride(0),
-        NUM_CANDIDATES,
-        *numbers_of(truncation),
-        **blocks_of(probs.shape[1]),
-    )
+    _probs_kernel[(num_rows, tiles.num_blocks)](
+        scores, vocab, scores.stride(0), partials, cutoff, parts.num_blocks, float(truncation.temperature),
+        probs, num_columns, probs.stride(0), sums,
+        NUM_PARTS=parts.padded, VOCAB_BLOCK=tiles.size, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    _choose_kernel[(num_rows,)](
+        probs, num_columns, probs.stride(0), sums, tiles.num_blocks, uniforms, uniforms.stride(0), tokens,
+        NUM_BLOCKS=tiles.padded, VOCAB_BLOCK=tiles.size, num_warps=tiles.num_warps,
+    )  # fmt: skip
     return tokens
 
 
 if triton is not None:
 
     @triton.jit
-    def first_above(mass, cumulative, threshold, index, SIZE: tl.constexpr):
-        """The first entry with mass whose cumulative sum exceeds the threshold, or the last with mass."""
-        first = tl.min(tl.where((cumulative > threshold) & (mass > 0.0), index, SIZE), 0)
-        last = tl.max(tl.where(mass > 0.0, index, 0), 0)
-        return tl.minimum(first, last)
+    def _probs_kernel(
+        scores_ptr, vocab, stride, partials_ptr, cutoff_ptr, num_parts, temperature,
+        probs_ptr, num_columns, probs_stride, sums_ptr,
+        NUM_PARTS: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The probabilities of one block of a row, and their sum."""
+        row, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        top, mass = combined(partials_ptr, row, num_parts, temperature, NUM_PARTS)
+        index = b * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
+        score = scores_at(scores_ptr + row * stride, index, vocab)
+        probs = prob_of(score, temperature, tl.load(cutoff_ptr + row), top, mass)
+        probs = tl.where(mass == mass, probs, 0.0)
+        tl.store(probs_ptr + row * probs_stride + index, probs.to(tl.float32), mask=index < num_columns)
+        tl.store(sums_ptr + row * tl.num_programs(1) + b, tl.sum(probs, 0))
 
     @triton.jit
-    def _sample_kernel(
-        scores_ptr,
-        candidates_ptr,
-        uniforms_ptr,
-        probs_ptr,
-        tokens_ptr,
-        vocab,
-        num_columns,
-        stride,
-        uniforms_stride,
-        probs_stride,
-        room,
-        temperature,
-        top_k,
-        top_p,
-        log_min_p,
-        VOCAB_BLOCK: tl.constexpr,
-        NUM_BLOCKS: tl.constexpr,
-    ):
+    def _choose_kernel(
+        probs_ptr, num_columns, probs_stride, sums_ptr, num_blocks, uniforms_ptr, uniforms_stride, tokens_ptr,
+        NUM_BLOCKS: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        scores_ptr += row * stride
-        probs_ptr += row * probs_stride
-        cutoff, top, mass = statistics(
-            scores_ptr, candidates_ptr + row * room, vocab, room, temperature, top_k, top_p, log_min_p, VOCAB_BLOCK
-        )
         block, inner = tl.arange(0, NUM_BLOCKS), tl.arange(0, VOCAB_BLOCK)
-        sums = tl.zeros([NUM_BLOCKS], dtype=tl.float64)
-        for b in range(tl.cdiv(num_columns, VOCAB_BLOCK)):
-            index = b * VOCAB_BLOCK + inner
-            probs = probs_at(scores_ptr, index, vocab, temperature, cutoff, top, mass)
-            probs = tl.where(mass == mass, probs, 0.0)
-            tl.store(probs_ptr + index, probs.to(tl.float32), mask=index < num_columns)
-            sums = tl.where(block == b, tl.sum(probs, 0), sums)
-        threshold = tl.load(uniforms_ptr + row * uniforms_stride) * tl.sum(sums, 0)
-        chosen = first_above(sums, tl.cumsum(sums, 0), threshold, block, NUM_BLOCKS)
+        sums = tl.load(sums_ptr + row * num_blocks + block, mask=block < num_blocks, other=0.0)
+        total = tl.sum(sums, 0)
+        threshold = tl.load(uniforms_ptr + row * uniforms_stride) * total
+        chosen, before = chosen_block(sums, threshold, NUM_BLOCKS)
         index = chosen * VOCAB_BLOCK + inner
-        probs = probs_at(scores_ptr, index, vocab, temperature, cutoff, top, mass)
-        before = tl.sum(tl.where(block < chosen, sums, 0.0), 0)
+        probs = tl.load(probs_ptr + row * probs_stride + index, mask=index < num_columns, other=0.0).to(tl.float64)
         token = chosen * VOCAB_BLOCK + first_above(probs, before + tl.cumsum(probs, 0), threshold, inner, VOCAB_BLOCK)
-        tl.store(tokens_ptr + row, tl.where(mass == mass, token, -1).to(tl.int64))
+        tl.store(tokens_ptr + row, tl.where(total > 0.0, token, -1).to(tl.int64))

@@ -1,4 +1,4 @@
-"""Lossless sampled verification and commit in one kernel: the committed tokens follow the target's distribution.
+"""Lossless sampled verification and commit: the committed tokens follow the target's distribution.
 
 accepted: draft tokens that the target keeps. recovered: the token behind them where the draft was not kept in full, a
 sample of what the drafter proposes too rarely. bonus: the token behind a draft kept in full, a sample of the target.
@@ -15,7 +15,7 @@ The recovered token behind i accepted ones is a sample of norm((s p - q)+), wher
 "block".
 
 The target's probabilities are computed from its scores where they are read and never stored; what is read are those of
-the drafts and those at one place a row ("block": at the places behind the prefixes that are tried, one at a time).
+the drafts and those at one place a row ("block": at all places).
 
 Randomness comes in as numbers, one row's in one row, so that a row's result never depends on its neighbours.
 """
@@ -25,17 +25,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.distribution import REFERENCE_ELEMENTS, Distribution, blocks_of, kernel_scores
-from specdec.kernels.greedy_commit import NO_TOKEN, Committed, commit, empty_committed
+from specdec.kernels.dispatch import uses_triton
+from specdec.kernels.distribution import REFERENCE_ELEMENTS, Distribution
+from specdec.kernels.greedy_commit import NO_TOKEN, Committed, commit
 from specdec.kernels.sample import sample_tokens
-
-if triton is not None:
-    import triton.language as tl
-
-    from specdec.kernels.distribution import prob_of, probs_at
-    from specdec.kernels.greedy_commit import commit_row
-    from specdec.kernels.sample import first_above
+from specdec.kernels.sampled_commit_triton import sampled_commit_triton
 
 
 def sampled_commit(
@@ -70,7 +64,7 @@ def sampled_commit(
     lenience: above 0, at most 1; of "token" alone.
     """
     _check(target, draft_ids, draft_probs, uniforms, verification, lenience)
-    serve = _sampled_commit_triton if uses_triton(implementation, target.scores) else sampled_commit_reference
+    serve = sampled_commit_triton if uses_triton(implementation, target.scores) else sampled_commit_reference
     return serve(target, draft_ids, draft_probs, uniforms, eos_ids, token_ids, lengths, limits, verification, lenience)
 
 
@@ -221,217 +215,3 @@ def _ratio(p: Tensor, q: Tensor) -> Tensor:
 def _longest(accepted: Tensor) -> Tensor:
     """The longest accepted prefix, 0 for none, [rows]. accepted: [rows, k] bool, column i - 1 for the prefix of i."""
     return accepted.flip(1).cumsum(1).gt(0).sum(1)
-
-
-def _sampled_commit_triton(
-    target: Distribution,
-    draft_ids: Tensor,
-    draft_probs: Tensor | None,
-    uniforms: Tensor,
-    eos_ids: Tensor,
-    token_ids: Tensor,
-    lengths: Tensor,
-    limits: Tensor,
-    verification: str,
-    lenience: float,
-) -> Committed:
-    num_rows, k = draft_ids.shape
-    scores = kernel_scores(target.scores)
-    vocab = scores.shape[2]
-    out = empty_committed(num_rows, k + 1, lengths.device)
-    q = scores if draft_probs is None else draft_probs
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    _sampled_commit_kernel[(num_rows,)](
-        scores,
-        target.cutoff.float().contiguous(),
-        target.top.float().contiguous(),
-        target.mass.contiguous(),
-        draft_ids.contiguous(),
-        q,
-        uniforms,
-        eos_ids,
-        token_ids,
-        lengths,
-        limits,
-        *out,
-        k,
-        vocab,
-        eos_ids.numel(),
-        scores.stride(0),
-        scores.stride(1),
-        q.stride(0),
-        q.stride(1),
-        uniforms.stride(0),
-        token_ids.stride(0),
-        float(target.temperature),
-        1.0 / lenience,
-        BY_BLOCK=verification == "block" and draft_probs is not None,
-        SAMPLED=draft_probs is not None,
-        BLOCK=triton.next_power_of_2(k + 1),
-        **blocks_of(vocab),
-    )
-    return out
-
-
-if triton is not None:
-
-    @triton.jit
-    def _at(values, column, i):
-        """values[i] of a vector in registers."""
-        return tl.sum(tl.where(column == i, values, 0.0), 0)
-
-    @triton.jit
-    def _ratio_kernel(p, q):
-        return tl.where(p < q, p / q, tl.where(p > 0.0, 1.0, 0.0).to(tl.float64))
-
-    @triton.jit
-    def _mass(p_ptr, q_ptr, index, vocab, temperature, cutoff, top, total, scale, drafted, SAMPLED: tl.constexpr):
-        """(s p - q)+ at `index`, one-hot q at `drafted` unless SAMPLED; p where `drafted` is -1."""
-        mass = probs_at(p_ptr, index, vocab, temperature, cutoff, top, total) * scale
-        if SAMPLED:
-            num_read = tl.where(drafted == -1, 0, vocab)
-            q = tl.load(q_ptr + index, mask=index < num_read, other=0.0).to(tl.float64)
-            return tl.maximum(mass - q, 0.0)
-        return tl.where(index == drafted, 0.0, mass)
-
-    @triton.jit
-    def _block_sums(
-        p_ptr, q_ptr, vocab, temperature, cutoff, top, total, scale, drafted,
-        SAMPLED: tl.constexpr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    ):  # fmt: skip
-        """The mass of every block of the vocabulary, [NUM_BLOCKS] float64."""
-        block = tl.arange(0, NUM_BLOCKS)
-        sums = tl.zeros([NUM_BLOCKS], dtype=tl.float64)
-        for b in range(tl.cdiv(vocab, VOCAB_BLOCK)):
-            index = b * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
-            mass = _mass(p_ptr, q_ptr, index, vocab, temperature, cutoff, top, total, scale, drafted, SAMPLED)
-            sums = tl.where(block == b, tl.sum(mass, 0), sums)
-        return sums
-
-    @triton.jit
-    def _final_token(
-        p_ptr, q_ptr, vocab, temperature, cutoff, top, total, scale, drafted, uniform,
-        SAMPLED: tl.constexpr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    ):  # fmt: skip
-        """The recovered token, or the bonus where `drafted` is -1: one pass, then the block that holds the token."""
-        sums = _block_sums(
-            p_ptr, q_ptr, vocab, temperature, cutoff, top, total, scale, drafted, SAMPLED, VOCAB_BLOCK, NUM_BLOCKS
-        )
-        if tl.sum(sums, 0) == 0.0:
-            drafted = drafted * 0 - 1
-            scale = scale * 0.0 + 1.0
-            sums = _block_sums(
-                p_ptr, q_ptr, vocab, temperature, cutoff, top, total, scale, drafted, SAMPLED, VOCAB_BLOCK, NUM_BLOCKS
-            )
-        block, inner = tl.arange(0, NUM_BLOCKS), tl.arange(0, VOCAB_BLOCK)
-        threshold = uniform * tl.sum(sums, 0)
-        chosen = first_above(sums, tl.cumsum(sums, 0), threshold, block, NUM_BLOCKS)
-        index = chosen * VOCAB_BLOCK + inner
-        mass = _mass(p_ptr, q_ptr, index, vocab, temperature, cutoff, top, total, scale, drafted, SAMPLED)
-        before = tl.sum(tl.where(block < chosen, sums, 0.0), 0)
-        return chosen * VOCAB_BLOCK + first_above(mass, before + tl.cumsum(mass, 0), threshold, inner, VOCAB_BLOCK)
-
-    @triton.jit
-    def _longest_prefix(
-        p, q, uniforms, draft, column, num_drafted, p_ptr, q_ptr, p_stride, q_stride, vocab,
-        temperature, cutoff_ptr, top_ptr, mass_ptr,
-        BLOCK: tl.constexpr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
-    ):  # fmt: skip
-        """Block verification, the longest prefix first: (number accepted, its scale r)."""
-        scale = tl.full((), 1.0, tl.float64)
-        scales = tl.zeros([BLOCK], dtype=tl.float64)
-        for i in range(num_drafted):
-            scale = _ratio_kernel(scale * _at(p, column, i), _at(q, column, i))
-            scales = tl.where(column == i, scale, scales)
-        place = num_drafted
-        accepted = _at(uniforms, column, place - 1) < scale
-        while (place > 0) & (accepted == 0):
-            place -= 1
-            scale = tl.where(place > 0, _at(scales, column, place - 1), 1.0)
-            if place > 0:
-                drafted = tl.sum(tl.where(column == place, draft, 0), 0)
-                sums = _block_sums(
-                    p_ptr + place * p_stride, q_ptr + place * q_stride, vocab, temperature,
-                    tl.load(cutoff_ptr + place), tl.load(top_ptr + place), tl.load(mass_ptr + place), scale, drafted,
-                    True, VOCAB_BLOCK, NUM_BLOCKS,
-                )  # fmt: skip
-                residual = tl.sum(sums, 0)
-                # u < R / (R + 1 - r), and never where both are 0
-                accepted = _at(uniforms, column, place - 1) * (residual + (1.0 - scale)) < residual
-        return place, scale
-
-    @triton.jit
-    def _sampled_commit_kernel(
-        target_ptr,
-        cutoff_ptr,
-        top_ptr,
-        mass_ptr,
-        draft_ptr,
-        draft_probs_ptr,
-        uniforms_ptr,
-        eos_ptr,
-        tokens_ptr,
-        lengths_ptr,
-        limits_ptr,
-        out_ptr,
-        num_committed_ptr,
-        num_accepted_ptr,
-        finished_ptr,
-        k,
-        vocab,
-        num_eos,
-        p_row_stride,
-        p_stride,
-        q_row_stride,
-        q_stride,
-        uniforms_stride,
-        tokens_stride,
-        temperature,
-        token_scale,
-        BY_BLOCK: tl.constexpr,
-        SAMPLED: tl.constexpr,
-        BLOCK: tl.constexpr,
-        VOCAB_BLOCK: tl.constexpr,
-        NUM_BLOCKS: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        p_ptr = target_ptr + row * p_row_stride
-        q_ptr = draft_probs_ptr + row * q_row_stride
-        cutoff_ptr += row * (k + 1)
-        top_ptr += row * (k + 1)
-        mass_ptr += row * (k + 1)
-        uniforms_ptr += row * uniforms_stride
-        column = tl.arange(0, BLOCK)
-        draft = tl.load(draft_ptr + row * k + column, mask=column < k, other=-1)
-        drafted = draft != -1
-        num_drafted = tl.sum(drafted.to(tl.int32), 0)
-        uniforms = tl.load(uniforms_ptr + 1 + column, mask=drafted, other=1.0)
-        score = tl.load(p_ptr + column * p_stride + draft, mask=drafted, other=-float("inf")).to(tl.float32)
-        cutoff = tl.load(cutoff_ptr + column, mask=drafted, other=0.0)
-        top = tl.load(top_ptr + column, mask=drafted, other=0.0)
-        mass = tl.load(mass_ptr + column, mask=drafted, other=1.0)
-        p = prob_of(score, temperature, cutoff, top, mass)
-        q = tl.full([BLOCK], 1.0, tl.float64)
-        if SAMPLED:
-            q = tl.load(q_ptr + column * q_stride + draft, mask=drafted, other=1.0).to(tl.float64)
-        if BY_BLOCK:
-            num_accepted, scale = _longest_prefix(
-                p, q, uniforms, draft, column, num_drafted, p_ptr, q_ptr, p_stride, q_stride, vocab,
-                temperature, cutoff_ptr, top_ptr, mass_ptr, BLOCK, VOCAB_BLOCK, NUM_BLOCKS,
-            )  # fmt: skip
-        else:
-            scale = tl.full((), 1.0, tl.float64) * token_scale
-            num_accepted = tl.min(tl.where(uniforms < _ratio_kernel(p * scale, q), num_drafted, column), 0)
-        # -1 behind the last draft, where column num_drafted is always inside, since BLOCK > k
-        rejected = tl.sum(tl.where(column == num_accepted, draft, 0), 0)
-        final = _final_token(
-            p_ptr + num_accepted * p_stride, q_ptr + num_accepted * q_stride, vocab, temperature,
-            tl.load(cutoff_ptr + num_accepted), tl.load(top_ptr + num_accepted), tl.load(mass_ptr + num_accepted),
-            scale, rejected, tl.load(uniforms_ptr), SAMPLED, VOCAB_BLOCK, NUM_BLOCKS,
-        )  # fmt: skip
-        commit_row(
-            tl.where(column < num_accepted, draft, final.to(tl.int64)), num_accepted, column, row, eos_ptr, tokens_ptr,
-            lengths_ptr, limits_ptr, out_ptr, num_committed_ptr, num_accepted_ptr, finished_ptr, k + 1, num_eos,
-            tokens_stride,
-        )  # fmt: skip

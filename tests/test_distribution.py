@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from specdec.kernels import distribution
+from specdec.kernels import block_statistics, distribution
 from specdec.kernels.dispatch import triton
 from specdec.kernels.distribution import Truncation, distribution_of
 from specdec.kernels.greedy_commit import NO_TOKEN
@@ -120,11 +120,14 @@ def test_wrong_room_is_named():
 
 
 def compare(scores, truncation):
+    """The kernels against the reference, and the last row alone against the same in its batch."""
     expected = distribution_of(scores, truncation, "torch")
     found = distribution_of(scores, truncation, "triton")
     assert torch.equal(found.top, expected.top)
     assert torch.equal(*(scores >= cut.cutoff[..., None] for cut in (found, expected))), truncation
     assert torch.allclose(found.mass, expected.mass, rtol=1e-6), truncation
+    alone = distribution_of(scores[-1:], truncation, "triton")
+    assert all(torch.equal(one[0], batch[-1]) for one, batch in zip(alone[2:], found[2:], strict=True))
     rows, places, vocab = scores.shape
     numbers = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(scores.device)
     tokens, probs = [], torch.full((2, rows, vocab + 3), torch.nan, device=scores.device)
@@ -132,35 +135,58 @@ def compare(scores, truncation):
         tokens.append(sample(scores[:, places // 2], truncation, numbers, out, implementation))
     assert torch.allclose(probs[0], probs[1], rtol=1e-5, atol=1e-12)
     assert torch.equal(*tokens)
+    out = torch.full_like(probs[1, -1:], torch.nan)
+    assert torch.equal(sample(scores[-1:, places // 2], truncation, numbers[-1:], out, "triton"), tokens[1][-1:])
+    assert torch.equal(out, probs[1, -1:])
 
 
 @needs_interpreter
 @pytest.mark.parametrize("vocab", [1, 50])
 def test_kernels_in_the_interpreter_equal_the_reference(vocab, monkeypatch):
-    monkeypatch.setattr(distribution, "VOCAB_BLOCK", 32)
-    for number, truncation in enumerate(TRUNCATIONS[1::6]):
+    monkeypatch.setattr(block_statistics, "VOCAB_BLOCK", 32)
+    for number, truncation in enumerate(TRUNCATIONS[1::9]):
         dtype = torch.float16 if number % 2 else torch.float32
         compare(random_scores(vocab, rows=2, places=1, dtype=dtype), truncation)
 
 
 @needs_interpreter
-def test_kernel_in_the_interpreter_without_room_for_candidates(monkeypatch):
-    monkeypatch.setattr(distribution, "VOCAB_BLOCK", 64)
-    monkeypatch.setattr(distribution, "NUM_CANDIDATES", 16)
-    monkeypatch.setattr("specdec.kernels.sample.NUM_CANDIDATES", 16)
-    compare(random_scores(100, rows=1, places=1, spread=0.3), Truncation(top_p=0.8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cutoffs_among_ties_in_the_interpreter(dtype, monkeypatch):
+    """Scores of both signs and both zeros, many of them equal, some forbidden; blocks in which all are forbidden."""
+    monkeypatch.setattr(block_statistics, "VOCAB_BLOCK", 32)
+    values = torch.tensor([2.0, 0.5, 1e-30, 0.0, -0.0, -0.5, -0.5000001, -3.0, -torch.inf])
+    scores = values[torch.randint(len(values), (2, 1, 70))].to(dtype)
+    scores[0, :, 32:64] = -torch.inf
+    scores[1, :, :60] = -torch.inf
+    for truncation in (Truncation(0.5, top_p=0.7), Truncation(top_k=30, top_p=0.99, min_p=0.3)):
+        compare(scores, truncation)
 
 
 @needs_interpreter
-def test_unusable_scores_in_the_interpreter():
-    scores = random_scores(10)
+def test_scores_that_do_not_lie_side_by_side_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(block_statistics, "VOCAB_BLOCK", 16)
+    scores = random_scores(40, rows=3, places=4, dtype=torch.bfloat16)
+    for part in (scores[:, 1:3, :33], scores[::2, :2, 1:], scores[:, :, ::2]):
+        assert not part.is_contiguous()
+        compare(part, Truncation(min_p=0.1))
+
+
+@needs_interpreter
+def test_unusable_scores_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(block_statistics, "VOCAB_BLOCK", 8)
+    scores = random_scores(20, dtype=torch.bfloat16)
     scores[0, 1, 3] = torch.nan
+    scores[0, 1, 4:] = -torch.inf
     scores[1, 2] = -torch.inf
-    for truncation in (Truncation(), Truncation(top_k=3, top_p=0.5)):
-        assert distribution_of(scores, truncation, "triton").mass.isnan().sum() == 2
-        probs = torch.empty(3, 10)
-        tokens = sample(scores[:, 1], truncation, torch.zeros(3).double(), probs, "triton")
-        assert tokens[0] == NO_TOKEN and tokens[1:].ge(0).all() and probs[0].eq(0).all()
+    scores[2, 0, 15] = torch.inf
+    for truncation in (Truncation(), Truncation(top_k=3), Truncation(top_p=0.5, min_p=0.1)):
+        bad = distribution_of(scores, truncation, "triton").mass.isnan()
+        assert bad.nonzero().tolist() == [[0, 1], [1, 2], [2, 0]], truncation
+        for place, row in ((1, 0), (2, 1), (0, 2)):
+            probs = torch.full((3, 20), torch.nan)
+            tokens = sample(scores[:, place], truncation, torch.zeros(3).double(), probs, "triton")
+            assert tokens[row] == NO_TOKEN and (tokens == NO_TOKEN).sum() == 1
+            assert probs[row].eq(0).all() and probs.sum(1).sum().item() == pytest.approx(2, abs=1e-5)
 
 
 def test_interpreter_run(run_in_subprocess):

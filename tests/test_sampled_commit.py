@@ -8,7 +8,7 @@ import pytest
 import torch
 from verification import NO_EOS, run
 
-from specdec.kernels import distribution
+from specdec.kernels import block_statistics
 from specdec.kernels.dispatch import triton
 from specdec.kernels.greedy_commit import NO_TOKEN
 from specdec.kernels.sample import sample_tokens
@@ -164,7 +164,7 @@ def compare(target, ids, draft, numbers, lengths, limits):
 @pytest.mark.parametrize("vocab", [1, 7, 1000])
 @pytest.mark.parametrize("k", range(9))
 def test_kernel_in_the_interpreter_equals_the_reference(vocab, k, monkeypatch):
-    monkeypatch.setattr(distribution, "VOCAB_BLOCK", 256)
+    monkeypatch.setattr(block_statistics, "VOCAB_BLOCK", 256)
     compare(*random_case(vocab, k, seed=10 * k + vocab))
 
 
