@@ -66,7 +66,10 @@ class RowStreams:
         keys = self.keys[:, :1, None] if self.is_shared else self.keys[:, row_ids, None]
         words = philox(counter, keys)
         bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
-        return torch.from_numpy(bits * 2.0**-53).to(self.device)
+        numbers = torch.from_numpy(bits * 2.0**-53)
+        if self.device.type == "cuda":  # a copy from other memory would wait for all that the device has yet to do
+            numbers = numbers.pin_memory()
+        return numbers.to(self.device, non_blocking=True)
 
 
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
