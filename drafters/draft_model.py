@@ -80,7 +80,7 @@ class DraftModel(Drafter):
         drafted = inputs.new_empty(len(rows), 0)
         sampler, policy = self.sampler, self.length_policy
         probs = None if sampler is None else sampler.probs(rows, max_tokens)
-        uniforms = None if sampler is None else sampler.draw(rows, max_tokens)
+        uniforms: Tensor | None = None
         goes_on, num_drafted = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
         for place in range(max_tokens):
             end = rows.lengths + place
@@ -88,9 +88,11 @@ class DraftModel(Drafter):
             host_starts = rows.host_lengths + place - width
             output = self._forward(inputs, end - width, rows.max_length + place, host_starts)
             logits = output.logits[:, -1, : self._shared_vocab]
-            if sampler is None or probs is None or uniforms is None:
+            if sampler is None or probs is None:
                 inputs = logits.argmax(-1, keepdim=True)
             else:
+                if uniforms is None:  # computed on the host while the device is busy with the first forward
+                    uniforms = sampler.draw(rows, max_tokens)
                 inputs = sampler.sample(rows, drafted, logits, uniforms[:, place], probs[:, place])[:, None]
             drafted = torch.cat([drafted, inputs], 1)
             num_drafted += goes_on
@@ -103,7 +105,9 @@ class DraftModel(Drafter):
         if (num_drafted < drafted.shape[1]).any():
             behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
             drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
-        return Draft(drafted, None if probs is None else probs[:, : drafted.shape[1]])
+        if probs is None:
+            return Draft(drafted)
+        return Draft(drafted, probs[:, : drafted.shape[1]], is_normalised=True)
 
     def keep_rows(self, index: Tensor) -> None:
         assert self._network is not None

@@ -8,6 +8,7 @@ being verified may end, so that the same forward verifies the last guesses and m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import ReferenceType, ref
@@ -108,7 +109,7 @@ class LookAhead(Drafter):
             return draft
         num_queries = self.embeddings.num_helpers + num_guesses
         queries = ExtraQueries(self._queries.embeddings[:num_queries], self._queries.ahead[:num_queries])
-        return Draft(draft.token_ids, draft.probs, extra_queries=queries)
+        return replace(draft, extra_queries=queries)
 
     def _draft(self, rows: Rows, num_tokens: int) -> Draft:
         assert self._guesses is not None
@@ -123,7 +124,7 @@ class LookAhead(Drafter):
         for place in range(num_tokens):
             tokens = self.sampler.sample(rows, drafted, guesses[:, place], uniforms[:, place], probs[:, place])
             drafted = torch.cat([drafted, tokens[:, None]], 1)
-        return Draft(drafted.masked_fill(unknown, NO_TOKEN), probs)
+        return Draft(drafted.masked_fill(unknown, NO_TOKEN), probs, is_normalised=True)
 
     def observe(self, verified: Verified) -> None:
         num_rows = len(verified.num_accepted)

@@ -39,12 +39,15 @@ class Draft:
     extra_queries: what the verify forward takes along behind every place where the draft may end: each query sees the
         text and the draft up to there and the queries before it. They change nothing of what the target says about
         the text. At most `Drafter.num_extra_queries`.
+    is_normalised: that the probs are as `Sampler.sample` left them and sum to 1 by the way they were made; all others
+        are added up when they are verified.
     """
 
     token_ids: Tensor
     probs: Tensor | None = None
     parents: Tensor | None = None
     extra_queries: ExtraQueries | None = None
+    is_normalised: bool = False
 
     @staticmethod
     def empty(num_rows: int, device: torch.device) -> Draft:

@@ -122,7 +122,7 @@ def usable(rows: Rows, draft: Draft, widths: np.ndarray, vocab_size: int, name: 
     column = torch.arange(draft.token_ids.shape[1], device=draft.token_ids.device)
     keep = (column < room) & (draft.token_ids >= 0) & (draft.token_ids < vocab_size)
     token_ids = draft.token_ids.masked_fill(keep.long().cumprod(1) == 0, NO_TOKEN)
-    return Draft(token_ids, draft.probs, extra_queries=draft.extra_queries)
+    return replace(draft, token_ids=token_ids)
 
 
 def check_draft(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> None:
