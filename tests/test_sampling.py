@@ -122,6 +122,27 @@ def test_end_of_sequence_is_sampled_too():
     assert p_value(counts, joint(eos=2)) > ALPHA
 
 
+class Remembers(DraftModel):
+    def propose(self, rows, max_tokens):
+        self.drafts.append(super().propose(rows, max_tokens))
+        return self.drafts[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_k": 3, "top_p": 0.8, "min_p": 0.1}])
+def test_what_goes_unchecked_sums_to_one(options):
+    """Verification does not add up the probabilities of drafts that are marked."""
+    drafter = Remembers(OTHER)
+    drafter.drafts = []
+    specdec.generate(
+        TARGET, PROMPT.expand(50, -1), drafter=drafter, do_sample=True, max_new_tokens=8, seed=1, pad_token_id=0,
+        num_speculative_tokens=3, **{"top_k": 0, **options},
+    )  # fmt: skip
+    assert drafter.drafts
+    for draft in drafter.drafts:
+        assert draft.is_normalised
+        torch.testing.assert_close(draft.probs.sum(-1), torch.ones(draft.token_ids.shape))
+
+
 class DropsUnlikely(DraftModel):
     """Planted: forgets a sampled token because the draft model was unsure of it."""
 
