@@ -31,9 +31,9 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 
 def log_prob(shown: Shown) -> Tensor:
     """log q of each row's token, [rows] float32; of NO_TOKEN something finite."""
-    logits = shown.logits.float()
-    chosen = logits.gather(1, shown.token_ids.clamp(0, logits.shape[1] - 1)[:, None])
-    return chosen[:, 0] - logits.logsumexp(1)
+    # One kernel; logsumexp is five, and takes more than twice the time.
+    log_probs = shown.logits.float().log_softmax(1)
+    return log_probs.gather(1, shown.token_ids.clamp(0, log_probs.shape[1] - 1)[:, None])[:, 0]
 
 
 def on_host(probabilities: Tensor) -> np.ndarray:
@@ -98,7 +98,8 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         pairs = [(layer.weight.detach().t().contiguous(), layer.bias.detach()) for layer in layers]
         weight, bias = pairs[-1]  # [width, 2], [2]: only the difference of the two logits is wanted
         difference = weight[:, 1:] - weight[:, :1], bias[1:] - bias[:1] + head.log_weight
-        self.layers: list[Any] = [*pairs[:-1], difference]
+        # By half of what a layer gives: SiLU(2 h) = h + h tanh(h), and sigmoid(2 h) = (1 + tanh(h)) / 2.
+        self.layers: list[Any] = [(0.5 * weight, 0.5 * bias) for weight, bias in (*pairs[:-1], difference)]
         self.is_on_cpu = weight.device.type == "cpu"
         if self.is_on_cpu:
             self.layers = [(weight.numpy(), bias.numpy()) for weight, bias in self.layers]
@@ -114,8 +115,8 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         x = torch.cat([hidden, log_q, log_rest], 1)
         *blocks, (weight, bias) = self.layers
         for block_weight, block_bias in blocks:
-            x = x + F.silu(torch.addmm(block_bias, x, block_weight))
-        return on_host(torch.addmm(bias, x, weight)[:, 0].sigmoid())
+            x = x + F.silu(torch.addmm(block_bias, x, block_weight, beta=2, alpha=2))
+        return on_host(torch.addmm(bias, x, weight, beta=2, alpha=2)[:, 0].sigmoid())
 
     def _by_numpy(self, hidden: np.ndarray, log_q: np.ndarray) -> np.ndarray:
         """The same. hidden: [rows, hidden]; log_q: [rows, 1]."""
@@ -123,11 +124,14 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         log_rest = np.maximum(np.log(-np.expm1(log_q)), LEAST_LOG_PROB)
         x = np.concatenate([hidden, log_q, log_rest], 1)
         *blocks, (weight, bias) = self.layers
-        with np.errstate(over="ignore"):  # exp of a large number makes 1 / (1 + exp) the 0 that it should be
-            for block_weight, block_bias in blocks:
-                y = x @ block_weight + block_bias
-                x = x + y / (1 + np.exp(-y))
-            return without_nan(1 / (1 + np.exp(-(x @ weight + bias)[:, 0].astype(np.float64))))
+        for block_weight, block_bias in blocks:
+            half = x @ block_weight
+            half += block_bias
+            x += half
+            half *= np.tanh(half)
+            x += half
+        half = (x @ weight)[:, 0].astype(np.float64) + bias
+        return without_nan(0.5 + 0.5 * np.tanh(half))
 
 
 class DiscoEstimate(OfHead[Disco]):

@@ -202,12 +202,12 @@ class CostModel(LengthPolicy):
         """Tokens and seconds of a step by how many are drafted, [max_tokens + 1] each."""
         verify, draft = self._curves
         self._conditional = self._known.survival.conditional(rows.row_ids, max_tokens)  # [rows, max_tokens]
-        self._has_room = np.arange(max_tokens) < self._room[:, None]
-        reached = self._conditional.cumprod(1) * self._has_room
-        self._gains = len(rows) + np.concatenate([[0.0], reached.sum(0).cumsum()])
+        reached = self._conditional.cumprod(1) * (np.arange(max_tokens) < self._room[:, None])
+        self._accepted = reached.cumsum(1)  # [rows, max_tokens], of so many tokens and one more
+        self._gains = len(rows) + np.concatenate([[0.0], self._accepted.sum(0)])
         self._times = verify.seconds[1 : max_tokens + 2].copy()
         self._times[1:] += draft.seconds[1 : max_tokens + 1] + self._catch_up_seconds(draft)
-        self._reached = np.ones(len(rows))
+        self._odds = np.ones(len(rows))  # that the tokens shown so far are accepted, by what was expected before
 
     def _catch_up_seconds(self, draft: Curve) -> float:
         if self._lag <= KNOWN_LAG:
@@ -239,10 +239,9 @@ class CostModel(LengthPolicy):
         self._predicted.append(predicted)
         if not self._follows_estimate:
             return np.full(len(rows), width < self._asked)
-        self._reached = self._reached * self._known.recalibrated(predicted)
-        ahead = self._reached[:, None] * self._conditional[:, width:].cumprod(1) * self._has_room[:, width:]
-        worth = ahead.sum(0).cumsum() - self._rate * (self._times[width + 1 :] - self._times[width])
-        return np.full(len(rows), (worth > 0).any())
+        self._odds = self._odds * self._known.recalibrated(predicted) / self._conditional[:, shown.place]
+        worth = self._odds @ self._accepted[:, shown.place :] - self._rate * self._times[width:]
+        return np.full(len(rows), worth[1:].max() > worth[0])
 
     def drafted(self, draft: Draft) -> None:
         self._drafted = self._clock.mark()

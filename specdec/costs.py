@@ -13,6 +13,7 @@ import numpy as np
 MAX_TOKENS = 33  # of a step: the newest and 32 draft tokens
 NUM_SAMPLES = 5  # of each time the last ones, of which the lower median counts
 SHORTEST_CONTEXT = 128
+NUMBERS = np.arange(MAX_TOKENS + 1)
 
 
 @dataclass
@@ -25,21 +26,23 @@ class Curve:
 
     base: np.ndarray
     samples: dict[int, deque[float]] = field(default_factory=dict)
+    _scales: dict[int, float] = field(default_factory=dict)
     _seconds: np.ndarray | None = None
 
     def add(self, tokens: int, seconds: float) -> None:
-        self.samples.setdefault(tokens, deque(maxlen=NUM_SAMPLES)).append(seconds)
+        samples = self.samples.setdefault(tokens, deque(maxlen=NUM_SAMPLES))
+        samples.append(seconds)
+        self._scales[tokens] = statistics.median_low(samples) / float(self.base[tokens])
         self._seconds = None
 
     @property
     def seconds(self) -> np.ndarray:
         """[MAX_TOKENS + 1]"""
         if self._seconds is None:
-            known = sorted(self.samples)
-            if not known:
+            if not self._scales:
                 return self.base
-            scale = [statistics.median_low(self.samples[tokens]) / self.base[tokens] for tokens in known]
-            self._seconds = self.base * np.interp(np.arange(MAX_TOKENS + 1), known, scale)
+            known, scale = zip(*sorted(self._scales.items()), strict=True)
+            self._seconds = self.base * np.interp(NUMBERS, known, scale)
         return self._seconds
 
 
@@ -87,6 +90,7 @@ class Survival:
     ROW_MEMORY = 0.9  # per step
     PLACE_MEMORY = 0.995  # per row and step
     PRIOR, PRIOR_WEIGHT = 0.7, 2.0
+    LEAST = 1e-6  # what was never seen may still happen
 
     def __init__(self, max_tokens: int):
         self.tried = np.full(max_tokens, self.PRIOR_WEIGHT)
@@ -102,22 +106,18 @@ class Survival:
         self._make_room(row_ids)
         tried, accepted = self.rows[:, row_ids, None]
         places = self.accepted[:num_tokens] / self.tried[:num_tokens]
-        return (accepted + self.ROW_WEIGHT * places) / (tried + self.ROW_WEIGHT)
+        return np.maximum((accepted + self.ROW_WEIGHT * places) / (tried + self.ROW_WEIGHT), self.LEAST)
 
     def learn(self, row_ids: np.ndarray, asked: np.ndarray, accepted: np.ndarray) -> None:
         """asked, accepted: [rows] integers, tokens that might have been accepted and those that were. A drafter that
         proposes nothing is wrong."""
         self._make_room(row_ids)
         tried = np.minimum(accepted + 1, asked)
-        self.rows[:, row_ids] *= self.ROW_MEMORY
-        self.rows[0, row_ids] += tried
-        self.rows[1, row_ids] += accepted
-        place = np.arange(len(self.tried))
-        memory = self.PLACE_MEMORY ** len(row_ids)
+        self.rows[:, row_ids] = self.ROW_MEMORY * self.rows[:, row_ids] + (tried, accepted)
+        most = int(tried.max())  # of the places behind it nothing is learned
+        place, memory = np.arange(most), self.PLACE_MEMORY ** len(row_ids)
         for total, counts in ((self.tried, tried), (self.accepted, accepted)):
-            reached = (place < counts[:, None]).sum(0)
-            total *= np.where((place < tried[:, None]).any(0), memory, 1.0)
-            total += reached
+            total[:most] = memory * total[:most] + (place < counts[:, None]).sum(0)
 
     def _make_room(self, row_ids: np.ndarray) -> None:
         size = int(row_ids.max(initial=0)) + 1
@@ -133,18 +133,17 @@ class Recalibrated:
     PRIOR_WEIGHT = 20.0
 
     def __init__(self) -> None:
-        self.tokens, self.predicted, self.accepted = np.zeros((3, self.NUM_BINS))
+        self.tokens, self.excess, self._correction = np.zeros((3, self.NUM_BINS))
 
     def __call__(self, predicted: np.ndarray) -> np.ndarray:
-        index = self._bins(predicted)
-        excess = (self.accepted - self.predicted)[index] / (self.tokens[index] + self.PRIOR_WEIGHT)
-        return np.clip(predicted + excess, 0.0, 1.0)
+        return np.minimum(np.maximum(predicted + self._correction[self._bins(predicted)], 0.0), 1.0)
 
     def learn(self, predicted: np.ndarray, accepted: np.ndarray) -> None:
         """[tokens] each; accepted: bool."""
         index = self._bins(predicted)
-        for total, values in ((self.tokens, None), (self.predicted, predicted), (self.accepted, accepted)):
-            total += np.bincount(index, values, self.NUM_BINS)
+        self.tokens += np.bincount(index, None, self.NUM_BINS)
+        self.excess += np.bincount(index, accepted - predicted, self.NUM_BINS)
+        self._correction = self.excess / (self.tokens + self.PRIOR_WEIGHT)
 
     def _bins(self, predicted: np.ndarray) -> np.ndarray:
         return np.minimum((predicted * self.NUM_BINS).astype(np.int64), self.NUM_BINS - 1)
