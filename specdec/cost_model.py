@@ -29,12 +29,13 @@ from specdec.length import LengthPolicy, Shown, with_predictions
 from specdec.metrics import decided
 from specdec.rows import Rows, StepReport
 
-# Draft tokens of the first steps with a pair, whose costs are unknown. Three plain steps in a row show what it costs to
-# catch up with them.
-EXPLORED = (4, 0, 4, 0, 8, 0, 0, 0, 4, 2, 0, 0, 0, 4)
+# Draft tokens of the first steps with a pair, whose costs are unknown; the first of a shape may have compiled something.
+# What they show decides from then on, so that a drafter that loses is left alone at once.
+EXPLORED = (1, 0, 1, 0, 4)
+WORTH = 1.02  # of plain decoding's speed: drafts that are not expected to reach it are not worth the doubt
 SHARE_OF_PROBES = 0.01  # of the time: what trying the other way may lose
 PLAIN_STEPS = 16  # without a thought, once plain decoding is faster
-PLAIN_IS_OLD = 64  # steps after which plain decoding is timed again
+PLAIN_IS_OLD = 16  # steps after which plain decoding is timed again, if that loses little
 ROWS_ALIKE = 1.5  # a plain step of so many times more or fewer rows says enough about these
 FIRST_TIME = 1.5  # of a shape: it may compile or capture, and counts as no more than so many times what was expected
 KNOWN_LAG = 2  # tokens that every draft feeds anyway
@@ -183,7 +184,7 @@ class CostModel(LengthPolicy):
         best = int(rates.argmax())
         tokens, seconds = self._achieved
         achieved = tokens / seconds if seconds > 0 else 0.0
-        drafts = best > 0 or achieved > rates[0]
+        drafts = max(rates[best], achieved) > WORTH * rates[0]
         self._rate = max(float(rates[best]), achieved)
         self._is_plain_known = self._is_plain_known or self._was_plain_timed(len(rows))
         if not self._is_plain_known:
@@ -193,7 +194,7 @@ class CostModel(LengthPolicy):
             self._is_probe = True
             return other
         if not drafts:
-            self._hold = PLAIN_STEPS
+            self._hold = KNOWN_LAG if known.catch_up is None else PLAIN_STEPS
             return 0
         self._follows_estimate = self._estimate is not None
         return best
@@ -225,9 +226,14 @@ class CostModel(LengthPolicy):
         )
 
     def _may_probe(self, other: int) -> bool:
-        """Whether it is time to try the other way, and what it is expected to lose fits into its share of the time."""
+        """Whether it is time to try the other way, and what it is expected to lose fits into its share of the time.
+
+        What catching up costs has to be seen once, early: it grows with every plain step.
+        """
         if other == 0 and self._since_plain < PLAIN_IS_OLD:
             return False
+        if other > 0 and self._known.catch_up is None and self._lag > KNOWN_LAG:
+            return True
         loss = max(self._times[other] - self._gains[other] / self._rate, 0.0)
         return self._lost + loss <= SHARE_OF_PROBES * self._elapsed
 
@@ -273,7 +279,7 @@ class CostModel(LengthPolicy):
         return report
 
     def _learn_draft(self, draft: Curve, tokens: int, seconds: float) -> None:
-        if self._lag <= KNOWN_LAG:
+        if self._lag <= KNOWN_LAG or seconds < draft.seconds[tokens]:  # less than was thought, and with catching up
             add_time(draft, tokens, seconds)
         elif draft.samples:
             extra = max(seconds - float(draft.seconds[tokens]), 0.0) / (self._lag * self._num_rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 MAX_TOKENS = 33  # of a step: the newest and 32 draft tokens
-NUM_SAMPLES = 5  # of each time the last ones, of which the lower median counts
+NUM_SAMPLES = 11  # of each time the last ones, of which the lower median counts
 SHORTEST_CONTEXT = 128
 NUMBERS = np.arange(MAX_TOKENS + 1)
 
@@ -21,7 +21,7 @@ class Curve:
     """Seconds by number of tokens, at one number of rows and about one length of context.
 
     base: [MAX_TOKENS + 1], the expected shape: where something was measured it is scaled to that, in between by what
-    lies around.
+    lies around. Beyond it rises at least as fast as over what was measured.
     """
 
     base: np.ndarray
@@ -42,7 +42,11 @@ class Curve:
             if not self._scales:
                 return self.base
             known, scale = zip(*sorted(self._scales.items()), strict=True)
-            self._seconds = self.base * np.interp(NUMBERS, known, scale)
+            self._seconds = seconds = self.base * np.interp(NUMBERS, known, scale)
+            first, last = known[0], known[-1]
+            if first < last:
+                slope = (seconds[last] - seconds[first]) / (last - first)
+                seconds[last:] = np.maximum(seconds[last:], seconds[last] + slope * (NUMBERS[last:] - last))
         return self._seconds
 
 
