@@ -25,4 +25,4 @@ class DrafterError(SpecDecError):
 
 
 class NumericalError(SpecDecError):
-    """The target produced NaN logits; the message names the row."""
+    """The target produced NaN logits, in the row that is named; or a training's loss is not finite or has diverged."""

@@ -22,6 +22,7 @@ from torch import nn
 
 from specdec.drafters.training.checkpoint import load_checkpoint, save_checkpoint, written_whole
 from specdec.drafters.training.data import TokenStream, pad_right, read_stream, save_stream
+from specdec.drafters.training.loss_guard import LossGuard
 from specdec.drafters.training.trainer import CHECKPOINT, TrainConfig, finish, make_accelerator, read_losses, train
 from specdec.errors import ConfigError, InputError, NumericalError
 
@@ -122,6 +123,86 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_checkpoint(tmp_path):
             make_accelerator(CPU),
         )
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_run_that_diverges_is_ended_and_keeps_its_checkpoint(tmp_path):
+    """Planted: from step 200 on the weights are thrown far away."""
+    config = TrainConfig(num_steps=1000, learning_rate=0.01, checkpoint_every=100)
+    bad_from, weight = 200, nn.Parameter(torch.tensor([5.0]))
+    module = nn.ParameterList([weight])
+
+    def loss_of(model, step):
+        if step.index >= bad_from:
+            with torch.no_grad():
+                weight.fill_(9.0)
+        return weight.abs().sum() + 0.1 * random.random()
+
+    with pytest.raises(NumericalError, match=r"diverged: 9.* up to step 249, after .* lower learning_rate=0\.01"):
+        train(module, loss_of, config, tmp_path, make_accelerator(CPU))
+    assert load_checkpoint_steps(tmp_path) == 200 and len(read_losses(tmp_path / "losses.jsonl")) == 250
+
+
+def load_checkpoint_steps(folder):
+    return torch.load(folder / CHECKPOINT, weights_only=True)["num_steps_done"]
+
+
+def judged(losses, learning_rate=0.01):
+    """Whether the guard lets them pass."""
+    try:
+        LossGuard(learning_rate).add(losses)
+    except NumericalError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("high", [9.5, 7.4])
+def test_divergence_as_it_was_measured(high):
+    """From 5.0 to 9.5 behind the warm-up; and to the loss of one who knows how frequent tokens are, no more."""
+    noise = np.random.default_rng(0).normal(0, 0.15, 1000)
+    learning = 5 + 4 * np.exp(-np.arange(300) / 60)
+    assert judged([*(learning + noise[:300])])
+    assert not judged([*(learning + noise[:300]), *(high + noise[300:450])])
+
+
+def test_a_loss_that_explodes_within_a_window_is_seen_soon():
+    with pytest.raises(NumericalError, match="step 149"):
+        LossGuard(1.0).add([*np.linspace(9, 5, 100), *np.geomspace(5, 1e9, 100)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kind", ["noisy", "around zero", "heavy tails", "slow rise", "spikes", "near zero"])
+def test_noisy_losses_pass(kind, seed):
+    """20 000 steps in all of each."""
+    rng = np.random.default_rng(seed)
+    step, noise = np.arange(1000), rng.normal(size=1000)
+    losses = {
+        "noisy": 2 * np.exp(-step / 300) + 1 + noise,
+        "around zero": noise,  # as a policy gradient's
+        "heavy tails": rng.lognormal(-2, 1.5, 1000),
+        "slow rise": 0.2 + 0.03 * step / 1000 + 0.02 * noise,  # on-policy text that gets harder
+        "spikes": 1 + 100 * (step % 70 < 10) + 0.1 * noise,
+        "near zero": 0.7 * np.exp(-step / 50) + 0.01 * rng.gamma(1, 1, 1000),
+    }[kind]
+    assert judged(losses.tolist())
+
+
+def test_what_the_guard_saw_before_a_kill_counts(tmp_path):
+    losses = [9.0] * 50 + [5.0] * 70 + [8.0] * 80
+    module = nn.Linear(1, 1)
+
+    def resumable(kill_at):
+        def loss_of(model, step):
+            if step.index == kill_at:
+                raise Killed
+            return 0 * model(torch.ones(1, 1)).sum() + losses[step.index]
+
+        config = TrainConfig(num_steps=200, learning_rate=0.01, checkpoint_every=30)
+        return train(module, loss_of, config, tmp_path, make_accelerator(CPU))
+
+    with pytest.raises(Killed):
+        resumable(130)
+    with pytest.raises(NumericalError, match="up to step 199, after 5 at best and 9 at first"):
+        resumable(None)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -31,7 +31,8 @@ from specdec.drafters.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from specdec.errors import ConfigError, NumericalError
+from specdec.drafters.training.loss_guard import LossGuard
+from specdec.errors import ConfigError
 
 CHECKPOINT, LOSSES = "checkpoint.pt", "losses.jsonl"
 LOG_EVERY = 10  # steps; reading a loss waits for the device
@@ -138,7 +139,8 @@ def train(
         already there, the run goes on from it.
     settings: everything else that the result depends on, in JSON types; a checkpoint of other settings is refused.
 
-    Raises ConfigError or InputError for a checkpoint that does not fit, NumericalError when the loss is not finite.
+    Raises ConfigError or InputError for a checkpoint that does not fit, NumericalError when the loss is not finite or
+    has diverged (`LossGuard`); the last checkpoint stays.
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
@@ -150,6 +152,8 @@ def train(
     first = resume(folder / CHECKPOINT, settings, trained, optimizer, state, accelerator)
     wrapped = accelerator.prepare_model(module)
     log = LossLog(folder / LOSSES, first) if accelerator.is_main_process else None
+    guard = LossGuard(config.learning_rate)
+    guard.add(read_losses(folder / LOSSES)[:first] if first else ())
     pending: list[tuple[int, Tensor]] = []
     with progress_bar(config.num_steps, first, accelerator.is_main_process) as show:
         for index in range(first, config.num_steps):
@@ -158,7 +162,9 @@ def train(
             pending.append((index, loss))
             at_checkpoint = (index + 1) % config.checkpoint_every == 0 or index + 1 == config.num_steps
             if at_checkpoint or len(pending) == LOG_EVERY:
-                show(index + 1, write_losses(pending, log, config, accelerator))
+                losses = write_losses(pending, log, config, accelerator)
+                show(index + 1, losses[-1])
+                guard.add(losses)
                 pending = []
             if at_checkpoint:
                 checkpoint(folder / CHECKPOINT, index + 1, settings, trained, optimizer, state, accelerator)
@@ -258,22 +264,17 @@ def checkpoint(
 
 def write_losses(
     pending: list[tuple[int, Tensor]], log: LossLog | None, config: TrainConfig, accelerator: Accelerator
-) -> float:
-    """Log the mean over the processes; returns the newest."""
+) -> list[float]:
+    """Log the mean over the processes, and return it, of each step."""
     losses: Any = accelerator.reduce(torch.stack([loss for _, loss in pending]), reduction="mean")
-    values = losses.tolist()
+    values: list[float] = losses.tolist()
     entries = [
         {"step": index, "loss": value, "learning_rate": config.learning_rate_at(index)}
         for (index, _), value in zip(pending, values, strict=True)
     ]
     if log is not None:
         log.append(entries)
-    for entry in entries:
-        if not math.isfinite(entry["loss"]):
-            raise NumericalError(
-                f"the loss at step {entry['step']} is {entry['loss']}; lower learning_rate={config.learning_rate}"
-            )
-    return values[-1]
+    return values
 
 
 def record_of(
