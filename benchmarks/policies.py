@@ -51,7 +51,7 @@ from specdec.oracle import greedy_settings
 MOST = 20
 THRESHOLDS = {
     "confidence": (0.2, 0.35, 0.5),
-    "acceptance_head": (0.4, 0.55, 0.7, 0.85),
+    "acceptance_head": (0.3, 0.4, 0.5, 0.6, 0.7, 0.85),
     "disco": (0.3, 0.45, 0.6),
 }
 

@@ -29,8 +29,8 @@ from specdec.length import LengthPolicy, Shown, with_predictions
 from specdec.metrics import decided
 from specdec.rows import Rows, StepReport
 
-# Draft tokens of the first steps with a pair, whose costs are unknown; the first of a shape may have compiled something.
-# What they show decides from then on, so that a drafter that loses is left alone at once.
+# Draft tokens of the first steps with a pair, whose costs are unknown: few and short, so that a drafter that loses has
+# lost little. What they show decides from then on.
 EXPLORED = (1, 0, 1, 0, 4)
 WORTH = 1.02  # of plain decoding's speed: drafts that are not expected to reach it are not worth the doubt
 SHARE_OF_PROBES = 0.01  # of the time: what trying the other way may lose
@@ -158,8 +158,6 @@ class CostModel(LengthPolicy):
         self._begin = self._clock.mark()
         self._predicted: list[np.ndarray] = []
         self._is_probe = self._follows_estimate = False
-        # A row that has room for r tokens gets the target's own as one of them.
-        self._room = rows.host_limits - rows.host_lengths - 1
         tokens = self._choose(rows, max_tokens)
         # An estimate decides while drafting how far to go.
         self._asked = max_tokens if self._follows_estimate else tokens
@@ -170,15 +168,17 @@ class CostModel(LengthPolicy):
         if len(rows) != self._num_rows:
             self._num_rows, self._hold, self._is_plain_known = len(rows), 0, False
             self._achieved[:] = 0
+        if self._hold > 0:
+            self._hold -= 1
+            return 0
         self._curves = known.verify.curve(len(rows), rows.max_length), known.draft.curve(len(rows), rows.max_length)
+        # A row that has room for r tokens gets the target's own as one of them.
+        self._room = rows.host_limits - rows.host_lengths - 1
         if max_tokens < 1:
             return 0
         if known.num_explored < len(EXPLORED):
             known.num_explored += 1
             return min(EXPLORED[known.num_explored - 1], max_tokens)
-        if self._hold > 0:
-            self._hold -= 1
-            return 0
         self._expect(rows, max_tokens)
         rates = self._gains / self._times
         best = int(rates.argmax())
