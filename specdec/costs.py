@@ -27,20 +27,23 @@ class Curve:
     base: np.ndarray
     samples: dict[int, deque[float]] = field(default_factory=dict)
     _scales: dict[int, float] = field(default_factory=dict)
+    _changed: set[int] = field(default_factory=set)  # what `_scales` has not yet seen
     _seconds: np.ndarray | None = None
 
     def add(self, tokens: int, seconds: float) -> None:
-        samples = self.samples.setdefault(tokens, deque(maxlen=NUM_SAMPLES))
-        samples.append(seconds)
-        self._scales[tokens] = statistics.median_low(samples) / float(self.base[tokens])
+        self.samples.setdefault(tokens, deque(maxlen=NUM_SAMPLES)).append(seconds)
+        self._changed.add(tokens)
         self._seconds = None
 
     @property
     def seconds(self) -> np.ndarray:
         """[MAX_TOKENS + 1]"""
         if self._seconds is None:
-            if not self._scales:
+            if not self.samples:
                 return self.base
+            for tokens in self._changed:
+                self._scales[tokens] = statistics.median_low(self.samples[tokens]) / float(self.base[tokens])
+            self._changed.clear()
             known, scale = zip(*sorted(self._scales.items()), strict=True)
             self._seconds = seconds = self.base * np.interp(NUMBERS, known, scale)
             first, last = known[0], known[-1]
