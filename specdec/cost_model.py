@@ -91,11 +91,12 @@ class Knowledge:
 _known: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Knowledge]] = WeakKeyDictionary()
 
 
-def knowledge_of(target: PreTrainedModel, drafter: Drafter) -> Knowledge:
-    """Kept as long as the target lives."""
+def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate | None = None) -> Knowledge:
+    """Kept as long as the target lives. Each kind of estimate has its own errors, and takes its own time."""
     drafting: Hashable = type(drafter) if drafter.model is None else ref(drafter.model)
     layout = None if drafter.layout is None else drafter.layout.name
-    key = (drafting, target.device, target.dtype, layout, torch.get_num_threads())
+    by = estimate if estimate is draft_probability else type(estimate)
+    key = (drafting, by, target.device, target.dtype, layout, torch.get_num_threads())
     return _known.setdefault(target, {}).setdefault(key, Knowledge())
 
 
@@ -143,7 +144,7 @@ class CostModel(LengthPolicy):
     def start(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> None:
         on_cuda = target.device.type == "cuda"
         self._clock: Clock = self._given_clock or (CudaClock() if on_cuda else HostClock())
-        self._known = self._given_knowledge or knowledge_of(target, drafter)
+        self._known = self._given_knowledge or knowledge_of(target, drafter, self._estimate)
         self._known.survival.forget_rows()
         self._elapsed = self._lost = 0.0  # seconds; lost by trying the other way
         self._hold = 0  # plain steps to take without a thought

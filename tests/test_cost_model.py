@@ -10,6 +10,8 @@ import pytest
 import torch
 from test_generate import OTHER, TARGET, some_prompts
 
+from specdec.acceptance import HeadEstimate, draft_probability
+from specdec.acceptance_head import AcceptanceHead
 from specdec.cost_model import FIRST_TIME, CostModel, Knowledge, add_time, knowledge_of
 from specdec.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
 from specdec.drafter import NO_TOKEN
@@ -259,6 +261,16 @@ def test_knowledge_belongs_to_a_pair():
     assert knowledge_of(TARGET, one) is not knowledge_of(TARGET, other)
     assert knowledge_of(TARGET, PromptLookup()) is knowledge_of(TARGET, PromptLookup())
     assert knowledge_of(OTHER, PromptLookup()) is not knowledge_of(TARGET, PromptLookup())
+
+
+def test_knowledge_belongs_to_a_kind_of_estimate():
+    """The corrections of one would mislead another."""
+    one, heads = DraftModel(OTHER), [HeadEstimate(AcceptanceHead(8)) for _ in range(2)]
+    by_probability = knowledge_of(TARGET, one, draft_probability)
+    assert by_probability is knowledge_of(TARGET, one, draft_probability)
+    assert knowledge_of(TARGET, one, heads[0]) is knowledge_of(TARGET, one, heads[1])
+    assert knowledge_of(TARGET, one, heads[0]) is not by_probability
+    assert by_probability is not knowledge_of(TARGET, one)
 
 
 def test_with_the_real_clock_the_text_is_plain_greedy():
