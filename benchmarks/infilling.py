@@ -1,6 +1,6 @@
 """Filling in held-out code: sequential, parallel without verification, and ASSD, by mask rate and draft length.
 
-    python benchmarks/infilling.py --model FOLDER --output infilling.json --plot infilling.png
+    python benchmarks/infilling.py --output infilling.json --plot infilling.png
 
 Part `rates`: texts with places hidden anywhere are filled by samples; network calls, seconds, and the mean negative
 log-likelihood of the samples under the model's joint density, which an exact method keeps and an inexact one raises.
@@ -265,7 +265,9 @@ def plot(record: dict, path: Path, k: int) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="an any-subset model, with its tokenizer")
+    parser.add_argument(
+        "--model", type=Path, default=ASSETS / "infill_model", help="an any-subset model, with its tokenizer"
+    )
     parser.add_argument("--texts", type=Path, default=ASSETS / "demo_pair" / "prompts.json", help="a JSON list")
     parser.add_argument("--num-texts", type=int, default=40)
     parser.add_argument("--device", default="cpu")
