@@ -79,7 +79,6 @@ def sample_tokens(mass: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _sample_triton(scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor) -> Tensor:
-    """Predicted on an H200 for 8 rows of 151 936: 4 us to write the probabilities, 4 us to choose."""
     num_rows, num_columns = probs.shape
     vocab = scores.shape[1]
     scores = kernel_scores(scores)

@@ -3,9 +3,6 @@ program a row that decides, finds the token in its block and commits.
 
 For "token" the place behind the accepted drafts is known from the drafts' own probabilities, and only its blocks are
 read. For "block" the R_i of every place are needed and are taken side by side; the last one is the bonus.
-
-Predicted on an H200 for 8 rows, K = 5 and 151 936 bfloat16 scores: 4 us (7.3 MB) and 5 us for "token", 12 us (39 MB)
-and 5 us for "block", each behind a launch of about 2 us.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
 from specdec.drafter import NO_TOKEN
-from specdec.errors import UnsupportedModelError
+from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.rows import Rows
 from specdec.two_stream import TwoStreamCache
 
@@ -80,7 +80,7 @@ class XLNet(AnySubsetModel):
     """
 
     def __init__(self, model: XLNetLMHeadModel):
-        """Raises UnsupportedModelError for an XLNet that does not see both sides."""
+        """Raises UnsupportedModelError for an XLNet that does not see both sides, ConfigError for mixed dtypes."""
         if not isinstance(model, XLNetLMHeadModel):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no second stream, so it gives no density of several tokens in one call; "
@@ -91,6 +91,9 @@ class XLNet(AnySubsetModel):
                 f"this XLNet has attn_type={model.config.attn_type!r}, bi_data={model.config.bi_data}; only "
                 "attn_type='bi' without bi_data sees the text on both sides of a place"
             )
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        if len(dtypes) > 1:  # transformers leaves some of XLNet's parameters in float32, whatever dtype is asked for
+            raise ConfigError(f"the XLNet's parameters are {' and '.join(dtypes)}; make them one by model.to(dtype)")
         self.model = model
         self.vocab_size = model.lm_loss.weight.shape[0]
         self.max_positions = getattr(model.config, "max_positions", None)

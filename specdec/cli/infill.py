@@ -62,6 +62,7 @@ def infill(
     source = read_text(file) if file is not None else str(text)
     masked = mask_lines(source, lines, tokenizer) if lines else parse_masks(source, tokenizer)
     network = load_model(folder, "model", place, dtype)
+    network.to(network.get_input_embeddings().weight.dtype)  # transformers leaves some of XLNet's in float32
     mask_token = next(
         (
             token
