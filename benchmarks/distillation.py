@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="packed tokens, see pack_corpus.py")
     parser.add_argument("--work", type=Path, default=Path("distillation"), help="where the drafts are trained")
     parser.add_argument("--out", type=Path, help="the JSON record; by default results/<...>.json")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", nargs="+", default=["cpu"], help="the arms take turns on them")
     parser.add_argument("--jobs", type=int, default=1, help="arms trained at a time")
     parser.add_argument("--losses", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--data", nargs="+", default=DATA, choices=DATA)
@@ -81,11 +82,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:
-    """The longest first."""
-    arms = [Arm(loss, data, options.learning_rate) for data in reversed(options.data) for loss in options.losses]
-    if "target" in options.data:
-        arms.append(Arm("ce", "target", options.learning_rate))
-    return arms + [Arm("ce", "fixed", rate) for rate in options.baseline_learning_rates]
+    """The baselines, without which nothing can be compared, and then the longest first."""
+    arms = [Arm("ce", "fixed", rate) for rate in options.baseline_learning_rates]
+    arms += [Arm(loss, data, options.learning_rate) for data in reversed(options.data) for loss in options.losses]
+    return arms + ([Arm("ce", "target", options.learning_rate)] if "target" in options.data else [])
 
 
 def random_draft(options: argparse.Namespace) -> Path:
@@ -100,7 +100,7 @@ def random_draft(options: argparse.Namespace) -> Path:
     return folder
 
 
-def train(options: argparse.Namespace, arm: Arm, start: Path, out: Path, steps: int, seed: int) -> None:
+def train(options: argparse.Namespace, arm: Arm, start: Path, out: Path, steps: int, seed: int, device: str) -> None:
     """One run of the command, which keeps its output in a log beside its result."""
     if (out / "config.json").exists():
         return
@@ -119,11 +119,11 @@ def train(options: argparse.Namespace, arm: Arm, start: Path, out: Path, steps: 
         "prompt-tokens": options.row_tokens // 3,
         "texts": options.texts,
         "renew-every": options.renew_every,
-        "write-batch": 64 if options.device == "cpu" else 1024,
+        "write-batch": 64 if device == "cpu" else 4096,
         "checkpoint-every": 1000,
         "seed": seed,
-        "device": options.device,
-        "precision": "float32" if options.device == "cpu" else "bfloat16",
+        "device": device,
+        "precision": "float32" if device == "cpu" else "bfloat16",
     }
     command = [sys.executable, "-m", "specdec", "train", "distill", *more]
     command += [str(part) for name, value in values.items() for part in (f"--{name}", value)]
@@ -138,7 +138,7 @@ def train(options: argparse.Namespace, arm: Arm, start: Path, out: Path, steps: 
 
 def measure(options: argparse.Namespace, folders: dict[str, Path]) -> dict[str, dict]:
     """name -> measurements, with each prompt's own, all in float32."""
-    device = resolve_device(options.device)
+    device = resolve_device(options.device[0])
     target = load_model(options.models / "target", "target", device, "float32")
     tokenizer = AutoTokenizer.from_pretrained(options.models / "target")
     prompts = encode_prompts(tokenizer, read_prompts(options.models / "prompts.json", options.num_prompts))
@@ -218,14 +218,14 @@ def cells(found: dict) -> tuple[str, ...]:
 
 
 def train_all(options: argparse.Namespace, arms: list[Arm]) -> None:
-    warm = Arm("ce", "fixed", options.warm_learning_rate)
-    train(options, warm, random_draft(options), options.work / "warm", options.warm_steps, options.seed)
+    warm, out = Arm("ce", "fixed", options.warm_learning_rate), options.work / "warm"
+    train(options, warm, random_draft(options), out, options.warm_steps, options.seed, options.device[0])
 
-    def run(arm: Arm) -> None:  # by another seed, or the baseline would read the warm start's rows again
-        train(options, arm, options.work / "warm", options.work / arm.name, options.steps, options.seed + 1)
+    def run(arm: Arm, device: str) -> None:  # by another seed, or the baseline would read the warm start's rows again
+        train(options, arm, options.work / "warm", options.work / arm.name, options.steps, options.seed + 1, device)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, arms))
+        list(pool.map(run, arms, cycle(options.device)))
 
 
 def main() -> None:
@@ -234,7 +234,7 @@ def main() -> None:
     if not options.finished_only:
         train_all(options, arms)
     arms = [arm for arm in arms if (options.work / arm.name / "config.json").exists()]
-    device = resolve_device(options.device)
+    device = resolve_device(options.device[0])
     record = {
         **environment(device, ["python", "benchmarks/distillation.py", *sys.argv[1:]]),
         "models": options.models.name,
@@ -244,7 +244,7 @@ def main() -> None:
         **compare(options, arms),
     }
     results = REPOSITORY / "benchmarks" / "results"
-    out = options.out or results / f"distillation-{options.device}-{date.today()}-{options.models.name}.json"
+    out = options.out or results / f"distillation-{device.type}-{date.today()}-{options.models.name}.json"
     out.write_text(json.dumps(record, indent=1, default=list) + "\n")
     print(table(record, arms))
     print(f"\nrecord: {out.name}")

@@ -240,7 +240,7 @@ class AnySubsetDrafter(Drafter):
         for place in range(max_tokens):
             tokens = self.sampler.sample(rows, drafted, logits[:, place], uniforms[:, place], probs[:, place])
             drafted = torch.cat([drafted, tokens[:, None]], 1)
-        return Draft(drafted, probs, is_normalised=True)
+        return Draft(drafted, probs, normalised_probs=probs)
 
     def keep_rows(self, index: Tensor) -> None:
         assert self._cache is not None

@@ -107,7 +107,8 @@ class DraftModel(Drafter):
             drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
         if probs is None:
             return Draft(drafted)
-        return Draft(drafted, probs[:, : drafted.shape[1]], is_normalised=True)
+        probs = probs[:, : drafted.shape[1]]
+        return Draft(drafted, probs, normalised_probs=probs)
 
     def keep_rows(self, index: Tensor) -> None:
         assert self._network is not None

@@ -124,7 +124,7 @@ class LookAhead(Drafter):
         for place in range(num_tokens):
             tokens = self.sampler.sample(rows, drafted, guesses[:, place], uniforms[:, place], probs[:, place])
             drafted = torch.cat([drafted, tokens[:, None]], 1)
-        return Draft(drafted.masked_fill(unknown, NO_TOKEN), probs, is_normalised=True)
+        return Draft(drafted.masked_fill(unknown, NO_TOKEN), probs, normalised_probs=probs)
 
     def observe(self, verified: Verified) -> None:
         num_rows = len(verified.num_accepted)

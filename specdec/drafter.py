@@ -39,15 +39,19 @@ class Draft:
     extra_queries: what the verify forward takes along behind every place where the draft may end: each query sees the
         text and the draft up to there and the queries before it. They change nothing of what the target says about
         the text. At most `Drafter.num_extra_queries`.
-    is_normalised: that the probs are as `Sampler.sample` left them and sum to 1 by the way they were made; all others
-        are added up when they are verified.
+    normalised_probs: the same tensor as `probs` where that is as `Sampler.sample` left it and sums to 1 by the way it
+        was made. A copy of the draft with other probs lacks the mark: they are added up when they are verified.
     """
 
     token_ids: Tensor
     probs: Tensor | None = None
     parents: Tensor | None = None
     extra_queries: ExtraQueries | None = None
-    is_normalised: bool = False
+    normalised_probs: Tensor | None = None
+
+    @property
+    def is_normalised(self) -> bool:
+        return self.probs is self.normalised_probs
 
     @staticmethod
     def empty(num_rows: int, device: torch.device) -> Draft:

@@ -101,7 +101,7 @@ class SampledVerification:
             lenience=self.method.lenience if isinstance(self.method, Lenient) else 1.0,
         )
         fault = nan_within(target.mass.isnan(), done) * BAD_SCORES
-        if draft.probs is not None and not draft.is_normalised:
+        if not draft.is_normalised and draft.probs is not None:
             # Half precision sums to 1 within a percent; NaN compares false.
             sums_to_one = (draft.probs.sum(-1, dtype=torch.float32) - 1).abs() < 0.02
             fault = fault + ((draft.token_ids >= 0) & ~sums_to_one).any(1) * BAD_DRAFT

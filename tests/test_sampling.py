@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,6 +142,21 @@ def test_what_goes_unchecked_sums_to_one(options):
     for draft in drafter.drafts:
         assert draft.is_normalised
         torch.testing.assert_close(draft.probs.sum(-1), torch.ones(draft.token_ids.shape))
+
+
+class Sharpens(DraftModel):
+    """Planted: changes the probabilities of a draft that was marked as normalised, by a factor."""
+
+    def propose(self, rows, max_tokens):
+        draft = super().propose(rows, max_tokens)
+        return replace(draft, probs=draft.probs * 1.5)
+
+
+def test_other_probs_in_a_marked_draft_are_checked_again():
+    with pytest.raises(specdec.DrafterError, match="sum to 1"):
+        specdec.generate(
+            TARGET, PROMPT[None], drafter=Sharpens(OTHER), do_sample=True, max_new_tokens=8, seed=1, pad_token_id=0
+        )
 
 
 class DropsUnlikely(DraftModel):
