@@ -5,12 +5,17 @@ The default run takes a slice; `-m slow` takes every prompt at batch 1, 3 and 8 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import specdec
+from specdec.drafters.look_ahead import LookAhead
 
 NEW_TOKENS = 48
+ROOT = Path(__file__).parent.parent
+LOOK_AHEAD = {"demo_pair": "specdec/assets/demo_pair/look_ahead", "code-qwen3": "benchmarks/trained/code-qwen3"}
 
 
 def greedy(pair, prompts):
@@ -40,11 +45,15 @@ def pair(request):
     return request.getfixturevalue(request.param)
 
 
+def drafters_of(pair):
+    return pair.draft, "prompt_lookup", LookAhead.load(ROOT / LOOK_AHEAD[pair.folder.name])
+
+
 @pytest.mark.parametrize(("batch_size", "k"), [(1, 5), (6, 3)])
 def test_a_slice_of_the_prompts(pair, batch_size, k):
     prompts = pair.prompts[:: len(pair.prompts) // batch_size][: max(batch_size, 3)]
     expected = greedy(pair, prompts)
-    for drafter in (pair.draft, "prompt_lookup"):
+    for drafter in drafters_of(pair):
         assert num_equal(pair, prompts, expected, batch_size, k, drafter) == len(prompts)
 
 
@@ -52,7 +61,7 @@ def test_a_slice_of_the_prompts(pair, batch_size, k):
 def test_every_prompt_at_every_batch_and_k(pair):
     expected = greedy(pair, pair.prompts)
     failures = []
-    for drafter in (pair.draft, "prompt_lookup"):
+    for drafter in drafters_of(pair):
         for batch_size in (1, 3, 8):
             for k in range(1, 9):
                 equal = num_equal(pair, pair.prompts, expected, batch_size, k, drafter)

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from specdec.drafters.training import trainer
 from specdec.drafters.training.checkpoint import load_checkpoint, save_checkpoint, written_whole
 from specdec.drafters.training.data import TokenStream, pad_right, read_stream, save_stream
 from specdec.drafters.training.loss_guard import LossGuard
@@ -335,3 +336,16 @@ def test_tokens_of_another_vocabulary_are_refused(tmp_path):
     (tmp_path / "b.txt").write_text("w3")
     with pytest.raises(InputError, match="must be the only training file"):
         read_stream([tmp_path / "a.npy", tmp_path / "b.txt"], word_tokenizer(), 61)
+
+
+@pytest.mark.parametrize("rank, chosen", [(None, [torch.device("cuda:1")]), ("0", [])])
+def test_the_gpu_that_was_asked_for_is_trained_on(monkeypatch, rank, chosen):
+    """accelerate takes the current GPU; under `accelerate launch` each process has its own."""
+    seen = []
+    monkeypatch.setattr(trainer.torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(trainer, "Accelerator", lambda **options: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    trainer.make_accelerator(torch.device("cuda:1"))
+    assert seen == chosen

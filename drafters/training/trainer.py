@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,8 @@ LossOf = Callable[[nn.Module, Step], Tensor]
 
 def make_accelerator(device: torch.device) -> Accelerator:
     """One process or several, as `accelerate launch` has it. Precision is ours to set, by `TrainConfig.bfloat16`."""
+    if device.type == "cuda" and device.index is not None and "LOCAL_RANK" not in os.environ:
+        torch.cuda.set_device(device)  # accelerate takes the current one, whatever number was asked for
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
