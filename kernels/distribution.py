@@ -25,7 +25,7 @@ if triton is not None:
 
     from specdec.kernels.block_statistics import combined
 
-FEW = 128  # scores in which the reference looks for a top-p cutoff before it sorts the vocabulary
+FEW = 128  # scores of which the reference ranks the largest whatever the vocabulary
 REFERENCE_ELEMENTS = 2**21  # scores that the reference holds in its own precision at a time
 
 
@@ -123,14 +123,15 @@ def cutoffs(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Ten
     cutoff = torch.full_like(top, -math.inf)
     if top_k == 0 and top_p >= 1:
         return (top + temperature * math.log(min_p) if min_p > 0 else cutoff), top, None
-    total = _mass(scores, top, cutoff, temperature) if top_k == 0 else None
+    if top_k == 0:
+        cutoff, mass = _nucleus(scores, top, _mass(scores, top, cutoff, temperature), truncation)
+        return cutoff, top, mass
     mass = torch.empty_like(top, dtype=torch.float64)
-    rest, count = torch.arange(len(scores), device=scores.device), top_k + 1 if top_k else FEW
-    while len(rest):  # of the few largest scores first, and of more of them where these do not tell
+    rest, count = torch.arange(len(scores), device=scores.device), top_k + 1
+    while len(rest):  # of the few largest scores first, and of more of them where ties leave that open
         some = scores if len(rest) == len(scores) else scores[rest]
         ranked = some.topk(count).values if count <= max(vocab // 16, min(vocab, FEW)) else falling(some)
-        some_total = None if total is None else total[rest]
-        cutoff[rest], mass[rest], is_sure = _cut(ranked, some_total, truncation, vocab)
+        cutoff[rest], mass[rest], is_sure = _cut(ranked, truncation, vocab)
         rest, count = rest[~is_sure], 8 * count
     return cutoff, top, mass
 
@@ -142,10 +143,10 @@ def falling(scores: Tensor) -> Tensor:
     return scores.sort(descending=True).values
 
 
-def _cut(ranked: Tensor, total: Tensor | None, truncation: Truncation, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(cutoff, mass, whether the largest scores were enough to tell), [positions] each.
+def _cut(ranked: Tensor, truncation: Truncation, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """By top-k and what follows it: (cutoff, mass, whether the largest scores were enough to tell), [positions] each.
 
-    ranked: [positions, count] the largest scores, falling. total: the mass of all scores, where top-k leaves them all.
+    ranked: [positions, count] the largest scores, falling.
     """
     temperature, top_k, top_p, min_p = truncation
     count = ranked.shape[1]
@@ -153,23 +154,42 @@ def _cut(ranked: Tensor, total: Tensor | None, truncation: Truncation, vocab: in
     weights = ranked.sub(top).div_(temperature).exp_().double()
     cutoff = torch.full_like(last, -math.inf)
     is_sure = torch.ones_like(last, dtype=torch.bool)
-    if top_k and top_k < vocab:
+    if top_k < vocab:
         cutoff = ranked[:, top_k - 1]
         is_sure = (last < cutoff) | cutoff.isneginf()  # nothing beyond them ties with the k-th
-    if top_k:
-        weights *= ranked >= cutoff[:, None]
-        total = weights.sum(1)
+    weights *= ranked >= cutoff[:, None]
     if top_p < 1:
-        assert total is not None
-        reached = weights.cumsum(1) >= top_p * total[:, None]
+        reached = weights.cumsum(1) >= top_p * weights.sum(1, keepdim=True)
         place = torch.where(reached.any(1), reached.long().argmax(1), count - 1)
         cutoff = ranked.gather(1, place[:, None]).squeeze(1)
-        if not top_k:
-            is_sure = reached.any(1) & (last < cutoff)
     if min_p > 0:
         cutoff = torch.maximum(cutoff, top[:, 0] + temperature * math.log(min_p))
     mass = (weights * (ranked >= cutoff[:, None])).sum(1)
     return cutoff, mass, is_sure | (count == vocab) | ranked[:, 0].isnan()
+
+
+def _nucleus(scores: Tensor, top: Tensor, total: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:
+    """By top-p of the whole vocabulary and min-p: (cutoff, mass), [positions] each.
+
+    total: [positions] float64, the mass of all scores.
+    """
+    temperature, _, top_p, min_p = truncation
+    vocab = scores.shape[1]
+    # Tokens less probable than (1 - top_p) / vocab hold less than 1 - top_p together, so the others hold the nucleus:
+    # a few of the vocabulary, which are all that has to be sorted. Half of that leaves room for rounding.
+    floor = top + temperature * (total * ((1 - top_p) / (2 * vocab))).log().to(top.dtype)
+    cutoffs, masses = np.full(len(scores), -np.inf), np.full(len(scores), np.nan)
+    numbers = zip(*(values.cpu().numpy() for values in (scores, top, total, floor)), strict=True)
+    for place, (row, highest, whole, least) in enumerate(numbers):
+        ranked = np.sort(row[row >= least])[::-1]
+        if not len(ranked):  # NaN
+            continue
+        weights = np.exp((ranked - highest) / temperature).astype(np.float64)
+        cutoff = ranked[np.argmax(weights.cumsum() >= top_p * whole)]
+        if min_p > 0:
+            cutoff = max(cutoff, highest + temperature * math.log(min_p))
+        cutoffs[place], masses[place] = cutoff, weights[ranked >= cutoff].sum()
+    return torch.from_numpy(cutoffs).to(top), torch.from_numpy(masses).to(total)
 
 
 def _mass(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: float) -> Tensor:
