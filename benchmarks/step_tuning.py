@@ -34,7 +34,7 @@ from unittest import mock
 
 import linear_tuning
 import torch
-from gpu_decode import Record, library_linears
+from gpu_timing import Record, library_linears
 from stand_in import SHAPES, Shape
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
