@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 import specdec
 from specdec import Speculation
 from specdec.bench.latency import synchronise
+from specdec.bench.methods import assistant_settings
 from specdec.bench.roofline import weight_bytes
 from specdec.bench.stages import own_methods
 from specdec.errors import SpecDecError
@@ -262,6 +263,12 @@ class Grid:
             options["assistant_model"] = self.models["draft"]
         elif cell.method == "peer_lookup":
             options["prompt_lookup_num_tokens"] = cell.num_speculative_tokens
+        k = cell.num_speculative_tokens
+        constant = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.0}
+        with assistant_settings(self.models["draft"], num_assistant_tokens=k, **constant):
+            return self._timed_peers(cell, ids, options)
+
+    def _timed_peers(self, cell: Cell, ids: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         first_seconds = sum(self._timed_peer(ids, self.new_tokens, **options)[1:])
         runs = [self._timed_peer(ids, self.new_tokens, **options) for _ in range(self.repeats)]
         prefill, behind = (statistics.median(run[i] for run in runs) for i in (1, 2))

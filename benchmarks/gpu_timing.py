@@ -42,10 +42,11 @@ class Record:
         content.setdefault("resumed_by", []).append({key: about[key] for key in ("command", "git_sha", "git_dirty")})
         return cls(path, content)
 
-    def add(self, part: str, entry: Any) -> None:
+    def add(self, part: str, entry: Any, shown: Any = None) -> None:
+        """shown: printed in place of the entry."""
         self.content.setdefault(part, []).append(entry)
         self.path.write_text(json.dumps(self.content, indent=1) + "\n")
-        print(part, json.dumps(entry), flush=True)
+        print(part, json.dumps(entry if shown is None else shown), flush=True)
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:

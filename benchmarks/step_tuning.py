@@ -45,7 +45,7 @@ from specdec.invariant_network import InvariantForward, norm
 from specdec.kernels import in_order_linear, overlap
 from specdec.kernels.linear_tiles import TUNED, Tile, choose_tile
 from specdec.network import NetworkOutput
-from specdec.step_graphs import StepGraphs
+from specdec.step_graphs import StepGraphs, row_bucket, width_bucket
 
 CELLS = "1x1,8x1,32x1,8x6,32x4,32x6"
 LAYERS = {"8B": 6, "0.6B": 12}  # more weights than the cache holds
@@ -182,13 +182,12 @@ def compile_kernel(wanted: Kernel) -> str | None:
     from triton.errors import TritonError
 
     size = 1024  # whatever is divisible by 16 and by any inner block
-    x = torch.empty(1, size, dtype=torch.bfloat16, device="cuda")
-    weights = [torch.empty(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(wanted.num_weights)]
     product = {"product": Product(size * wanted.num_weights, size, wanted.num_weights)}
     kernel = CompileOnly(in_order_linear._in_order_linear_kernel)
     setting = Setting({"product": wanted.tile}, wanted.prefetch_bytes, wanted.overlap)
     with applied(setting, product), mock.patch.object(in_order_linear, "_in_order_linear_kernel", kernel):
         try:
+            x, *weights = torch.empty(1 + wanted.num_weights, size, size, dtype=torch.bfloat16, device="cuda")
             in_order_linear.in_order_linears(x, weights, [None] * wanted.num_weights)
         except (TritonError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"[:200]
@@ -462,6 +461,14 @@ def tune_cell(
     return entry
 
 
+def summary(entry: dict) -> dict:
+    """The entry without all that was tried."""
+    shown = {key: value for key, value in entry.items() if key not in ("layers", "head")}
+    for part in ("layers", "head"):
+        shown[part] = {key: value for key, value in entry[part].items() if key != "tried"}
+    return shown
+
+
 def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
     """BUCKETS and TUNED of kernels/linear_tiles.py, to be formatted; first, per exact number of rows, what was found.
 
@@ -492,11 +499,13 @@ def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
 
 
 def parse_cells(text: str) -> list[tuple[int, int]]:
-    """
-    >>> parse_cells("1x1,8x6")
+    """Rows and width, rounded up as captured steps are.
+
+    >>> parse_cells("1x1,7x6")
     [(1, 1), (8, 6)]
     """
-    return [(int(rows), int(width)) for rows, width in (cell.split("x") for cell in text.split(","))]
+    cells = [cell.split("x") for cell in text.split(",")]
+    return [(row_bucket(int(rows)), width_bucket(int(width))) for rows, width in cells]
 
 
 def kernels_ahead(shape: Shape, rows: int, tiles: Sequence[Tile]) -> list[Kernel]:
@@ -521,7 +530,8 @@ def run(arguments: argparse.Namespace, record: Record, compiler: Compiler) -> No
             deadline = time.monotonic() + (end - time.monotonic()) / left
             left -= 1
             steps = Steps(model, *cell)
-            record.add("cells", tune_cell(steps, name, SHAPES[name], num_layers, cell, tiles[cell], compiler, deadline))
+            entry = tune_cell(steps, name, SHAPES[name], num_layers, cell, tiles[cell], compiler, deadline)
+            record.add("cells", entry, shown=summary(entry))
             del steps
             torch.cuda.empty_cache()
         del model

@@ -133,13 +133,14 @@ def test_a_grid_is_measured_once_and_resumed(grid, measured, monkeypatch):
     ran = []
     original = grid.Grid.run
     monkeypatch.setattr(grid.Grid, "run", lambda self, cells, *more: (ran.extend(cells), original(self, cells, *more)))
-    _, content = measured(["oracle", "plain", "draft", "lookup", "peer_plain", "peer_lookup"])
-    assert [cell.method for cell in ran] == ["peer_plain", "peer_plain", "peer_lookup", "oracle", "lookup", "lookup"]
-    assert len(content["grid"]) == 10 and len(content["resumed_by"]) == 1
+    _, content = measured(["oracle", "plain", "draft", "lookup", "peer_plain", "peer_assisted", "peer_lookup"])
+    peers = ["peer_plain", "peer_plain", "peer_assisted", "peer_lookup"]
+    assert [cell.method for cell in ran] == [*peers, "oracle", "lookup", "lookup"]
+    assert len(content["grid"]) == 11 and len(content["resumed_by"]) == 1
     (oracle,) = (entry for entry in content["grid"] if entry["method"] == "oracle")
     assert oracle["equal_to_transformers"] == "2/2"
     lines = grid.table(content["grid"]).splitlines()
-    assert lines[0] == "| context | method | batch 1 | batch 3 |" and len(lines) == 2 + 5
+    assert lines[0] == "| context | method | batch 1 | batch 3 |" and len(lines) == 2 + 6
 
 
 def test_a_wrong_output_has_no_speed(grid, measured, monkeypatch):

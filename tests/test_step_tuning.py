@@ -169,6 +169,8 @@ def test_a_cell_on_the_interpreter(tuning, compiler, monkeypatch):
     assert entry["layers"]["different"] == entry["head"]["different"] == 0
     assert entry["head"]["best"]["tiles"] == {"head": fast}
     assert entry["best_step_ms"] == 3 * 1.0 + 1.0 and entry["table_step_ms"] == 8.0
+    shown = tuning.summary(entry)
+    assert entry["head"]["tried"] and "tried" not in shown["head"] and shown["head"]["best_ms"] == 1.0
     assert set(entry["timed_layers_and_head"]) == {"table", "best", "library"}
     assert in_order_linear.choose_tile is inner
 
