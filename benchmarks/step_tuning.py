@@ -565,7 +565,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         compiler.close()
         print(table_source(record.content.get("cells", []), buckets), flush=True)
-    return int(any(cell[part]["different"] for cell in record.content["cells"] for part in ("layers", "head")))
+    return int(any(cell[part]["different"] for cell in record.content.get("cells", []) for part in ("layers", "head")))
 
 
 if __name__ == "__main__":

@@ -203,6 +203,31 @@ def test_the_table_of_a_record(tuning, tmp_path, capsys):
     assert f"# (6144, 4096), 32 rows: {tuple(SLOW)}" in printed
 
 
+def test_a_run_shares_its_time_and_records_each_cell(tuning, monkeypatch, tmp_path, capsys):
+    shares = []
+
+    def tune_cell(steps, name, shape, num_layers, cell, tiles, compiler, deadline):
+        shares.append(deadline - time.monotonic())
+        setting = asdict(tuning.table_setting(tuning.layer_products(shape), cell[0] * cell[1]))
+        part = {"best": {**setting, "tiles": {}}, "different": 0, "tried": [{"what": "hidden"}]}
+        return {"model": name, "rows": cell[0], "total_rows": cell[0] * cell[1], "layers": part, "head": part}
+
+    monkeypatch.setattr(tuning, "environment", lambda *arguments: {})
+    monkeypatch.setattr(tuning, "random_model", lambda *arguments: None)
+    monkeypatch.setattr(tuning, "Steps", lambda model, rows, width: None)
+    monkeypatch.setattr(tuning, "tune_cell", tune_cell)
+    monkeypatch.setattr(tuning, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(1))
+    out = tmp_path / "tuning.json"
+    arguments = ["--cells", "1x1,7x6", "--seconds", "4000", "--max-candidates", "2", "--out", str(out)]
+    assert tuning.main([*arguments, "--num-processes", "1"]) == 0
+    # each has what is left by an even share, and these take no time
+    assert shares == pytest.approx([1000, 4000 / 3, 2000, 4000], rel=0.02)
+    cells = json.loads(out.read_text())["cells"]
+    assert [(cell["model"], cell["total_rows"]) for cell in cells] == [("8B", 1), ("8B", 48), ("0.6B", 1), ("0.6B", 48)]
+    printed = capsys.readouterr().out
+    assert "hidden" not in printed and "TUNED" in printed
+
+
 def test_out_is_needed(tuning):
     with pytest.raises(SystemExit):
         tuning.main([])
