@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
@@ -43,7 +44,8 @@ from specdec import invariant_network
 from specdec.environment import environment
 from specdec.invariant_network import InvariantForward, norm
 from specdec.kernels import in_order_linear, overlap
-from specdec.kernels.linear_tiles import TUNED, Tile, choose_tile
+from specdec.kernels.linear_tiles import BUCKETS as BUCKETS_TODAY
+from specdec.kernels.linear_tiles import DEFAULTS, TUNED, Tile, choose_tile
 from specdec.network import NetworkOutput
 from specdec.step_graphs import StepGraphs, row_bucket, width_bucket
 
@@ -469,8 +471,14 @@ def summary(entry: dict) -> dict:
     return shown
 
 
+def bucket_of(rows: int) -> int:
+    """The column of today's table that serves so many rows."""
+    return min(bisect_left(BUCKETS_TODAY, rows), len(BUCKETS_TODAY) - 1)
+
+
 def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
-    """BUCKETS and TUNED of kernels/linear_tiles.py, to be formatted; first, per exact number of rows, what was found.
+    """BUCKETS, DEFAULTS and TUNED of kernels/linear_tiles.py, to be formatted; before them, what was found per exact
+    number of rows.
 
     A bucket takes the tile of the largest number of rows measured in it; else what the table holds for it today.
     """
@@ -487,7 +495,12 @@ def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
         for shape, tiles in found.items()
         for rows, tile in sorted(tiles.items())
     ]
-    lines += [f"BUCKETS = {tuple(buckets)}", "TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {"]
+    defaults = ", ".join(f"Tile{tuple(DEFAULTS[bucket_of(high)])}" for high in buckets)
+    lines += [
+        f"BUCKETS = {tuple(buckets)}",
+        f"DEFAULTS = ({defaults},)",
+        "TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {",
+    ]
     for shape, tiles in found.items():
         lines.append(f"    {shape}: (")
         for low, high in zip((0, *buckets), buckets, strict=False):

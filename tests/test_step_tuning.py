@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from specdec.kernels import in_order_linear, overlap
-from specdec.kernels.linear_tiles import BUCKETS, TUNED, Tile
+from specdec.kernels.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -197,6 +197,7 @@ def test_the_table_of_a_record(tuning, tmp_path, capsys):
     names = {"Tile": Tile}
     exec(printed.replace(": dict[tuple[int, int], tuple[Tile, ...]]", ""), names)
     assert names["BUCKETS"] == (1, 64, 192, 1024)
+    assert names["DEFAULTS"] == tuple(DEFAULTS[BUCKETS.index(bucket)] for bucket in (1, 64, 256, 1024))
     old = TUNED[6144, 4096]
     assert names["TUNED"][6144, 4096] == (old[0], FAST, WRONG, old[BUCKETS.index(1024)])
     assert names["TUNED"][2048, 1024][0] == TUNED[2048, 1024][0]
