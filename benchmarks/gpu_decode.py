@@ -5,77 +5,41 @@ of ours run batch-invariant in bfloat16; tokens are compared with transformers' 
 before anything is reported. Every part is written to the record as soon as it is measured.
 
     python benchmarks/gpu_decode.py --pair specdec/assets/demo_pair --out results.json
+    python benchmarks/gpu_decode.py --pair specdec/assets/demo_pair --parts grid --methods plain,draft --out grid.json
+
+The grid (`gpu_grid.py`) goes on where the record ends: a cell that is in --out already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
+from gpu_grid import METHODS, Grid, run_grid, select, table
+from gpu_timing import Record, copy_bandwidth, library_linears, milliseconds, prompts_of, timed_generate
 from stand_in import SHAPES, agreement, inflate
 from torch import Tensor
 from torch.autograd import DeviceType
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specdec
-from specdec import StepReport, invariant_network
+from specdec import invariant_network
 from specdec.environment import environment
 from specdec.invariant_network import InvariantForward
-from specdec.loading import read_prompts
 from specdec.step_graphs import row_bucket
 
 PARTS = ("copy", "agreement", "steps", "oracle", "tokens", "profile", "peers")
-
-
-class Record:
-    """A JSON file that always holds what has been measured so far."""
-
-    def __init__(self, path: Path, about: dict[str, Any]):
-        self.path, self.content = path, about
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, part: str, entry: Any) -> None:
-        self.content.setdefault(part, []).append(entry)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
-        print(part, json.dumps(entry), flush=True)
-
-
-def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median device time of one call."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large device-to-device copy."""
-    source = torch.randn(2**30, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
-
-
-def library_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """The library's product in place of ours, for the comparison of speed; its bits depend on the rows."""
-    parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+GRID = "grid"  # not among the parts of a call that names none
 
 
 def step_bytes(forward: InvariantForward, model: PreTrainedModel, rows: int, context: int) -> int:
@@ -106,29 +70,6 @@ def step_times(
                 })  # fmt: skip
             del forward
             torch.cuda.empty_cache()
-
-
-class Stopwatch:
-    """Wall time of a generate call, the prefill apart: its report waits for the device."""
-
-    def __init__(self) -> None:
-        self.prefilled = 0.0
-
-    def __call__(self, report: StepReport) -> None:
-        if report.is_prefill:
-            torch.cuda.synchronize()
-            self.prefilled = time.perf_counter()
-
-
-def timed_generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> tuple[Any, float, float]:
-    """The output, seconds of everything and of everything behind the prefill."""
-    watch = Stopwatch()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    out = specdec.generate(model, ids, mask, return_dict_in_generate=True, on_commit=watch, **options)
-    torch.cuda.synchronize()
-    end = time.perf_counter()
-    return out, end - begin, end - watch.prefilled
 
 
 def tokens_per_second(
@@ -228,43 +169,36 @@ def peer(model: PreTrainedModel, ids: Tensor, mask: Tensor, new_tokens: int, **o
     }  # fmt: skip
 
 
-def prompts_of(pair: Path, count: int, length: int) -> Tensor:
-    """[count, length] tokens: each held-out prompt with others before it."""
-    tokenizer = AutoTokenizer.from_pretrained(pair / "target")
-    encoded = [tokenizer(prompt.text)["input_ids"] for prompt in read_prompts(pair / "prompts.json")]
-    rows = []
-    for row in range(count):
-        ids: list[int] = []
-        index = row
-        while len(ids) < length:
-            ids = encoded[index % len(encoded)] + ids
-            index += 1
-        rows.append(ids[-length:])
-    return torch.tensor(rows, device="cuda")
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=Path, required=True, help="folder with target/, draft/ and prompts.json")
     parser.add_argument("--target-shape", choices=SHAPES, default="8B")
     parser.add_argument("--draft-shape", choices=SHAPES, default="0.6B")
-    parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--batch-sizes", default="1,8,32")
-    parser.add_argument("--num-speculative-tokens", default="3,5")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"also {GRID}")
+    parser.add_argument("--batch-sizes", help="by default 1,8,32; of the grid 1,8,32,64")
+    parser.add_argument("--num-speculative-tokens", help="by default 3,5; of the grid 1,3,5,7")
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--contexts", default="512,4096,16384", help="of the grid")
+    parser.add_argument("--methods", default=",".join(METHODS), help="of the grid")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which the grid begins no further cell")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments, begin = parser.parse_args(), time.perf_counter()
     parts = arguments.parts.split(",")
-    batch_sizes = [int(size) for size in arguments.batch_sizes.split(",")]
-    draft_lengths = [int(k) for k in arguments.num_speculative_tokens.split(",")]
-    record = Record(arguments.out, {
+    if unknown := set(parts) - {*PARTS, GRID}:
+        parser.error(f"unknown parts {sorted(unknown)}; choose among {', '.join(PARTS)}, {GRID}")
+    is_grid = GRID in parts
+    batch_sizes = numbers(arguments.batch_sizes or ("1,8,32,64" if is_grid else "1,8,32"))
+    draft_lengths = numbers(arguments.num_speculative_tokens or ("1,3,5,7" if is_grid else "3,5"))
+    cells = select(arguments.methods.split(","), batch_sizes, numbers(arguments.contexts), draft_lengths)
+    about = {
         **environment(torch.device("cuda"), ["benchmarks/gpu_decode.py", *sys.argv[1:]]),
         "stand_ins": f"{arguments.target_shape} and {arguments.draft_shape} of Qwen3 from {arguments.pair.name}",
-        "dtype": "bfloat16", "context": arguments.context,
-    })  # fmt: skip
-    if "copy" in parts:
+        "dtype": "bfloat16", "context": arguments.context, "new_tokens": arguments.new_tokens,
+    }  # fmt: skip
+    record = (Record.resumed if is_grid else Record)(arguments.out, about)
+    if "copy" in parts or (is_grid and "copy" not in record.content):
         record.add("copy", {"gb_s": round(copy_bandwidth() / 1e9)})
     torch.cuda.empty_cache()
     ids = prompts_of(arguments.pair, max(*batch_sizes, 8), arguments.context)
@@ -282,6 +216,15 @@ def main() -> None:
             record.add("peers", {"method": "transformers plain, stock modules", **got})
         got = peer(models["target"], ids[:1], mask[:1], 64, assistant_model=models["draft"])
         record.add("peers", {"method": "transformers assisted, stock modules", **got})
+    different = 0
+    if is_grid:
+        prompts = cache(lambda context: prompts_of(arguments.pair, max(*batch_sizes, 2), context))
+        bandwidth = 1e9 * record.content["copy"][-1]["gb_s"]
+        grid = Grid(models, prompts, bandwidth, arguments.new_tokens, arguments.repeats)
+        different = run_grid(cells, grid, record, begin + arguments.seconds)
+        print(table(record.content.get(GRID, [])))
+    if not set(parts) & {"steps", "oracle", "tokens", "profile"}:
+        return int(different > 0)
     with specdec.batch_invariant(models["target"]), specdec.batch_invariant(models["draft"]):
         if "steps" in parts:
             cells = [(1, 1), (8, 1), (32, 1), (1, 6), (8, 6), (32, 4), (32, 6)]
@@ -298,7 +241,12 @@ def main() -> None:
         if "profile" in parts:
             for batch, k in ((1, None), (1, 5), (8, 5), (batch_sizes[-1], 3)):
                 record.add("profile", profiled(models, ids, mask, batch, k))
+    return int(different > 0)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

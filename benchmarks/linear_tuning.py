@@ -30,7 +30,6 @@ SHAPES = {
     "0.6B down": (1024, 3072),
     "0.6B head": (151936, 1024),
 }
-TUNED_ROWS = (1, 8, 40, 160, 512)  # one per bucket
 FEW_ROWS = [
     Tile(16, 16, 128, True, 6, 4),
     Tile(16, 16, 256, True, 4, 4),
@@ -87,7 +86,6 @@ CANDIDATES = {
         Tile(256, 128, 64, False, 4, 8),
     ],
 }
-assert len(TUNED_ROWS) == len(BUCKETS)
 BEYOND_CACHE = 300_000_000  # bytes of weights to rotate among; the cache holds 60 MB
 
 
@@ -161,8 +159,18 @@ def microseconds(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor], nu
 
 def table_source(records: Sequence[dict]) -> str:
     """The TUNED table of kernels/linear_tiles.py from the best tiles, to be formatted."""
-    tiles: dict[tuple[int, int], list[str]] = {}
+    best: dict[tuple[int, int], dict[int, str]] = {}
     for record in records:
-        tiles.setdefault((record["out"], record["in"]), []).append(f"Tile{tuple(record['best_tile'])}")
+        best.setdefault((record["out"], record["in"]), {})[record["rows"]] = f"Tile{tuple(record['best_tile'])}"
+    tiles = {shape: [found[serving(bucket, sorted(found))] for bucket in BUCKETS] for shape, found in best.items()}
     lines = [f"    {shape}: ({', '.join(found)},)," for shape, found in tiles.items()]
     return "\n".join(["TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {", *lines, "}"])
+
+
+def serving(bucket: int, tuned_rows: Sequence[int]) -> int:
+    """The largest number of rows that was tuned within the bucket or below it; the smallest where there is none.
+
+    >>> [serving(bucket, (1, 8, 40, 160, 512)) for bucket in (1, 16, 64, 256, 1024)]
+    [1, 8, 40, 160, 512]
+    """
+    return max((rows for rows in tuned_rows if rows <= bucket), default=min(tuned_rows))

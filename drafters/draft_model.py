@@ -41,7 +41,8 @@ class DraftModel(Drafter):
         """vocab_size: the tokens that target and draft share, where that is not the smaller of the two vocabularies."""
         if not isinstance(model, PreTrainedModel):
             raise DrafterError(f"a draft model must be a transformers PreTrainedModel, not {type(model).__name__}")
-        self.model, self.vocab_size = model, vocab_size
+        self.model = self.kv_model = model
+        self.vocab_size = vocab_size
         self._running = ExitStack()
         self._network: Network | None = None
 

@@ -64,6 +64,11 @@ def build_network(
             f"prompt, new tokens and drafts make {num_slots} tokens, but {type(model).__name__} has masks for "
             f"{model.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
         )
+    return choose_network(model, layout, extra_queries)(model, max_rows, num_slots, max_length, layout)
+
+
+def choose_network(model: PreTrainedModel, layout: Layout, extra_queries: bool = False) -> NetworkType:
+    """The fastest that serves `model`; raises UnsupportedModelError if none does."""
     for can_serve, network_type in ((can_fuse, FusedNetwork), (can_shorten, InvariantNetwork)):
         if network_type is InvariantNetwork and (layout.one_length or extra_queries):
             continue
@@ -73,9 +78,9 @@ def build_network(
             except UnsupportedModelError:
                 pass  # something about it is edited; its own modules decide
             else:
-                return network_type(model, max_rows, num_slots, max_length, layout)
+                return network_type
     _probe_once(model, StockNetwork, layout)
-    return StockNetwork(model, max_rows, num_slots, max_length, layout)
+    return StockNetwork
 
 
 def check_model(model: PreTrainedModel) -> None:

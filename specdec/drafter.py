@@ -111,6 +111,7 @@ class Drafter(ABC):
     shows: frozenset[str] = frozenset()
     length_policy: LengthPolicy | None = None  # set before `start` if the policy sees drafted tokens
     model: Any = None  # its own network, a PreTrainedModel, for which a head may have been trained
+    kv_model: Any = None  # a PreTrainedModel that it caches as many rows and tokens of as the target's cache holds
     # Whether `propose` and `observe` may see other rows of the batch each time, and new ones: whatever the drafter
     # keeps per row, it then keeps by slot or by `rows.row_ids`, and `join` and `resize` say what to keep.
     shares_slots: bool = False

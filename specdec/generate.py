@@ -27,6 +27,7 @@ from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.layout import Layout
 from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
+from specdec.memory import check_memory
 from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options, whole_number
@@ -249,6 +250,7 @@ def _generate(
         logits,
         drafter.num_extra_queries > 0,
     )
+    check_memory(target, drafter, len(rows), rows.capacity)
 
     def on_commit(report: StepReport) -> None:
         streamers.after_step(report)

@@ -22,6 +22,7 @@ from specdec.inputs import check_input_ids
 from specdec.layout import Layout
 from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
+from specdec.memory import check_memory
 from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
@@ -177,6 +178,7 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         speculation.layout,
         extra_queries=drafter.num_extra_queries > 0,
     )
+    check_memory(target, drafter, len(slots), slots.capacity)
     stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
     k = speculation.num_speculative_tokens
     policy = speculation.length_policy

@@ -29,7 +29,7 @@ from specdec.kernels.norms import add_rms_norm, rms_norm
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.rotary_write import HeadNorm, rotary_write
 from specdec.layout import Layout
-from specdec.network import Network, NetworkOutput
+from specdec.network import CachePlan, Network, NetworkOutput
 from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket
 
 
@@ -126,6 +126,10 @@ class InvariantForward:
                 layer.lazy_initialization(head, head)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
 
+    def serves(self, model: PreTrainedModel, max_rows: int, num_slots: int) -> bool:
+        """Whether it is large enough and of the same weights."""
+        return max_rows <= self.max_rows and num_slots <= self.num_slots and self.weights == addresses(model)
+
     def __call__(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         """A step of the cache's first rows: launches alone, nothing waits for the device."""
         hidden, states = self.run(token_ids, starts, used_slots, slice(0, len(token_ids)), layers)
@@ -176,11 +180,15 @@ def kept_forward(model: PreTrainedModel, max_rows: int, num_slots: int) -> Itera
     One is kept per model, the last used: its cache stays allocated, as transformers' static cache does.
     """
     kept = _kept.pop(model, None)
-    if kept is None or max_rows > kept.max_rows or num_slots > kept.num_slots or kept.weights != addresses(model):
+    if kept is None or not kept.serves(model, max_rows, num_slots):
         del kept  # before the new one takes memory
-        kept = InvariantForward(model, row_bucket(max_rows), -(-num_slots // SLOTS_ROUNDING) * SLOTS_ROUNDING)
+        kept = InvariantForward(model, row_bucket(max_rows), rounded_up(num_slots))
     yield kept
     _kept[model] = kept  # not after an exception: a step may have been interrupted half-way
+
+
+def rounded_up(num_slots: int) -> int:
+    return -(-num_slots // SLOTS_ROUNDING) * SLOTS_ROUNDING
 
 
 def addresses(model: PreTrainedModel) -> list[int]:
@@ -201,6 +209,14 @@ class InvariantNetwork(Network):
     ):
         super().__init__(model, 0, max_rows, num_slots)
 
+    @classmethod
+    def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
+        kept = _kept.get(model)
+        if kept is not None and kept.serves(model, max_rows, num_slots):
+            return CachePlan(0, 0)
+        freed = 0 if kept is None else kept.cache.nbytes
+        return CachePlan(row_bucket(max_rows), rounded_up(num_slots) + MAX_STEP_WIDTH, freed)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         with kept_forward(self.model, self.cache.max_rows, self.cache.num_slots) as self.kept:
@@ -210,7 +226,7 @@ class InvariantNetwork(Network):
     def resize(self, max_rows: int, num_slots: int) -> None:
         if max_rows > self.kept.max_rows or num_slots > self.kept.num_slots:
             size = row_bucket(max(max_rows, self.kept.max_rows)), max(num_slots, self.kept.num_slots)
-            self.kept = InvariantForward(self.model, size[0], -(-size[1] // SLOTS_ROUNDING) * SLOTS_ROUNDING)
+            self.kept = InvariantForward(self.model, size[0], rounded_up(size[1]))
             self.kept.cache.copy_from(self.cache)
             self.cache = self.kept.cache
 

@@ -38,6 +38,14 @@ class NetworkOutput(NamedTuple):
     extra_logits: Callable[[Tensor], Tensor] | None = None
 
 
+class CachePlan(NamedTuple):
+    """What running a network allocates: a cache of so many rows and slots, for which `freed` bytes are given back."""
+
+    max_rows: int
+    num_slots: int
+    freed: int = 0
+
+
 class Network(ABC):
     """One model and its cache. Rows are the first rows of the cache; `keep_rows` moves them when some leave."""
 
@@ -58,6 +66,11 @@ class Network(ABC):
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         """One forward after `cache.begin`. logits_at: [rows] int64, the one column a row needs logits for."""
+
+    @classmethod
+    def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
+        """Of a network of that size, before it is built."""
+        return CachePlan(max_rows, num_slots)
 
     @contextmanager
     def running(self) -> Iterator[None]:
