@@ -51,9 +51,11 @@ def build_network(
     max_length: int | None = None,
     layout: Layout | None = None,
     extra_queries: bool = False,
+    must_be_exact: bool = True,
 ) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
-    extra_queries: whether forwards may have them; see `specdec/extra_queries.py`.
+    extra_queries: whether forwards may have them; see `specdec/extra_queries.py`. must_be_exact: whether the output
+    depends on this model's bits. A target's always does; only a draft model may pass False.
 
     Raises UnsupportedModelError if none does, naming the layout that would.
     """
@@ -73,6 +75,8 @@ def build_network(
             except UnsupportedModelError:
                 pass  # something about it is edited; its own modules decide
             else:
+                if network_type is InvariantNetwork:
+                    return InvariantNetwork(model, max_rows, num_slots, must_be_exact=must_be_exact)
                 return network_type(model, max_rows, num_slots, max_length, layout)
     _probe_once(model, StockNetwork, layout)
     return StockNetwork(model, max_rows, num_slots, max_length, layout)
