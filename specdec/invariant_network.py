@@ -248,10 +248,13 @@ class InvariantNetwork(Network):
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         assert extra_queries is None, "the kernels see one interval of slots; build_network chooses another network"
-        if self.kept.graphs is None or token_ids.shape[1] > MAX_STEP_WIDTH:
+        kept = self.kept
+        if (kept.graphs is None and kept.one_launch is None) or token_ids.shape[1] > MAX_STEP_WIDTH:
             return super().forward(token_ids, starts, used_slots, layers, host_starts)
         self.cache.num_filled = max(self.cache.num_filled, used_slots)  # a replay announces no forward to the cache
-        return self.kept.graphs.replay(self.kept, token_ids, starts, used_slots, layers)
+        if kept.graphs is None:
+            return kept(token_ids, starts, used_slots, layers)
+        return kept.graphs.replay(kept, token_ids, starts, used_slots, layers)
 
     def _run(
         self,
