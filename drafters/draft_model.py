@@ -69,7 +69,10 @@ class DraftModel(Drafter):
         self.num_calls = 0
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
         limit = rows.max_limit if len(rows) else None
-        self._network = build_network(self.model, len(rows.slots), rows.capacity, limit, self.layout)
+        # What the target accepts is the target's own, whatever the draft model's last bits are.
+        self._network = build_network(
+            self.model, len(rows.slots), rows.capacity, limit, self.layout, must_be_exact=False
+        )
         self._running.enter_context(self._network.running())
         if len(rows):
             self._network.prefill(rows, self._known(rows.token_ids))

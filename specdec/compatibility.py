@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.fused import FusedNetwork, can_fuse
-from specdec.invariant_network import InvariantNetwork, can_shorten
+from specdec.invariant_network import InvariantDraftNetwork, InvariantNetwork, can_shorten
 from specdec.layout import Layout, Ragged, Repad
 from specdec.network import Network
 from specdec.rows import Rows
@@ -51,9 +51,11 @@ def build_network(
     max_length: int | None = None,
     layout: Layout | None = None,
     extra_queries: bool = False,
+    must_be_exact: bool = True,
 ) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
-    extra_queries: whether forwards may have them; see `specdec/extra_queries.py`.
+    extra_queries: whether forwards may have them; see `specdec/extra_queries.py`. must_be_exact: whether the output
+    depends on this model's bits. A target's always does; only a draft model may pass False.
 
     Raises UnsupportedModelError if none does, naming the layout that would.
     """
@@ -64,11 +66,14 @@ def build_network(
             f"prompt, new tokens and drafts make {num_slots} tokens, but {type(model).__name__} has masks for "
             f"{model.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
         )
-    return choose_network(model, layout, extra_queries)(model, max_rows, num_slots, max_length, layout)
+    network_type = choose_network(model, layout, extra_queries, must_be_exact)
+    return network_type(model, max_rows, num_slots, max_length, layout)
 
 
-def choose_network(model: PreTrainedModel, layout: Layout, extra_queries: bool = False) -> NetworkType:
-    """The fastest that serves `model`; raises UnsupportedModelError if none does."""
+def choose_network(
+    model: PreTrainedModel, layout: Layout, extra_queries: bool = False, must_be_exact: bool = True
+) -> NetworkType:
+    """The fastest that serves `model`; raises UnsupportedModelError if none does. See `build_network`."""
     for can_serve, network_type in ((can_fuse, FusedNetwork), (can_shorten, InvariantNetwork)):
         if network_type is InvariantNetwork and (layout.one_length or extra_queries):
             continue
@@ -78,7 +83,8 @@ def choose_network(model: PreTrainedModel, layout: Layout, extra_queries: bool =
             except UnsupportedModelError:
                 pass  # something about it is edited; its own modules decide
             else:
-                return network_type
+                is_draft = network_type is InvariantNetwork and not must_be_exact
+                return InvariantDraftNetwork if is_draft else network_type
     _probe_once(model, StockNetwork, layout)
     return StockNetwork
 

@@ -3,6 +3,9 @@
 Its bits are those of the model's own modules with the kernels swapped in (`batch_invariant`), so transformers' own
 `generate` on that model stays the oracle. Weights are read where they lie. On a GPU the steps are replayed as CUDA
 graphs (`step_graphs.py`), because the host cannot launch a step's kernels as fast as the device runs them.
+
+A draft model's bits do not matter, since what is accepted is the target's own. Where the caller says so
+(`must_be_exact=False`) its steps of few tokens are a single launch (`one_launch.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from specdec.invariant_guard import own_arithmetic
 from specdec.kernels.gated import silu_mul
 from specdec.kernels.in_order_linear import in_order_linears
 from specdec.kernels.norms import add_rms_norm, rms_norm
+from specdec.kernels.persistent_step import MAX_TOKENS
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.rotary_write import HeadNorm, rotary_write
 from specdec.layout import Layout
 from specdec.network import CachePlan, Network, NetworkOutput
+from specdec.one_launch import one_launch_step
 from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket
 
 
@@ -107,7 +112,8 @@ def norm(module: Any, hidden: Tensor, added: Tensor | None) -> tuple[Tensor, Ten
 class InvariantForward:
     """The layers, a cache and the captured steps: all that is worth keeping from one generation to the next."""
 
-    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int):
+    def __init__(self, model: PreTrainedModel, max_rows: int, num_slots: int, must_be_exact: bool = True):
+        """must_be_exact: whether steps have the bits of the model's own modules; a draft model's need not."""
         self.max_rows, self.num_slots = max_rows, num_slots
         self.weights = addresses(model)
         self.layers = [
@@ -125,6 +131,9 @@ class InvariantForward:
             for layer in self.cache.layers:
                 layer.lazy_initialization(head, head)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
+        self.one_launch = None
+        if not must_be_exact:
+            self.one_launch = one_launch_step(model, self.cache, self.cos, self.sin, num_slots)
 
     def serves(self, model: PreTrainedModel, max_rows: int, num_slots: int) -> bool:
         """Whether it is large enough and of the same weights."""
@@ -132,6 +141,9 @@ class InvariantForward:
 
     def __call__(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         """A step of the cache's first rows: launches alone, nothing waits for the device."""
+        if self.one_launch is not None and token_ids.numel() <= MAX_TOKENS and set(layers) <= {-1}:
+            logits, hidden = self.one_launch(token_ids, starts)
+            return NetworkOutput(logits, (hidden,) * len(layers))
         hidden, states = self.run(token_ids, starts, used_slots, slice(0, len(token_ids)), layers)
         return NetworkOutput(self.logits(hidden), states)
 
@@ -169,22 +181,28 @@ class InvariantForward:
         return spans
 
 
-_kept: WeakKeyDictionary[PreTrainedModel, InvariantForward] = WeakKeyDictionary()
+# By whether the bits must be those of the model's modules: the target's must, a draft model's need not.
+_kept: dict[bool, WeakKeyDictionary[PreTrainedModel, InvariantForward]] = {
+    True: WeakKeyDictionary(),
+    False: WeakKeyDictionary(),
+}
 SLOTS_ROUNDING = 256
 
 
 @contextmanager
-def kept_forward(model: PreTrainedModel, max_rows: int, num_slots: int) -> Iterator[InvariantForward]:
+def kept_forward(
+    model: PreTrainedModel, max_rows: int, num_slots: int, must_be_exact: bool = True
+) -> Iterator[InvariantForward]:
     """The model's forward from an earlier generation if it is free, large enough and of the same weights.
 
-    One is kept per model, the last used: its cache stays allocated, as transformers' static cache does.
+    One is kept per model and exactness, the last used: its cache stays allocated, as transformers' static cache does.
     """
-    kept = _kept.pop(model, None)
+    kept = _kept[must_be_exact].pop(model, None)
     if kept is None or not kept.serves(model, max_rows, num_slots):
         del kept  # before the new one takes memory
-        kept = InvariantForward(model, row_bucket(max_rows), rounded_up(num_slots))
+        kept = InvariantForward(model, row_bucket(max_rows), rounded_up(num_slots), must_be_exact)
     yield kept
-    _kept[model] = kept  # not after an exception: a step may have been interrupted half-way
+    _kept[must_be_exact][model] = kept  # not after an exception: a step may have been interrupted half-way
 
 
 def rounded_up(num_slots: int) -> int:
@@ -199,6 +217,8 @@ def addresses(model: PreTrainedModel) -> list[int]:
 class InvariantNetwork(Network):
     """Runs the kernels over the model's own weights in the ragged layout; the modules are not touched."""
 
+    must_be_exact = True  # whether the output depends on this model's bits, as it does on a target's
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -211,7 +231,7 @@ class InvariantNetwork(Network):
 
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
-        kept = _kept.get(model)
+        kept = _kept[cls.must_be_exact].get(model)
         if kept is not None and kept.serves(model, max_rows, num_slots):
             return CachePlan(0, 0)
         freed = 0 if kept is None else kept.cache.nbytes
@@ -219,14 +239,15 @@ class InvariantNetwork(Network):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with kept_forward(self.model, self.cache.max_rows, self.cache.num_slots) as self.kept:
+        size = self.cache.max_rows, self.cache.num_slots
+        with kept_forward(self.model, *size, self.must_be_exact) as self.kept:
             self.cache = self.kept.cache
             yield
 
     def resize(self, max_rows: int, num_slots: int) -> None:
         if max_rows > self.kept.max_rows or num_slots > self.kept.num_slots:
             size = row_bucket(max(max_rows, self.kept.max_rows)), max(num_slots, self.kept.num_slots)
-            self.kept = InvariantForward(self.model, size[0], rounded_up(size[1]))
+            self.kept = InvariantForward(self.model, size[0], rounded_up(size[1]), self.must_be_exact)
             self.kept.cache.copy_from(self.cache)
             self.cache = self.kept.cache
 
@@ -240,10 +261,13 @@ class InvariantNetwork(Network):
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         assert extra_queries is None, "the kernels see one interval of slots; build_network chooses another network"
-        if self.kept.graphs is None or token_ids.shape[1] > MAX_STEP_WIDTH:
+        kept = self.kept
+        if (kept.graphs is None and kept.one_launch is None) or token_ids.shape[1] > MAX_STEP_WIDTH:
             return super().forward(token_ids, starts, used_slots, layers, host_starts)
         self.cache.num_filled = max(self.cache.num_filled, used_slots)  # a replay announces no forward to the cache
-        return self.kept.graphs.replay(self.kept, token_ids, starts, used_slots, layers)
+        if kept.graphs is None:
+            return kept(token_ids, starts, used_slots, layers)
+        return kept.graphs.replay(kept, token_ids, starts, used_slots, layers)
 
     def _run(
         self,
@@ -258,3 +282,9 @@ class InvariantNetwork(Network):
         if logits_at is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at][:, None]
         return NetworkOutput(self.kept.logits(hidden), states)
+
+
+class InvariantDraftNetwork(InvariantNetwork):
+    """Of a draft model, whose bits the output does not depend on: a step of few tokens is one launch."""
+
+    must_be_exact = False

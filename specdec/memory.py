@@ -35,7 +35,9 @@ def check_memory(target: Target, drafter: Drafter, max_rows: int, num_slots: int
     needs = {"target": cache_bytes(network_type, model, max_rows, num_slots, layout)}
     if drafter.kv_model is not None:
         draft, its_layout = drafter.kv_model, drafter.layout or layout
-        needs["draft model"] = cache_bytes(choose_network(draft, its_layout), draft, max_rows, num_slots, its_layout)
+        needs["draft model"] = cache_bytes(
+            choose_network(draft, its_layout, must_be_exact=False), draft, max_rows, num_slots, its_layout
+        )
     needed, freed = (sum(need[i] for need in needs.values()) for i in (0, 1))
     if needed > available + freed:
         gc.collect()  # models and caches that only cycles keep
@@ -60,7 +62,7 @@ def cache_bytes(
 
 def kv_bytes_per_slot(network_type: NetworkType, model: PreTrainedModel, layout: Layout) -> float:
     """Of keys and values of all layers, per row."""
-    if network_type is InvariantNetwork:
+    if issubclass(network_type, InvariantNetwork):
         heads, head_dim = model.config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
         return 2 * len(model.model.layers) * heads * head_dim * model.dtype.itemsize
     # Other families cache what they like: seen once, in a forward over one token.
