@@ -76,8 +76,9 @@ class StepTensors(NamedTuple):
 class Tuning(NamedTuple):
     """What changes the speed, and the order of sums.
 
-    Rows of weights per tile; keys per tile; elements of the attention's splits, and of the down projection's input,
-    that a program takes at a time (of the latter half as many in float32); num_warps of a program, among which a tile's inner dimension is split.
+    Rows of weights per tile; keys per tile; elements of the attention's splits, and of the down projection's input
+    (half as many in float32), that a program takes at a time; num_warps of a program, among which a tile's inner
+    dimension is split.
     prefetch: whether later tiles are asked into the cache. num_programs: None = one per multiprocessor.
     cooperative: launched such that programs that cannot all be resident are an error in place of a hang.
     """
