@@ -27,7 +27,9 @@ if triton is not None:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 32  # rows * width
 MERGES = 2  # of `merged_elements` each, in which the attention's splits are merged, at most
-MAX_SIZE_IN = 4096  # of a whole row of weights in one tile; a longer hidden state does not fit beside its weights
+MAX_ROW_BYTES = 4096  # of a hidden state: a program holds whole rows of weights, and all tokens beside them
+TILE_BYTES = 65536  # of such rows: 64 registers a thread, or shared memory
+MAX_INNER = 4096
 
 
 class LayerTensors(NamedTuple):
@@ -74,8 +76,9 @@ class StepTensors(NamedTuple):
 class Tuning(NamedTuple):
     """What changes the speed, and the order of sums.
 
-    Rows of weights per tile; keys per tile; elements of the attention's splits, and of the down projection's input,
-    that a program takes at a time; num_warps of a program, among which a tile's inner dimension is split.
+    Rows of weights per tile; keys per tile; elements of the attention's splits, and of the down projection's input
+    (half as many in float32), that a program takes at a time; num_warps of a program, among which a tile's inner
+    dimension is split.
     prefetch: whether later tiles are asked into the cache. num_programs: None = one per multiprocessor.
     cooperative: launched such that programs that cannot all be resident are an error in place of a hang.
     """
@@ -152,9 +155,12 @@ class PersistentStep:
         power = triton.next_power_of_2
         tokens, block_dim = power(rows * width), max(16, power(dim))
         splits = self.num_splits(rows, tokens, num_heads * block_dim)
-        elements = tuning.merged_elements if splits > 1 else tuning.inner_elements
+        inner_elements = tuning.inner_elements * 2 // tensors.embedding.element_size()
+        elements = tuning.merged_elements if splits > 1 else inner_elements
         block_heads = max(1, min(power(num_heads), elements // (tokens * splits * block_dim)))
-        block_inner = max(16, min(power(len(layer.gate)), tuning.inner_elements // tokens, MAX_SIZE_IN))
+        block_inner = max(16, min(power(len(layer.gate)), inner_elements // tokens, MAX_INNER))
+        block = max(16, power(size))
+        most_rows = TILE_BYTES // (block * tensors.embedding.element_size())
         persistent_step_kernel[(self.num_programs,)](
             token_ids,
             starts,
@@ -192,16 +198,16 @@ class PersistentStep:
             TOKENS=tokens,
             BLOCK_WIDTH=power(width),
             BLOCK_PAIRS=max(16, power(width * (num_heads // num_kv_heads))),
-            BLOCK=max(16, power(size)),
+            BLOCK=block,
             BLOCK_DIM=block_dim,
             SPLITS=splits,
             BLOCK_HEADS=block_heads,
             BLOCK_INNER=block_inner,
-            BLOCK_QKV=tuning.block_qkv,
+            BLOCK_QKV=min(tuning.block_qkv, most_rows),
             BLOCK_OUT=tuning.block_out,
-            BLOCK_GATE=tuning.block_gate,
+            BLOCK_GATE=min(tuning.block_gate, most_rows),
             BLOCK_DOWN=tuning.block_down,
-            BLOCK_HEAD=tuning.block_head,
+            BLOCK_HEAD=min(tuning.block_head, 2 * most_rows),
             BLOCK_KEYS=tuning.block_keys,
             ATTENTION_STAGES=tuning.attention_stages,
             PREFETCH=tuning.prefetch and token_ids.is_cuda,
@@ -218,8 +224,9 @@ def refusal(tensors: StepTensors) -> str | None:
     first = tensors.layers[0]
     if tensors.embedding.dtype not in DTYPES:
         return f"the weights are {tensors.embedding.dtype}; the kernel serves bfloat16, float16 and float32"
-    if tensors.embedding.shape[1] > MAX_SIZE_IN:
-        return f"a hidden state of {tensors.embedding.shape[1]} exceeds {MAX_SIZE_IN}; it does not fit into a program"
+    row_bytes = tensors.embedding.shape[1] * tensors.embedding.element_size()
+    if row_bytes > MAX_ROW_BYTES:
+        return f"a hidden state of {row_bytes} bytes exceeds {MAX_ROW_BYTES}; it does not fit into a program"
     groups = [tensors, *tensors.layers, *(layer.biases or () for layer in tensors.layers)]
     groups += [layer.head_norm or () for layer in tensors.layers]
     for x in (x for group in groups for x in group if isinstance(x, Tensor)):
