@@ -50,7 +50,7 @@ def test_bytes_of_the_invariant_forward(dtype):
     with batch_invariant(model):
         network_type = choose_network(model, layout)
         assert network_type is InvariantNetwork
-        invariant_network._kept.pop(model)  # the probe's
+        invariant_network._kept[True].pop(model)  # the probe's
         foretold, freed = memory.cache_bytes(network_type, model, 5, 300, layout)
         assert freed == 0 and foretold == 8 * (512 + 33) * 2 * 3 * 2 * 12 * dtype.itemsize
         with kept_forward(model, 5, 300) as kept:
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(device_with, 
     options = dict(drafter=draft, num_speculative_tokens=2)
     with batch_invariant(model) if invariant else torch.no_grad():
         expected = generate(model, **options)  # probes, which need little, are behind us
-        invariant_network._kept.clear()
+        invariant_network._kept[True].clear()
         per_slot = 2 * 2 * 8 * 4  # keys and values of a layer
         slots = 2 * (256 + 33) if invariant else SLOTS
         needed = (slots * 2 + SLOTS) * per_slot
