@@ -1,8 +1,8 @@
 """Tune the in-order linear's tiles within a decode step, where launches overlap: another tile may be best there.
 
 A model of random weights and few layers takes captured steps; the tile of one product after another is replaced, the
-step captured again, its replays timed and the fastest kept. Then the bytes that a program prefetches and the overlap of
-launches are varied, and the tiles once more. Every step's output must have the bits of the first. The head is timed
+step captured again, its replays timed and the fastest kept. Then the overlap of launches is varied, and the tiles once
+more. Every step's output must have the bits of the first. The head is timed
 apart. Tiles are compiled ahead by other processes; one whose turn comes when its cell's share of the time is spent is
 left out, and the record says how many were tried.
 
@@ -51,11 +51,10 @@ from specdec.step_graphs import StepGraphs, row_bucket, width_bucket
 
 CELLS = "1x1,8x1,32x1,8x6,32x4,32x6"
 LAYERS = {"8B": 6, "0.6B": 12}  # more weights than the cache holds
-BUCKETS = "1,16,32,64,128,192,256,1024"
+BUCKETS = "16,32,64,128,256,1024"
 CONTEXT = 512
 SHARED_BYTES = 227 * 1024  # what a program may use
 ACCUMULATORS = 128  # per thread
-PREFETCHES = (0, 1 << 15, 1 << 16, 1 << 17)
 NUM_FINALISTS = 2
 SECOND_PASS = 6  # the best of the first pass that the second tries again
 LEAST_GAIN = 0.002  # of the step's time; less is noise
@@ -71,10 +70,9 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """tiles: by product. prefetch_bytes: per program. overlap: whether a launch may start before the last one ended."""
+    """tiles: by product. overlap: whether a launch may start before the last one ended."""
 
     tiles: dict[str, Tile]
-    prefetch_bytes: int
     overlap: bool = True
 
 
@@ -83,7 +81,6 @@ class Kernel(NamedTuple):
 
     num_weights: int
     tile: Tile
-    prefetch_bytes: int
     overlap: bool
 
 
@@ -111,14 +108,10 @@ def head_products(shape: Shape) -> dict[str, Product]:
     return {"head": Product(shape.vocab_size, shape.hidden_size, 1)}
 
 
-def default_prefetch(rows: int) -> int:
-    return in_order_linear.PREFETCH_BYTES if rows <= in_order_linear.PREFETCH_ROWS else 0
-
-
 def table_setting(products: dict[str, Product], rows: int) -> Setting:
     """What the package does."""
     tiles = {name: choose_tile(rows, p.size_out, p.size_in, torch.bfloat16) for name, p in products.items()}
-    return Setting(tiles, default_prefetch(rows))
+    return Setting(tiles)
 
 
 def candidates(rows: int) -> list[Tile]:
@@ -162,8 +155,6 @@ def applied(setting: Setting, products: dict[str, Product]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(in_order_linear, "choose_tile", choose))
-        stack.enter_context(mock.patch.object(in_order_linear, "PREFETCH_BYTES", setting.prefetch_bytes))
-        stack.enter_context(mock.patch.object(in_order_linear, "PREFETCH_ROWS", 1 << 30))
         if not setting.overlap:
             stack.enter_context(mock.patch.object(overlap, "_can_overlap", lambda device: False))
         yield
@@ -186,7 +177,7 @@ def compile_kernel(wanted: Kernel) -> str | None:
     size = 1024  # whatever is divisible by 16 and by any inner block
     product = {"product": Product(size * wanted.num_weights, size, wanted.num_weights)}
     kernel = CompileOnly(in_order_linear._in_order_linear_kernel)
-    setting = Setting({"product": wanted.tile}, wanted.prefetch_bytes, wanted.overlap)
+    setting = Setting({"product": wanted.tile}, wanted.overlap)
     with applied(setting, product), mock.patch.object(in_order_linear, "_in_order_linear_kernel", kernel):
         try:
             x, *weights = torch.empty(1 + wanted.num_weights, size, size, dtype=torch.bfloat16, device="cuda")
@@ -282,8 +273,7 @@ class Descent:
             if second:
                 break
             self.first_pass = self.best
-            self._vary("prefetch_bytes", PREFETCHES, deadline)
-            self._vary("overlap", (True, False), deadline)
+            self._vary_overlap(deadline)
 
     def _vary_tile(self, name: str, deadline: float) -> None:
         setting = self.best.setting
@@ -301,21 +291,12 @@ class Descent:
             for _, tile in found[:NUM_FINALISTS] if tile != setting.tiles[name]
         ])  # fmt: skip
 
-    def _vary(self, field: str, values: Sequence[int], deadline: float) -> None:
-        settings = [replace(self.best.setting, **{field: value}) for value in values]
-        self.compiler.expect([kernel for setting in settings for kernel in self._kernels(setting)])
-        finalists = []
-        for setting in settings:
-            if setting == self.best.setting:
-                continue
-            kernels = self._kernels(setting)
-            compiled = len(list(self.compiler.ready(kernels, deadline))) == len(set(kernels))
-            if compiled and self._time(setting, f"{field} {getattr(setting, field)}") is not None:
-                finalists.append(setting)
-        self._choose(finalists)
-
-    def _kernels(self, setting: Setting) -> list[Kernel]:
-        return [kernel_of(self.products[name], setting, tile) for name, tile in setting.tiles.items()]
+    def _vary_overlap(self, deadline: float) -> None:
+        setting = replace(self.best.setting, overlap=not self.best.setting.overlap)
+        kernels = {kernel_of(self.products[name], setting, tile) for name, tile in setting.tiles.items()}
+        compiled = len(list(self.compiler.ready(list(kernels), deadline))) == len(kernels)
+        if compiled and self._time(setting, f"overlap {setting.overlap}") is not None:
+            self._choose([setting])
 
     def _choose(self, finalists: list[Setting]) -> None:
         """Finalists and what is best so far, timed again in turn."""
@@ -344,7 +325,7 @@ class Descent:
 
     def _say(self, what: str, setting: Setting, ms: float) -> None:
         tiles = {name: tuple(tile) for name, tile in setting.tiles.items()}
-        print(f"{self.label}: {what} {ms:.4f} ms {tiles} {setting.prefetch_bytes} {setting.overlap}", flush=True)
+        print(f"{self.label}: {what} {ms:.4f} ms {tiles} {setting.overlap}", flush=True)
 
     def found(self) -> dict:
         return {
@@ -356,7 +337,7 @@ class Descent:
 
 
 def kernel_of(product: Product, setting: Setting, tile: Tile) -> Kernel:
-    return Kernel(product.num_weights, tile, setting.prefetch_bytes, setting.overlap)
+    return Kernel(product.num_weights, tile, setting.overlap)
 
 
 def random_model(shape: Shape, num_layers: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Qwen3ForCausalLM:
@@ -523,7 +504,7 @@ def parse_cells(text: str) -> list[tuple[int, int]]:
 
 def kernels_ahead(shape: Shape, rows: int, tiles: Sequence[Tile]) -> list[Kernel]:
     products = [*layer_products(shape).values(), *head_products(shape).values()]
-    return [Kernel(p.num_weights, tile, default_prefetch(rows), True) for p in products for tile in tiles]
+    return [Kernel(p.num_weights, tile, True) for p in products for tile in tiles]
 
 
 def run(arguments: argparse.Namespace, record: Record, compiler: Compiler) -> None:

@@ -25,7 +25,6 @@ if triton is not None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WEIGHTS = 3
-PREFETCH_ROWS, PREFETCH_BYTES = 64, 1 << 16  # per program
 GROUP_ROWS = 8  # row blocks that share a pass over the weights while it is in the cache
 
 
@@ -112,8 +111,6 @@ def _in_order_linears_triton(
         BLOCK_IN=tile.block_in,
         GROUP=GROUP_ROWS,
         NUM_STAGES=tile.num_stages,
-        # Few rows leave most of the device idle while the kernel before ends.
-        PREFETCH=PREFETCH_BYTES // tile.block_out if num_rows <= PREFETCH_ROWS else 0,
         num_warps=tile.num_warps,
         **overlap_options(x),
     )
@@ -121,18 +118,6 @@ def _in_order_linears_triton(
 
 
 if triton is not None:
-
-    @triton.jit
-    def _prefetch(weight_ptr, row_begin, size_in, BYTES: tl.constexpr):
-        """Ask the cache for the first BYTES of each row, 128 at a time: no result depends on the kernel before yet."""
-        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        LINES: tl.constexpr = 8
-        for begin in range(0, BYTES // 128, LINES):
-            place = tl.minimum((begin + tl.arange(0, LINES)) * LINE, size_in - 1)
-            address = (weight_ptr + row_begin[:, None] + place[None, :]).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-            )
 
     @triton.jit(do_not_specialize=["num_rows"])
     def _in_order_linear_kernel(
@@ -158,7 +143,6 @@ if triton is not None:
         BLOCK_IN: tl.constexpr,
         GROUP: tl.constexpr,
         NUM_STAGES: tl.constexpr,
-        PREFETCH: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
         program = tl.program_id(0)
@@ -189,8 +173,6 @@ if triton is not None:
                 out_begin = size_out
                 size_out = size_1
         column = (block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
-        if OVERLAP:
-            _prefetch(weight_ptr, tl.minimum(column, size_out - 1) * size_in, size_in, PREFETCH)
         wait_for_previous_kernel(OVERLAP)
         inner = tl.arange(0, BLOCK_IN)
         row_ok = row < num_rows

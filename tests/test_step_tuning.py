@@ -47,12 +47,12 @@ def test_descent_keeps_what_is_faster_and_nothing_of_other_bits(tuning, compiler
         if UNFIT in setting.tiles.values():
             return None
         ms = sum({SLOW: 2.0, FAST: 1.0, WRONG: 0.1}.get(tile, 3.0) for tile in setting.tiles.values())
-        ms += {0: 0.3, 1 << 17: 0.0}.get(setting.prefetch_bytes, 0.2) + (0.0 if setting.overlap else 1.0)
+        ms += 0.2 if setting.overlap else 0.0
         return ms, torch.tensor([1.0 if WRONG in setting.tiles.values() else 0.0])
 
     descent = tuning.Descent(products, 8, measure, compiler, "test", [SLOW, UNFIT, WRONG, FAST])
     descent.run(soon())
-    assert descent.best.setting == tuning.Setting({"a": FAST, "b": FAST}, 1 << 17, True)
+    assert descent.best.setting == tuning.Setting({"a": FAST, "b": FAST}, False)
     found = json.loads(json.dumps(descent.found()))
     assert found["best_ms"] == 2.0 and found["table_ms"] == 6.2 and found["different"] == 2
     assert found["first_pass_ms"] == 2.2, "the tiles before anything else was varied"
@@ -94,7 +94,7 @@ def test_compiler_survives_a_process_that_its_compiler_took_along(tuning, capsys
         return "no registers" if kernel.tile == UNFIT else None
 
     compiler = tuning.Compiler(lambda: next(executors), 1, compile)
-    kernels = [tuning.Kernel(1, tile, 0, True) for tile in (SLOW, UNFIT, FAST)]
+    kernels = [tuning.Kernel(1, tile, True) for tile in (SLOW, UNFIT, FAST)]
     compiler.expect(kernels[:1])
     assert list(compiler.ready([*kernels[1:], kernels[0]], soon())) == [kernels[0], kernels[2]]
     assert sorted(compiled) == sorted(kernels), "each is compiled once"
@@ -118,14 +118,13 @@ def test_candidates_are_many_distinct_and_fit_the_device(tuning, rows):
 
 
 def test_applied_reaches_the_launch_and_is_undone(tuning):
-    before = in_order_linear.choose_tile, in_order_linear.PREFETCH_BYTES, overlap._can_overlap
-    setting = tuning.Setting({"a": FAST}, 1 << 17, False)
+    before = in_order_linear.choose_tile, overlap._can_overlap
+    setting = tuning.Setting({"a": FAST}, False)
     with tuning.applied(setting, {"a": tuning.Product(64, 32, 1)}):
         assert in_order_linear.choose_tile(3, 64, 32, torch.float32) == FAST
         assert in_order_linear.choose_tile(3, 65, 32, torch.bfloat16) != FAST
-        assert in_order_linear.PREFETCH_BYTES == 1 << 17 and in_order_linear.PREFETCH_ROWS > 1024
         assert overlap.overlap_options(torch.zeros(1)) == {"OVERLAP": False}
-    assert before == (in_order_linear.choose_tile, in_order_linear.PREFETCH_BYTES, overlap._can_overlap)
+    assert before == (in_order_linear.choose_tile, overlap._can_overlap)
 
 
 def tiny(tuning):
@@ -158,10 +157,7 @@ def test_a_cell_on_the_interpreter(tuning, compiler, monkeypatch):
     small, fast = Tile(16, 16, 16, False, 2, 4), Tile(16, 32, 16, True, 2, 4)
     monkeypatch.setattr(in_order_linear, "_in_order_linears_triton", spy)
     monkeypatch.setattr(tuning, "replayed", replayed)
-    monkeypatch.setattr(
-        tuning, "table_setting", lambda products, rows: tuning.Setting(dict.fromkeys(products, small), 0)
-    )
-    monkeypatch.setattr(tuning, "PREFETCHES", (0,))
+    monkeypatch.setattr(tuning, "table_setting", lambda products, rows: tuning.Setting(dict.fromkeys(products, small)))
     model = tuning.random_model(shape, 1, "cpu", torch.float32)
     entry = tuning.tune_cell(
         tuning.Steps(model, 2, 1, 5), "tiny", shape, 1, (2, 1), [small, fast], compiler, time.monotonic() + 300
@@ -186,18 +182,18 @@ def test_the_table_of_a_record(tuning, tmp_path, capsys):
         shape = tuning.SHAPES["8B"]
         parts = {"layers": tuning.layer_products(shape), "head": tuning.head_products(shape)}
         best = {
-            part: {"best": asdict(tuning.Setting(dict.fromkeys(products, tile), 0))} for part, products in parts.items()
+            part: {"best": asdict(tuning.Setting(dict.fromkeys(products, tile)))} for part, products in parts.items()
         }
         return {"model": "8B", "total_rows": rows, **best}
 
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"cells": [cell(32, SLOW), cell(48, FAST), cell(192, WRONG)]}))
-    assert tuning.main(["--table", str(record), "--buckets", "1,64,192,1024"]) == 0
+    assert tuning.main(["--table", str(record), "--buckets", "16,64,192,1024"]) == 0
     printed = capsys.readouterr().out
     names = {"Tile": Tile}
     exec(printed.replace(": dict[tuple[int, int], tuple[Tile, ...]]", ""), names)
-    assert names["BUCKETS"] == (1, 64, 192, 1024)
-    assert names["DEFAULTS"] == tuple(DEFAULTS[BUCKETS.index(bucket)] for bucket in (1, 64, 256, 1024))
+    assert names["BUCKETS"] == (16, 64, 192, 1024)
+    assert names["DEFAULTS"] == tuple(DEFAULTS[BUCKETS.index(bucket)] for bucket in (16, 64, 256, 1024))
     old = TUNED[6144, 4096]
     assert names["TUNED"][6144, 4096] == (old[0], FAST, WRONG, old[BUCKETS.index(1024)])
     assert names["TUNED"][2048, 1024][0] == TUNED[2048, 1024][0]
