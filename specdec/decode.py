@@ -83,8 +83,9 @@ def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, vocab_size: int) -
     """What of the drafter's proposal can be verified. widths: [rows] integers, the most tokens of each row; where all
     are 0 the drafter is not asked."""
     most = int(widths.max())
-    draft = drafter.propose(rows, most) if most > 0 else Draft.empty(len(rows), rows.device)
-    return usable(rows, draft, widths, vocab_size, drafter.name)
+    if most <= 0:
+        return Draft.empty(len(rows), rows.device)
+    return usable(rows, drafter.propose(rows, most), widths, vocab_size, drafter.name)
 
 
 def settle(

@@ -61,7 +61,9 @@ class Target:
 
     def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
         """One forward over each row's last token and its draft, then the commit."""
-        inputs = torch.cat([rows.last_tokens(1), draft.token_ids.clamp(min=0)], 1)
+        inputs = rows.last_tokens(1)
+        if draft.token_ids.shape[1]:
+            inputs = torch.cat([inputs, draft.token_ids.clamp(min=0)], 1)
         extra = draft.extra_queries
         width = inputs.shape[1] * (1 if extra is None else 1 + extra.num)
         # The last committed token has no keys yet, so a row's cache is one shorter than the row.
@@ -116,6 +118,8 @@ def usable(rows: Rows, draft: Draft, widths: np.ndarray, vocab_size: int, name: 
     """
     most = int(widths.max())
     check_draft(rows, draft, most, vocab_size, name)
+    if not draft.token_ids.shape[1]:
+        return draft
     room = (rows.limits - rows.lengths - 1)[:, None]
     if (widths < most).any():
         room = torch.minimum(room, torch.from_numpy(widths).to(rows.device)[:, None])
