@@ -119,7 +119,7 @@ def train(options: argparse.Namespace, arm: Arm, start: Path, out: Path, steps: 
         "prompt-tokens": options.row_tokens // 3,
         "texts": options.texts,
         "renew-every": options.renew_every,
-        "write-batch": 64 if device == "cpu" else 4096,
+        "write-batch": 64 if device == "cpu" else 8192,
         "checkpoint-every": 1000,
         "seed": seed,
         "device": device,
