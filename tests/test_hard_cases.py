@@ -301,3 +301,21 @@ def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model = tiny_llama(0, eos_token_id=None)
     assert same(model)
+
+
+def test_autocast_around_generate():
+    """The fused forward's packed weights are in the model's dtype; under autocast the model's own modules run."""
+    model, draft = tiny_llama(0, eos_token_id=None), tiny_llama(5, eos_token_id=None)
+    prompt = torch.tensor([[3, 4, 5, 6, 7]])
+    outside = plain_greedy(model, prompt[0], max_new_tokens=20)
+    for drafter in ("prompt_lookup", draft):
+        assert specdec.generate(model, prompt, drafter=drafter, max_new_tokens=20)[0, 5:].tolist() == outside
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain_greedy(model, prompt[0], max_new_tokens=20)
+        for drafter in ("prompt_lookup", draft):
+            found = specdec.generate(
+                model, prompt, drafter=drafter, max_new_tokens=20, return_dict_in_generate=True, output_logits=True
+            )
+            assert found.sequences[0, 5:].tolist() == expected
+            assert torch.equal(found.logits[0], found.logits[0].bfloat16().float()), "computed in autocast's dtype"
+    assert specdec.generate(model, prompt, drafter=draft, max_new_tokens=20)[0, 5:].tolist() == outside
