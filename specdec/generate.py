@@ -167,6 +167,14 @@ def speculative(
                     f"{name}={getattr(config, name)} contradicts speculative(..., num_speculative_tokens={k}); the "
                     "drafter and its number of tokens are chosen there"
                 )
+        if (ngram := getattr(config, "max_matching_ngram_size", None)) not in (
+            None,
+            defaults.get("max_matching_ngram_size"),
+        ):
+            raise ConfigError(
+                f"max_matching_ngram_size={ngram!r} is chosen in speculative(PromptLookup(max_ngram_size=...)), of "
+                "specdec.drafters.prompt_lookup; leave it out here"
+            )
         for name in POLICY_ALIASES:
             if getattr(config, name, None) not in (None, 0, "constant", defaults.get(name)):
                 raise ConfigError(

@@ -301,6 +301,27 @@ def test_generate_reads_a_generation_config(pair, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "options", "number"),
+    [
+        ({"max_new_tokens": 5}, (), 5),
+        ({"max_length": 9}, (), 9 - len(PROMPTS[0].split())),
+        ({"max_new_tokens": 5}, ("--max-new-tokens", 3), 3),
+        ({"prompt_lookup_num_tokens": 2, "max_new_tokens": 4}, (), 4),
+    ],
+)
+def test_the_lengths_of_a_generation_config_count(pair, tmp_path, content, options, number):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**content, "min_new_tokens": number}))
+    common = ("generate", "--target", pair / "target", "--prompt", PROMPTS[0], "--json", "--generation-config", path)
+    result = run(*common, *options)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["completion_ids"]) == number
+    path.write_text('{"max_length": 1}')
+    result = run(*common)
+    assert result.exit_code == 2 and "max_length=1 of the generation config leaves no room" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"num_beams": 4}', "num_beams=4"),

@@ -181,7 +181,7 @@ def test_inside_transformers_nothing_is_ignored():
     loop = specdec.speculative(DRAFT)
     with pytest.raises(specdec.InputError, match="position_ids"):
         TARGET.generate(ids, attention_mask=mask, custom_generate=loop, position_ids=torch.arange(6)[None] * 3)
-    for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
+    for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
         with pytest.raises(specdec.ConfigError, match=name):
             TARGET.generate(ids, attention_mask=mask, custom_generate=loop, max_new_tokens=4, **{name: 2})
     options = {

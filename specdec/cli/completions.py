@@ -14,13 +14,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from specdec.cli.common import Models, say_ignored, stage_bars
 from specdec.config import speculative_config
+from specdec.drafter import NoDrafts
 from specdec.equivalence import check_prompts
+from specdec.errors import ConfigError
 from specdec.generate import generate
 from specdec.loading import Prompt, read_generation_config
 from specdec.lossy import Lossy, verification_named
 from specdec.metrics import Speculation
+from specdec.options import whole_number
 from specdec.oracle import greedy_settings, left_pad, now, tell
 from specdec.rows import StepReport
+
+DEFAULT_NEW_TOKENS = 128
 
 
 @dataclass
@@ -72,9 +77,28 @@ class Decoding:
         name = str(self.verification) if samples or is_lossy else "greedy"
         return Speculation(verification=name, is_lossless=not is_lossy)
 
-    def options(self, rows: range, max_new_tokens: int) -> dict[str, Any]:
-        """Keywords of `generate` for some of the prompts."""
-        found = {"generation_config": self.config, "max_new_tokens": max_new_tokens, **dict(self.sampling)}
+    def limit(self, max_new_tokens: int | None, longest: int) -> tuple[dict[str, int], int]:
+        """What to tell `generate` of lengths, and the most tokens that follow the longest prompt.
+
+        max_new_tokens: of the command line; without it what the file says counts.
+        """
+        if max_new_tokens is None and self.config is not None:
+            if self.config.max_new_tokens is not None:
+                return {}, self.config.max_new_tokens
+            if self.config.max_length is not None:
+                room = whole_number("max_length", self.config.max_length) - longest
+                if room < 1:
+                    raise ConfigError(
+                        f"max_length={self.config.max_length} of the generation config leaves no room behind a prompt "
+                        f"of {longest} tokens; raise it, or pass --max-new-tokens"
+                    )
+                return {}, room
+        number = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        return {"max_new_tokens": number}, number
+
+    def options(self, rows: range) -> dict[str, Any]:
+        """Keywords of `generate` for some of the prompts, lengths apart."""
+        found = {"generation_config": self.config, **dict(self.sampling)}
         if self.sampling:
             found["do_sample"] = True
             if self.config is None:
@@ -89,7 +113,7 @@ def print_completions(
     prompts: list[Prompt],
     batch_size: int,
     num_speculative_tokens: int | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     as_json: bool,
     layout: str = "ragged",
     length_policy: str = "fixed",
@@ -98,9 +122,9 @@ def print_completions(
     """A single prompt's text streams; several are printed as they finish; a summary goes to stderr."""
     model, token_ids, decoding = models.target, models.encode(prompts), decoding or Decoding()
     choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
-    speculation = speculative_config(models.drafter, num_speculative_tokens, **choice)
-    drafter, k = speculation.drafter, speculation.num_speculative_tokens
-    check_prompts(model, token_ids, speculation, batch_size, max_new_tokens)
+    speculation = speculative_config(models.drafter, num_speculative_tokens, decoding.config, **choice)
+    lengths, most = decoding.limit(max_new_tokens, max(map(len, token_ids)))
+    check_prompts(model, token_ids, speculation, batch_size, most)
     streams = len(prompts) == 1 and not as_json
     streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     total = decoding.statistics()
@@ -126,14 +150,15 @@ def print_completions(
                 model,
                 ids,
                 mask,
-                drafter=drafter,
-                num_speculative_tokens=k,
+                drafter=models.drafter,
+                num_speculative_tokens=num_speculative_tokens,
                 **choice,
+                **lengths,
                 streamer=streamer,
                 on_commit=on_commit,
-                **decoding.options(batch, max_new_tokens),
+                **decoding.options(batch),
             )
-        print_summary(total, now(model) - begin, models.drafter is not None)
+        print_summary(total, now(model) - begin, not isinstance(speculation.drafter, NoDrafts))
 
 
 def print_summary(total: Speculation, seconds: float, drafted: bool) -> None:
