@@ -209,6 +209,16 @@ class Callbacks:
     tokenizer: PreTrainedTokenizerBase | None = None
     on_commit: OnCommit | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what cannot be called."""
+        for name in ("logits_processor", "stopping_criteria"):
+            given = getattr(self, name)
+            if given is not None and not (isinstance(given, Sequence) and all(map(callable, given))):
+                raise ConfigError(f"{name}={given!r}; pass a list of callables, as transformers takes it")
+        for name in ("prefix_allowed_tokens_fn", "on_commit"):
+            if not (getattr(self, name) is None or callable(getattr(self, name))):
+                raise ConfigError(f"{name}={getattr(self, name)!r} cannot be called; pass a function")
+
 
 def _generate(
     model: PreTrainedModel,

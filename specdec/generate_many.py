@@ -155,6 +155,7 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
     model, config, speculation = intake.model, intake.config, intake.speculation
     first = schedule.waiting[0]
     options = intake.options(first)
+    stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
     processors = processors_of(
         model, config, {len(first.prompt)}, options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
     )
@@ -179,7 +180,6 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         speculation.layout,
         extra_queries=drafter.num_extra_queries > 0,
     )
-    stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
     k = speculation.num_speculative_tokens
     policy = speculation.length_policy
     steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping)

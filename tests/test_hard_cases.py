@@ -319,3 +319,30 @@ def test_autocast_around_generate():
             assert found.sequences[0, 5:].tolist() == expected
             assert torch.equal(found.logits[0], found.logits[0].bfloat16().float()), "computed in autocast's dtype"
     assert specdec.generate(model, prompt, drafter=draft, max_new_tokens=20)[0, 5:].tolist() == outside
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("-inf")])
+def test_a_processor_that_leaves_nothing_is_named(fill):
+    """The weights are not to blame."""
+
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, fill)
+
+    with pytest.raises(specdec.NumericalError, match="a logits processor returned NaN or left no token possible"):
+        specdec.generate(
+            TARGET, PROMPTS[0][None], logits_processor=LogitsProcessorList([Broken()]), max_new_tokens=3,
+            do_sample=True, top_k=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu"])  # the fused forward, and the model's own modules
+def test_training_mode_is_put_back(hidden_act):
+    model = tiny_llama(0, eos_token_id=None, attention_dropout=0.5, hidden_act=hidden_act)
+    expected = plain_greedy(model, PROMPTS[0], max_new_tokens=12)
+    model.train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    out = specdec.generate(model, PROMPTS[0][None], drafter="prompt_lookup", max_new_tokens=12)
+    assert out[0, len(PROMPTS[0]) :].tolist() == expected
+    assert [module.training for module in model.modules()] == modes
