@@ -192,6 +192,7 @@ NAMELESS = tiny_xlnet(mask_token_id=None)
         (ConfigError, r"top_p='x' is no finite number", {"top_p": "x", "do_sample": True}),
         (ConfigError, r"temperature='1' is no finite number", {"temperature": "1", "do_sample": True}),
         (ConfigError, r"temperature=inf is no finite number", {"temperature": float("inf"), "do_sample": True}),
+        (DrafterError, r"drafter=a XLNetLMHeadModel cannot draft", {"drafter": NAMELESS}),
         (ConfigError, r"top_k=-1", {"top_k": -1, "do_sample": True}),
         (ConfigError, r"seed= has no effect", {"seed": 1}),
         (ConfigError, r"seed has 2 entries for 1 rows", {"seed": [1, 2], "do_sample": True}),

@@ -189,7 +189,8 @@ class Fixed(Drafter):
         (dict(do_sample=True, seed=[4, 5, 6]), "seed has 3 entries for 2 prompts"),
         (dict(min_length=9), "min_length=9 is not served by generate_many"),
         (dict(max_new_tokens=600), "has 512 positions"),
-        (dict(drafter=Fixed()), "'fixed' serves fixed batches only"),
+        (dict(drafter=Fixed()), "'fixed' serves fixed batches only, not rows that"),
+        (dict(drafter=Fixed()), "generate() on batches, with layout='ragged' or 'repad'"),
         (dict(typo=1), "unknown keyword 'typo'"),
     ],
 )

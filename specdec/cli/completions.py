@@ -12,14 +12,14 @@ from typing import Any
 import typer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from specdec.cli.common import Models, say_ignored, stage_bars
+from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars
 from specdec.config import speculative_config
 from specdec.drafter import NoDrafts
 from specdec.equivalence import check_prompts
 from specdec.errors import ConfigError
 from specdec.generate import generate
 from specdec.loading import Prompt, read_generation_config
-from specdec.lossy import Lossy, verification_named
+from specdec.lossy import GREEDY, SAMPLED, Lossy, verification_named
 from specdec.metrics import Speculation
 from specdec.options import whole_number
 from specdec.oracle import greedy_settings, left_pad, now, tell
@@ -68,16 +68,28 @@ class Decoding:
     def of(path: Path | None, sampling: dict[str, Any], seed: int | None, verification: str) -> Decoding:
         given = tuple((name, value) for name, value in sampling.items() if value is not None)
         config = None if path is None else read_generation_config(path)
-        return Decoding(config, given, seed, verification_named(verification))
+        check_temperature(sampling.get("temperature"), "leave it out")
+        found = Decoding(config, given, seed, verification_named(verification))
+        rule = found.verification
+        is_of_samples = rule == "block" or (isinstance(rule, SAMPLED) and not isinstance(rule, GREEDY))
+        for name, is_given in ((f"--seed {seed}", seed is not None), (f"--verification {verification}", is_of_samples)):
+            if is_given and not found.samples:
+                raise ConfigError(f"{name} is of samples; pass --temperature, --top-k or --top-p with it")
+        if found.samples and isinstance(rule, GREEDY) and not isinstance(rule, SAMPLED):
+            raise ConfigError(f"--verification {verification} is of greedy decoding; leave what asks for samples out")
+        return found
+
+    @property
+    def samples(self) -> bool:
+        return bool(self.sampling) or (self.config is not None and bool(self.config.do_sample))
 
     def statistics(self) -> Speculation:
         """Nothing counted yet, with the name of what verifies."""
         is_lossy = not isinstance(self.verification, str)
-        samples = bool(self.sampling) or (self.config is not None and bool(self.config.do_sample))
-        name = str(self.verification) if samples or is_lossy else "greedy"
+        name = str(self.verification) if self.samples or is_lossy else "greedy"
         return Speculation(verification=name, is_lossless=not is_lossy)
 
-    def limit(self, max_new_tokens: int | None, longest: int) -> tuple[dict[str, int], int]:
+    def limit(self, max_new_tokens: int | None, longest: int) -> tuple[dict[str, Any], int]:
         """What to tell `generate` of lengths, and the most tokens that follow the longest prompt.
 
         max_new_tokens: of the command line; without it what the file says counts.

@@ -14,6 +14,7 @@ from specdec.cli.common import (
     DeviceOption,
     DrafterOption,
     DraftOption,
+    DraftTokens,
     DtypeOption,
     LengthPolicyOption,
     LimitOption,
@@ -38,7 +39,7 @@ def generate(
     ] = None,
     num_speculative_tokens: Annotated[
         int | None,
-        Count(max=32, help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20."),
+        DraftTokens(help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20."),
     ] = None,
     batch_size: BatchSizeOption = 8,
     as_json: Annotated[
