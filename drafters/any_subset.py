@@ -17,6 +17,7 @@ from specdec.errors import DrafterError
 from specdec.kernels.distribution import Truncation
 from specdec.kernels.greedy_commit import Committed
 from specdec.kernels.sample import sample, sample_tokens
+from specdec.network import vocab_size_of
 from specdec.random_streams import Purpose, RowStreams
 from specdec.rows import Rows
 from specdec.two_stream import TwoStreamCache
@@ -199,7 +200,7 @@ class AnySubsetDrafter(Drafter):
                 f"sequences of up to {max_length} tokens exceed the any-subset model's {positions} positions; shorten "
                 "the prompt or max_new_tokens, or draft by another model"
             )
-        sizes = self._vocab_size(), target.get_output_embeddings().weight.shape[0]
+        sizes = self._vocab_size(), vocab_size_of(target)
         if abs(sizes[0] - sizes[1]) > max(max(sizes) / 16, 8):
             raise DrafterError(
                 f"the any-subset model's vocabulary has {sizes[0]} tokens, the target's {sizes[1]}; use a model with "
@@ -216,7 +217,7 @@ class AnySubsetDrafter(Drafter):
         self._cache = TwoStreamCache(self.model, positions, rows.prompt_lengths.clone(), slots)
         self._cached = torch.zeros_like(rows.lengths)
         self._host_cached = rows.host_lengths * 0
-        self._vocab = min(self._vocab_size(), target.get_output_embeddings().weight.shape[0])
+        self._vocab = min(self._vocab_size(), vocab_size_of(target))
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         assert self._cache is not None

@@ -75,8 +75,10 @@ def choose_network(
 ) -> NetworkType:
     """The fastest that serves `model`; raises UnsupportedModelError if none does. See `build_network`."""
     for can_serve, network_type in ((can_fuse, FusedNetwork), (can_shorten, InvariantNetwork)):
-        if network_type is InvariantNetwork and (layout.one_length or extra_queries):
-            continue
+        if autocast_dtype(model) is not None or (
+            network_type is InvariantNetwork and (layout.one_length or extra_queries)
+        ):
+            continue  # autocast is for a model's own modules
         if can_serve(model):
             try:
                 _probe_once(model, network_type, layout)
@@ -215,6 +217,7 @@ def probe_key(model: PreTrainedModel, *what: object) -> tuple:
         *others,
         layout.one_length,
         model.dtype,
+        autocast_dtype(model),
         model.device,
         model.config._attn_implementation,
         model.config.to_json_string(use_diff=False),
@@ -233,8 +236,18 @@ def _remedy(model: PreTrainedModel, network_type: NetworkType, refused: Layout) 
     return "use transformers' own generate for it"
 
 
+def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """What `torch.autocast` makes the model compute in, None where it is not active."""
+    kind = model.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def probe_tolerance(model: PreTrainedModel) -> float:
-    """The largest difference that rounding explains in the model's dtype."""
+    """The largest difference that rounding explains in the model's dtype, or in autocast's."""
+    if (dtype := autocast_dtype(model)) is not None:
+        return PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE[torch.bfloat16])
     if model.dtype == torch.float32 and model.device.type == "cuda":
         return TF32_TOLERANCE if torch.get_float32_matmul_precision() != "highest" else PROBE_TOLERANCE[model.dtype]
     return PROBE_TOLERANCE.get(model.dtype, PROBE_TOLERANCE[torch.bfloat16])

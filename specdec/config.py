@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -57,7 +58,8 @@ def speculative_config(
 ) -> SpeculativeConfig:
     """The speculation that our arguments and transformers' ask for; without any, plain decoding.
 
-    explicit: the fields of `config` that the caller set; others of them are transformers' defaults.
+    explicit: the fields of `config` that were keywords. Those that a config object or the model's own sets count too
+        where a drafter is chosen, unless a keyword says the same; transformers' defaults do not count.
 
     Raises DrafterError or ConfigError for contradictions and for numbers outside 1 .. 32.
     """
@@ -76,14 +78,21 @@ def speculative_config(
     ]
     if len(named) > 1:
         raise DrafterError(f"{' and '.join(named)} both choose a drafter; pass one of them")
-    name, k = draft_tokens(num_speculative_tokens, config, explicit)
-    policy = length_policy_of(length_policy, config, k)
-    ngram = getattr(config, "max_matching_ngram_size", None) if "max_matching_ngram_size" in explicit else None
     if lookup is not None:
         drafter = "prompt_lookup"
     elif assistant_model is not None:
         drafter = assistant_model
-    if ngram is not None and drafter != "prompt_lookup":
+    is_lookup = isinstance(drafter, str) and drafter == "prompt_lookup"
+    has_number = num_speculative_tokens is not None or lookup is not None
+    asked = {
+        "num_assistant_tokens": drafter is not None and not has_number,
+        "max_matching_ngram_size": is_lookup,
+    }
+    values = {name: asked_for(config, name, name in explicit, by_config) for name, by_config in asked.items()}
+    name, k = draft_tokens(num_speculative_tokens, lookup, values["num_assistant_tokens"])
+    policy = length_policy_of(length_policy, config, k)
+    ngram = values["max_matching_ngram_size"]
+    if ngram is not None and not is_lookup:
         raise ConfigError(
             f"max_matching_ngram_size={ngram} belongs to prompt lookup; pass drafter='prompt_lookup' with it"
         )
@@ -95,20 +104,31 @@ def speculative_config(
         if length_policy != "fixed" or not explicit.isdisjoint(POLICY_ALIASES):
             raise DrafterError(f"length_policy {policy.name!r} without a drafter; pass drafter=, or leave it out")
         return SpeculativeConfig(NoDrafts(), 1, chosen_layout)
+    if ngram is not None and not (is_whole(ngram) and ngram >= 1):
+        raise ConfigError(f"max_matching_ngram_size={ngram!r} is no number of tokens; choose 1 or more")
     chosen = resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram}))
     if length_policy == "fixed" and isinstance(policy, Heuristic):
         k = MAX_SPECULATIVE_TOKENS  # transformers' number is that of the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
 
 
+def asked_for(config: GenerationConfig | None, name: str, is_keyword: bool, by_config: bool) -> Any:
+    """The value of a field that somebody set, else None. by_config: whether one that was no keyword counts."""
+    value = getattr(config, name, None)
+    if is_keyword:
+        return value
+    return value if by_config and value != getattr(GenerationConfig(), name, None) else None
+
+
 def draft_tokens(
-    num_speculative_tokens: int | None, config: GenerationConfig | None, explicit: AbstractSet[str]
+    num_speculative_tokens: int | None, prompt_lookup_num_tokens: int | None, num_assistant_tokens: int | None
 ) -> tuple[str, int | None]:
     """The number of draft tokens that was asked for, and by which name; None where nothing was said."""
-    tokens = {"num_speculative_tokens": num_speculative_tokens}
-    if config is not None:
-        tokens["prompt_lookup_num_tokens"] = config.prompt_lookup_num_tokens
-        tokens["num_assistant_tokens"] = config.num_assistant_tokens if "num_assistant_tokens" in explicit else None
+    tokens = {
+        "num_speculative_tokens": num_speculative_tokens,
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+        "num_assistant_tokens": num_assistant_tokens,
+    }
     given = {name: value for name, value in tokens.items() if value is not None}
     if len(set(given.values())) > 1:
         raise ConfigError(

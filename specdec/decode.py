@@ -125,8 +125,9 @@ def move(target: Target, drafter: Drafter, index: Tensor) -> None:
 def check_shared_slots(drafter: Drafter, needed: bool) -> None:
     if needed and not drafter.shares_slots:
         raise DrafterError(
-            f"drafter {drafter.name!r} serves fixed batches only: rows that take turns or join later need one with "
-            "shares_slots=True; use generate() in the ragged or repad layout"
+            f"drafter {drafter.name!r} serves fixed batches only, not rows that take turns or join later; call "
+            "generate() on batches, with layout='ragged' or 'repad' (a drafter of your own that can follow such rows "
+            "says so by shares_slots=True)"
         )
 
 

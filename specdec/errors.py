@@ -25,4 +25,5 @@ class DrafterError(SpecDecError):
 
 
 class NumericalError(SpecDecError):
-    """The target produced NaN logits, in the row that is named; or a training's loss is not finite or has diverged."""
+    """The target produced NaN logits, or a logits processor NaN scores, in the row that is named; or a training's loss
+    is not finite or has diverged."""

@@ -22,6 +22,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from specdec.branches import ExtraQueries
 from specdec.cache import RaggedLayer
@@ -29,9 +33,22 @@ from specdec.layout import Layout
 from specdec.network import Network, NetworkOutput
 from specdec.packed_linear import MergedLinear, can_pack
 
-FUSED_CLASSES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 # Rotations that depend on the position alone; "dynamic" and "longrope" also depend on the longest sequence.
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
+FAMILIES = {
+    LlamaForCausalLM: (modeling_llama, "Llama"),
+    MistralForCausalLM: (modeling_mistral, "Mistral"),
+    Qwen2ForCausalLM: (modeling_qwen2, "Qwen2"),
+    Qwen3ForCausalLM: (modeling_qwen3, "Qwen3"),
+}
+# What the modules computed when this was imported: a class whose forward is patched later is known no more.
+FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, *(
+        kind for module, _ in FAMILIES.values() for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+    ))
+}  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -48,14 +65,44 @@ def can_fuse(model: PreTrainedModel) -> bool:
 
 def is_known_class(model: PreTrainedModel) -> bool:
     """Whether a layer of `model` computes what this file's does."""
-    if type(model) not in FUSED_CLASSES or model.model.rotary_emb.rope_type not in STATIC_ROTATIONS:
+    if type(model) not in FAMILIES or model.model.rotary_emb.rope_type not in STATIC_ROTATIONS:
         return False
-    return all(isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) for layer in model.model.layers)
+    return isinstance(model.lm_head, nn.Linear) and all(is_known_layer(model, layer) for layer in model.model.layers)
+
+
+def is_known_layer(model: PreTrainedModel, layer: Any) -> bool:
+    """Whether a layer has the parts that it was built with, by their types."""
+    module, name = FAMILIES[type(model)]
+    parts = {
+        "self_attn": "Attention",
+        "mlp": "MLP",
+        "input_layernorm": "RMSNorm",
+        "post_attention_layernorm": "RMSNorm",
+    }
+    if type(layer) is not getattr(module, f"{name}DecoderLayer"):
+        return False
+    if any(type(getattr(layer, part)) is not getattr(module, name + kind) for part, kind in parts.items()):
+        return False
+    block, mlp = layer.self_attn, layer.mlp
+    linears = (block.q_proj, block.k_proj, block.v_proj, block.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if not all(isinstance(linear, nn.Linear) for linear in linears):
+        return False
+    return isinstance(mlp.act_fn, nn.SiLU | SiLUActivation) and len(set(head_norm_eps(block))) <= 1
+
+
+def head_norm_eps(block: Any) -> list[float]:
+    """Of the norms of queries and keys, where there are such."""
+    return [block.q_norm.variance_epsilon, block.k_norm.variance_epsilon] if hasattr(block, "q_norm") else []
 
 
 def is_plain(module: nn.Module, may_be_replaced: bool = False) -> bool:
-    """No hooks, no replaced forward (accelerate, PEFT, compile), no parametrisation, no Linear of another kind."""
-    if any(getattr(module, hooks) for hooks in HOOKS) or ("forward" in module.__dict__ and not may_be_replaced):
+    """No hooks, its own or all modules', no replaced forward (accelerate, PEFT, compile; patched classes), no
+    parametrisation, no Linear of another kind."""
+    if any(getattr(module, hooks) or getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS):
+        return False
+    if FORWARDS.get(type(module), type(module).forward) is not type(module).forward or (
+        "forward" in module.__dict__ and not may_be_replaced
+    ):
         return False
     if module._compiled_call_impl is not None or hasattr(module, "parametrizations"):
         return False
@@ -101,7 +148,7 @@ class FusedLayer:
                 block.k_norm.weight.expand(self.num_kv_heads, -1),
             ]
             self.head_norm = torch.cat(weights).detach()  # [heads + kv_heads, head_dim]
-            self.head_norm_eps = block.q_norm.variance_epsilon
+            self.head_norm_eps = head_norm_eps(block)[0]
 
     def __call__(self, hidden: Tensor, cache: RaggedLayer, shared: Attend) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]"""
@@ -165,7 +212,11 @@ def fingerprint(model: PreTrainedModel) -> list[tuple]:
     """Changes when any weight is replaced or written to, also through `.data`, which bumps no version, and when an
     attribute that the layers were built from is edited."""
     layers = model.model.layers[: model.config.num_hidden_layers]
-    settings = [(window, layer.self_attn.scaling) for window, layer in zip(windows(model), layers, strict=True)]
+    settings = []
+    for window, layer in zip(windows(model), layers, strict=True):
+        block = layer.self_attn
+        sizes = block.head_dim, block.q_proj.out_features, block.k_proj.out_features
+        settings.append((window, block.scaling, *sizes, *head_norm_eps(block)))
     weights = []
     for parameter in model.parameters():
         version = None if parameter.is_inference() else parameter._version

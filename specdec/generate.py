@@ -168,6 +168,14 @@ def speculative(
                     f"{name}={getattr(config, name)} contradicts speculative(..., num_speculative_tokens={k}); the "
                     "drafter and its number of tokens are chosen there"
                 )
+        if (ngram := getattr(config, "max_matching_ngram_size", None)) not in (
+            None,
+            defaults.get("max_matching_ngram_size"),
+        ):
+            raise ConfigError(
+                f"max_matching_ngram_size={ngram!r} is chosen in speculative(PromptLookup(max_ngram_size=...)), of "
+                "specdec.drafters.prompt_lookup; leave it out here"
+            )
         for name in POLICY_ALIASES:
             if getattr(config, name, None) not in (None, 0, "constant", defaults.get(name)):
                 raise ConfigError(
@@ -201,6 +209,16 @@ class Callbacks:
     stopping_criteria: StoppingCriteriaList | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     on_commit: OnCommit | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what cannot be called."""
+        for name in ("logits_processor", "stopping_criteria"):
+            given = getattr(self, name)
+            if given is not None and not (isinstance(given, Sequence) and all(map(callable, given))):
+                raise ConfigError(f"{name}={given!r}; pass a list of callables, as transformers takes it")
+        for name in ("prefix_allowed_tokens_fn", "on_commit"):
+            if not (getattr(self, name) is None or callable(getattr(self, name))):
+                raise ConfigError(f"{name}={getattr(self, name)!r} cannot be called; pass a function")
 
 
 def _generate(

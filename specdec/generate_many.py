@@ -136,10 +136,12 @@ def generate_many(
     check_architecture(model, speculation.layout)
     speculation.check(model, 1)
     intake = Intake(model, speculation, config, randomness, kv_tokens, limits)
+    if not isinstance(prompts, Iterable) or (isinstance(prompts, Tensor) and not prompts.dim()):
+        raise InputError(f"prompts is {prompts!r}; pass an iterable of prompts, [length] token ids each")
     if isinstance(prompts, Sequence | Tensor):
-        for index, prompt in enumerate(prompts):
-            intake.request(index, prompt)
-    requests: Iterator[Request] = (intake.request(index, prompt) for index, prompt in enumerate(prompts))
+        for _ in intake.requests(prompts):
+            pass
+    requests = intake.requests(prompts)
     if order == "longest_first":
         requests = iter(sorted(requests, key=lambda request: -request.limit))
     schedule = Continuous(requests, max_rows, intake.spare, model.device, kv_tokens, prefill_tokens)
@@ -154,6 +156,7 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
     model, config, speculation = intake.model, intake.config, intake.speculation
     first = schedule.waiting[0]
     options = intake.options(first)
+    stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
     processors = processors_of(
         model, config, {len(first.prompt)}, options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
     )
@@ -179,7 +182,6 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         extra_queries=drafter.num_extra_queries > 0,
     )
     check_memory(target, drafter, len(slots), slots.capacity)
-    stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
     k = speculation.num_speculative_tokens
     policy = speculation.length_policy
     steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping)
@@ -204,9 +206,22 @@ class Intake:
     def options(self, request: Request) -> GenerationOptions:
         return self._resolve(request.index, len(request.prompt))
 
+    def requests(self, prompts: Iterable[Tensor | Sequence[int]]) -> Iterator[Request]:
+        """One for each prompt. Raises ConfigError at their end for entries that belong to none of them."""
+        num_prompts = 0
+        for index, prompt in enumerate(prompts):
+            yield self.request(index, prompt)
+            num_prompts = index + 1
+        for name, entries in (("max_new_tokens", self.limits), ("seed", self.randomness.seed)):
+            if isinstance(entries, Sequence) and len(entries) > num_prompts:
+                raise ConfigError(
+                    f"{name} has {len(entries)} entries for {num_prompts} prompts; give one each, or one number"
+                )
+
     def request(self, index: int, prompt: Tensor | Sequence[int]) -> Request:
         try:
-            ids = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt), dtype=torch.long)
+            # Python's numbers keep their kind, so that what is no integer is refused below rather than cut off.
+            ids = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt))
         except (TypeError, ValueError) as error:
             raise InputError(f"prompt {index} is no sequence of token ids ({error}); encode text first") from None
         if ids.dim() != 1 or not len(ids):

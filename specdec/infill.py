@@ -7,6 +7,7 @@ of all of them, and the shared verification keeps what the model itself would ha
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -213,6 +214,9 @@ class Forbidding:
 
 def checked_truncation(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> Truncation:
     top_k, top_p = top_k or 0, 1.0 if top_p is None else top_p
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{name}={value!r} is no finite number; pass one, or leave it out")
     if not do_sample and (temperature != 1.0 or top_k or top_p != 1.0):
         raise ConfigError("temperature, top_k and top_p shape samples; pass do_sample=True with them")
     if not temperature > 0:
@@ -245,9 +249,10 @@ def drafter_of(
 
 
 def check_drafting(drafter: str | None, num_speculative_tokens: int) -> None:
-    if drafter is not None and drafter not in DRAFTERS:
+    if drafter is not None and not (isinstance(drafter, str) and drafter in DRAFTERS):
+        named = repr(drafter) if isinstance(drafter, str) else f"a {type(drafter).__name__}"
         raise DrafterError(
-            f"drafter={drafter!r} cannot draft for infilling; choose {', '.join(map(repr, DRAFTERS))}, or None"
+            f"drafter={named} cannot draft for infilling; choose {', '.join(map(repr, DRAFTERS))}, or None"
         )
     k = num_speculative_tokens
     if not is_whole(k) or not 1 <= k <= MAX_SPECULATIVE_TOKENS:

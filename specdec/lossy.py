@@ -101,5 +101,8 @@ def verification_named(text: str) -> str | Lossy:
     try:
         values = [int(number) if key == "beta" else float(number) for key, number in zip(names, numbers, strict=True)]
     except ValueError:
-        raise ConfigError(f"verification {text!r}: pass {':'.join([name, *map(str.upper, names)])}") from None
-    return rule(*values)
+        raise ConfigError(f"--verification {text}: pass {':'.join([name, *map(str.upper, names)])}") from None
+    try:
+        return rule(*values)
+    except ConfigError as error:
+        raise ConfigError(f"--verification {text}: {error}") from None

@@ -155,4 +155,8 @@ class Network(ABC):
 def vocab_size_of(model: PreTrainedModel) -> int:
     """Rows of the output projection: what the logits' last dimension is."""
     head = model.get_output_embeddings()
-    return model.config.get_text_config(decoder=True).vocab_size if head is None else head.weight.shape[0]
+    matrices = [] if head is None else [weight for weight in head.parameters() if weight.dim() == 2]
+    if hasattr(head, "weight"):
+        return head.weight.shape[0]
+    # A head of several layers: the last one's rows.
+    return matrices[-1].shape[0] if matrices else model.config.get_text_config(decoder=True).vocab_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from transformers.generation import logits_process as hf
 
 from specdec.errors import ConfigError
 from specdec.kernels.distribution import Truncation
+from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions
 from specdec.rows import Rows
 
@@ -228,6 +229,14 @@ def processors_of(
     The minimum lengths are left to `Processors`, which counts new tokens row by row.
     """
 
+    check_forced_tokens(config)
+    if config.exponential_decay_length_penalty is not None and config.eos_token_id is None:
+        raise ConfigError(
+            f"exponential_decay_length_penalty={config.exponential_decay_length_penalty!r} makes an end of sequence "
+            "likelier, and there is none; pass eos_token_id="
+        )
+    vocab_size = vocab_size_of(model)
+
     def build(prompt_length: int) -> LogitsProcessorList:
         own = copy.copy(config)
         own.min_length = own.min_new_tokens = None
@@ -250,9 +259,45 @@ def processors_of(
         merged = [own_by_type.pop(type(processor), processor) for processor in built_in]
         added = [processor for processor in custom or () if type(processor) in own_by_type]
         warpers = [processor for processor in merged if isinstance(processor, WARPERS)]
+        for processor in [*merged, *added]:
+            check_named_tokens(processor, vocab_size)
         return LogitsProcessorList([p for p in merged if not isinstance(p, WARPERS)] + added + warpers)
 
     return Processors(build, prompt_lengths, options.min_new_tokens, options.eos_token_ids)
+
+
+def check_forced_tokens(config: GenerationConfig) -> None:
+    """Raise ConfigError, as transformers does, if a token would be both forced and forbidden."""
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = set(token_ids_of(getattr(config, name)))
+        if forced and forced <= set(token_ids_of(config.suppress_tokens)):
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} is forced and suppress_tokens={config.suppress_tokens!r} "
+                "forbids it, which leaves no token; take it out of one of them"
+            )
+
+
+def token_ids_of(value: Any) -> list[int]:
+    """Of an option that takes None, one token or several."""
+    value = value.tolist() if isinstance(value, Tensor) else value
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def check_named_tokens(processor: LogitsProcessor, vocab_size: int) -> None:
+    """Raise ConfigError for tokens outside the vocabulary, over which transformers' processors stumble on their way."""
+    name, ids = "", []
+    if isinstance(processor, hf.SequenceBiasLogitsProcessor):
+        name = "bad_words_ids" if isinstance(processor, hf.NoBadWordsLogitsProcessor) else "sequence_bias"
+        ids = [token for tokens in processor.sequence_bias for token in tokens]
+    elif isinstance(processor, hf.ForcedBOSTokenLogitsProcessor):
+        name, ids = "forced_bos_token_id", [processor.bos_token_id]
+    elif isinstance(processor, hf.ForcedEOSTokenLogitsProcessor):
+        name, ids = "forced_eos_token_id", processor.eos_token_id.flatten().tolist()
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ConfigError(
+            f"{name} names token {outside[0]}, outside the target's vocabulary 0..{vocab_size - 1}; leave it out"
+        )
 
 
 def users_own(

@@ -26,7 +26,7 @@ from specdec.drafter import Drafter
 from specdec.environment import versions
 from specdec.errors import ConfigError
 from specdec.generate import generate
-from specdec.goodness import POWER, Fit, detectable_distance, g_test, pooled
+from specdec.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
 from specdec.lossy import Lossy, Typical
 from specdec.network import vocab_size_of
 from specdec.oracle import OnProgress, greedy_settings, tell
@@ -118,9 +118,20 @@ def check_sampling(
         of each. options: temperature, top_k, top_p, min_p.
     Settings of the model's generation config beyond special tokens are ignored, and listed in the report.
 
-    Raises SpecDecError before any token is generated if something cannot be served.
+    Raises SpecDecError before any token is generated if something cannot be served, and ConfigError after a way's
+    continuations if they are too few, or too much alike, to test anything.
     """
     chosen = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **(options or {})}
+    if num_samples < MIN_SHARED:
+        raise ConfigError(
+            f"num_samples={num_samples}: no place is tested unless {MIN_SHARED} continuations reach it; raise "
+            "num_samples (--num-samples)"
+        )
+    if max_new_tokens < 2:
+        raise ConfigError(
+            f"max_new_tokens={max_new_tokens} verifies no draft, the first token being the prompt's own; pass 2 or "
+            "more (--max-new-tokens)"
+        )
     plain = [way for way in ways if way.drafter == PLAIN]
     if plain:
         raise ConfigError("plain decoding verifies nothing; pass a drafter to check sampling with")
@@ -157,13 +168,14 @@ class Continuations:
         self.model, self.drafter, self.way, self.method = model, drafter, way, method
         self.max_new_tokens, self.options = max_new_tokens, dict(options)
         self.fits: list[Fit] = []
-        self.num_samples, self.lengths = 0, [0, 0]  # accepted tokens and steps
+        self.num_continuations, self.num_samples, self.lengths = 0, 0, [0, 0]  # accepted tokens and steps
         self.ranks = torch.zeros(RANK_CELLS, dtype=torch.long)
         self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())
 
     def add(self, prompt: Tensor, num_samples: int, seed: int) -> None:
         """Continue a prompt `num_samples` times and look at every token."""
         rows = self._sampled(prompt, num_samples, seed)
+        self.num_continuations += len(rows)
         followers: dict[tuple[int, ...], Counter[int]] = {}
         for tokens in rows:
             for place, token in enumerate(tokens):
@@ -189,6 +201,14 @@ class Continuations:
             self.num_samples += counts.total()
 
     def test(self, alpha: float) -> SamplingTest:
+        """Raises ConfigError if there is nothing to test: a test that could not reject says nothing."""
+        if not self.fits:
+            raise ConfigError(
+                f"{self.way.name}: nothing could be tested, for nowhere do two tokens each expect {MIN_EXPECTED} of "
+                f"{self.num_continuations} continuations with {self.max_new_tokens} new tokens and {self.options}; "
+                "raise num_samples (--num-samples) or max_new_tokens (--max-new-tokens), or choose a temperature "
+                "nearer to 1 (--temperature)"
+            )
         together = pooled(self.fits)
         worst = min((fit.p_value for fit in self.fits), default=1.0)
         ranks = g_test(self.ranks, torch.full((RANK_CELLS,), 1 / RANK_CELLS, dtype=torch.float64))

@@ -30,6 +30,10 @@ class Stopping:
         if options.stop_strings and not any(isinstance(c, StopStringCriteria) for c in self.criteria):
             if tokenizer is None:
                 raise ConfigError(f"stop_strings={list(options.stop_strings)} needs the tokenizer; pass tokenizer=")
+            if not hasattr(tokenizer, "get_vocab"):
+                raise ConfigError(
+                    f"tokenizer is a {type(tokenizer).__name__}; pass the target's transformers tokenizer"
+                )
             self.criteria.append(StopStringCriteria(tokenizer, list(options.stop_strings)))
         if options.max_time is not None and not any(isinstance(c, MaxTimeCriteria) for c in self.criteria):
             self.criteria.append(MaxTimeCriteria(options.max_time, time.time()))

@@ -86,6 +86,12 @@ class Target:
             slot = int((report.fault > 0).argmax())
             row = int(report.row_ids[slot])
             if report.fault[slot] & BAD_SCORES:
+                own = logits[slot]
+                if not own.isnan().any() and (own > float("-inf")).any(-1).all():
+                    raise NumericalError(
+                        f"the processed scores are NaN in row {row} where the target's logits are not; a logits "
+                        "processor returned NaN or left no token possible (remove_invalid_values=True replaces NaN)"
+                    )
                 raise NumericalError(
                     f"the target's logits are NaN in row {row}; check the weights and the dtype "
                     "(float16 overflows where bfloat16 or float32 do not)"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.model_cache import cache_argument, returned_cache
+from specdec.network import vocab_size_of
 from specdec.referee import float64_throughout, only_last
 
 TOKENS_PER_FORWARD = {"cpu": 2048}
@@ -40,7 +41,7 @@ def pieces(
     plan_for: cut the work as for that model, so that two models can be walked side by side.
     """
     plan = plan_for or model
-    vocab_size = int(plan.get_output_embeddings().weight.shape[0])
+    vocab_size = vocab_size_of(plan)
     for indices in groups([len(sequence) for sequence in sequences], tokens_per_forward(plan.device)):
         num_rows, longest = len(indices), len(sequences[indices[0]])
         token_ids = torch.zeros(num_rows, longest, dtype=torch.long)

@@ -214,3 +214,45 @@ def test_n_gram_sizes():
     with pytest.raises(ConfigError, match=r"0\.\.3"):
         PromptLookup(max_ngram_size=3, min_ngram_size=0)
     refused(ConfigError, "max_matching_ngram_size=2", drafter=TARGET, max_matching_ngram_size=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forced_eos_token_id": 999},
+        {"forced_eos_token_id": [2, 999]},
+        {"forced_bos_token_id": 999},
+        {"bad_words_ids": [[5, 999]]},
+        {"sequence_bias": {(999,): 1.0}},
+    ],
+)
+def test_tokens_outside_the_vocabulary(options):
+    refused(ConfigError, f"{next(iter(options))} names token 999", f"0..{VOCAB - 1}", **options)
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
+def test_a_token_that_is_forced_and_suppressed(name):
+    refused(ConfigError, f"{name}=7", "suppress_tokens=[7, 8]", ids=IDS[:1, :1], suppress_tokens=[7, 8], **{name: 7})
+
+
+def test_a_length_penalty_without_an_end():
+    model = tiny_llama(0, eos_token_id=None)
+    refused(ConfigError, "pass eos_token_id=", model=model, exponential_decay_length_penalty=(2, 1.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"logits_processor": [1]}, "logits_processor=[1]; pass a list of callables"),
+        ({"logits_processor": print}, "pass a list of callables"),
+        ({"stopping_criteria": [1]}, "stopping_criteria=[1]; pass a list of callables"),
+        ({"on_commit": 3}, "on_commit=3 cannot be called"),
+        ({"prefix_allowed_tokens_fn": 3}, "prefix_allowed_tokens_fn=3 cannot be called"),
+        ({"tokenizer": 3, "stop_strings": "a"}, "tokenizer is a int"),
+    ],
+)
+def test_what_cannot_be_called(options, part):
+    refused(ConfigError, part, **options)
+    with pytest.raises(ConfigError) as caught:
+        specdec.generate_many(TARGET, [[5, 6]], max_new_tokens=4, **options)
+    assert part in str(caught.value)

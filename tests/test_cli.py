@@ -301,6 +301,74 @@ def test_generate_reads_a_generation_config(pair, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", 0), "--temperature 0 is no finite number above 0; for greedy decoding leave it out"),
+        (("--temperature", "nan"), "--temperature nan is no finite number"),
+        (("--seed", 1), "--seed 1 is of samples; pass --temperature, --top-k or --top-p"),
+        (("--verification", "block"), "--verification block is of samples; pass --temperature"),
+        (("--verification", "typical:2:9"), "--verification typical:2:9: epsilon=2.0 must be"),
+        (("--verification", "top_beta:2:1", "--top-k", 3), "--verification top_beta:2:1 is of greedy decoding"),
+        (("--num-speculative-tokens", 33), "--num-speculative-tokens 33 exceeds 32; pass 1 to 32"),
+    ],
+)
+def test_generates_errors_name_the_commands_options(pair, options, message):
+    result = generate(pair, "--prompt", "w5", *options)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", 0.5), "--temperature 0.5 is of samples; pass --do-sample with it"),
+        (("--top-k", 3), "--top-k 3 is of samples; pass --do-sample with it"),
+        (("--seed", 1), "--seed 1 is of samples; pass --do-sample with it"),
+        (("--do-sample", "--temperature", 0), "--temperature 0 is no finite number above 0"),
+        (("--drafter", "foo"), "--drafter foo cannot draft for infilling; choose self, ahead, ngram or none"),
+        (("--num-speculative-tokens", 33), "--num-speculative-tokens 33 exceeds 32"),
+    ],
+)
+def test_infills_errors_name_the_commands_options(options, message):
+    result = run("infill", "--text", "a <mask>", *options)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+def test_infill_samples_among_the_likeliest():
+    """Among one token there is no choice: what greedy filling writes."""
+    greedy = run("infill", "--text", "def f(<mask:3>):")
+    sampled = run("infill", "--text", "def f(<mask:3>):", "--do-sample", "--top-k", 1, "--seed", 3)
+    assert greedy.exit_code == 0 and greedy.stdout == sampled.stdout, sampled.output
+
+
+def test_help_is_complete():
+    for command in ("check", "bench"):
+        text = " ".join(run(command, "--help").stdout.split())
+        assert "ragged (the default), repad, grouped" in text
+    assert "..." not in run("train", "--help").stdout.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "number"),
+    [
+        ({"max_new_tokens": 5}, (), 5),
+        ({"max_length": 9}, (), 9 - len(PROMPTS[0].split())),
+        ({"max_new_tokens": 5}, ("--max-new-tokens", 3), 3),
+        ({"prompt_lookup_num_tokens": 2, "max_new_tokens": 4}, (), 4),
+    ],
+)
+def test_the_lengths_of_a_generation_config_count(pair, tmp_path, content, options, number):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**content, "min_new_tokens": number}))
+    common = ("generate", "--target", pair / "target", "--prompt", PROMPTS[0], "--json", "--generation-config", path)
+    result = run(*common, *options)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["completion_ids"]) == number
+    path.write_text('{"max_length": 1}')
+    result = run(*common)
+    assert result.exit_code == 2 and "max_length=1 of the generation config leaves no room" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"num_beams": 4}', "num_beams=4"),
@@ -344,8 +412,6 @@ def test_generate_to_a_file_is_greedy(pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", "w3", "--seed", 3], "seed= has no effect on greedy decoding"),
-        (["--prompt", "w3", "--verification", "block"], "do_sample=True"),
         (["--prompt", "w3", "--verification", "lenient:2", "--drafter", "prompt_lookup"], "lenience=2.0"),
         (["--prompt", "w3", "--verification", "lenient:0.5"], "nothing to accept"),
         ([], "pass either --prompt TEXT or --prompts FILE"),

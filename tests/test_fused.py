@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import left_pad, plain_greedy, tiny_llama
+from tiny import VOCAB, left_pad, plain_greedy, tiny_llama
 from transformers import (
     MistralConfig,
     MistralForCausalLM,
@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import specdec
 from specdec import fused
@@ -119,6 +120,47 @@ def test_what_the_fused_forward_would_not_honour_is_left_to_the_modules():
     model.model.layers[0].mlp.up_proj = Adapter(32, 64, bias=False)
     assert not can_fuse(model)
     assert not can_fuse(tiny_llama(0, hidden_act="gelu"))
+
+
+@pytest.mark.parametrize("name", ["global hook", "patched class", "identity", "projection", "head"])
+def test_what_is_changed_behind_a_first_call_is_honoured(name, monkeypatch):
+    """Each of these was known to be fused a call ago; transformers honours them all."""
+    model = tiny_llama(0, eos_token_id=None)
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    before = specdec.generate(model, prompt, max_new_tokens=12)
+    handle, layer = None, model.model.layers[1]
+    if name == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: -out if module is layer.mlp else None
+        )
+    elif name == "patched class":
+        monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: -self.down_proj(self.up_proj(x)))
+    elif name == "identity":
+        layer.mlp = torch.nn.Identity()
+    elif name == "projection":
+        layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj, torch.nn.Tanh())
+    else:
+        model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, VOCAB))
+    try:
+        assert not can_fuse(model)
+        after = specdec.generate(model, prompt, drafter=model, max_new_tokens=12)
+        assert torch.equal(after, model.generate(prompt, max_new_tokens=12)) and not torch.equal(after, before)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_edited_head_norms_are_noticed():
+    model = build("qwen3")
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    before = specdec.generate(model, prompt, max_new_tokens=12)
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.variance_epsilon = layer.self_attn.k_norm.variance_epsilon = 9.0
+    assert can_fuse(model)
+    after = specdec.generate(model, prompt, max_new_tokens=12)
+    assert torch.equal(after, model.generate(prompt, max_new_tokens=12)) and not torch.equal(after, before)
+    model.model.layers[0].self_attn.k_norm.variance_epsilon = 1e-6
+    assert not can_fuse(model), "queries and keys are normalised together"
 
 
 @pytest.mark.parametrize("write", ["in place", "data", "replaced"])

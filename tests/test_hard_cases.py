@@ -181,7 +181,7 @@ def test_inside_transformers_nothing_is_ignored():
     loop = specdec.speculative(DRAFT)
     with pytest.raises(specdec.InputError, match="position_ids"):
         TARGET.generate(ids, attention_mask=mask, custom_generate=loop, position_ids=torch.arange(6)[None] * 3)
-    for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
+    for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):
         with pytest.raises(specdec.ConfigError, match=name):
             TARGET.generate(ids, attention_mask=mask, custom_generate=loop, max_new_tokens=4, **{name: 2})
     options = {
@@ -301,3 +301,48 @@ def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model = tiny_llama(0, eos_token_id=None)
     assert same(model)
+
+
+def test_autocast_around_generate():
+    """The fused forward's packed weights are in the model's dtype; under autocast the model's own modules run."""
+    model, draft = tiny_llama(0, eos_token_id=None), tiny_llama(5, eos_token_id=None)
+    prompt = torch.tensor([[3, 4, 5, 6, 7]])
+    outside = plain_greedy(model, prompt[0], max_new_tokens=20)
+    for drafter in ("prompt_lookup", draft):
+        assert specdec.generate(model, prompt, drafter=drafter, max_new_tokens=20)[0, 5:].tolist() == outside
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain_greedy(model, prompt[0], max_new_tokens=20)
+        for drafter in ("prompt_lookup", draft):
+            found = specdec.generate(
+                model, prompt, drafter=drafter, max_new_tokens=20, return_dict_in_generate=True, output_logits=True
+            )
+            assert found.sequences[0, 5:].tolist() == expected
+            assert torch.equal(found.logits[0], found.logits[0].bfloat16().float()), "computed in autocast's dtype"
+    assert specdec.generate(model, prompt, drafter=draft, max_new_tokens=20)[0, 5:].tolist() == outside
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("-inf")])
+def test_a_processor_that_leaves_nothing_is_named(fill):
+    """The weights are not to blame."""
+
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, fill)
+
+    with pytest.raises(specdec.NumericalError, match="a logits processor returned NaN or left no token possible"):
+        specdec.generate(
+            TARGET, PROMPTS[0][None], logits_processor=LogitsProcessorList([Broken()]), max_new_tokens=3,
+            do_sample=True, top_k=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu"])  # the fused forward, and the model's own modules
+def test_training_mode_is_put_back(hidden_act):
+    model = tiny_llama(0, eos_token_id=None, attention_dropout=0.5, hidden_act=hidden_act)
+    expected = plain_greedy(model, PROMPTS[0], max_new_tokens=12)
+    model.train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    out = specdec.generate(model, PROMPTS[0][None], drafter="prompt_lookup", max_new_tokens=12)
+    assert out[0, len(PROMPTS[0]) :].tolist() == expected
+    assert [module.training for module in model.modules()] == modes

@@ -11,7 +11,8 @@ from test_generate import OTHER, PAD, TARGET, Hostile, some_prompts
 from test_sampling import ALPHA, joint, p_value, sample
 from test_sampling import OTHER as SAMPLED_OTHER
 from test_sampling import TARGET as SAMPLED_TARGET
-from tiny import VOCAB, continuations, left_pad, plain_greedy
+from tiny import VOCAB, continuations, left_pad, plain_greedy, tiny_llama
+from transformers import GenerationConfig
 
 import specdec
 from specdec import ConfigError, DrafterError, SpecDecError, generate_many
@@ -20,6 +21,7 @@ from specdec.cost_model import CostModel, Knowledge
 from specdec.disco import Disco
 from specdec.drafter import Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.layout import LAYOUTS
 from specdec.length import (
     LENGTH_POLICIES,
@@ -265,6 +267,48 @@ def test_transformers_names_choose_a_policy():
     for name in ("heuristic", "heuristic_transient"):
         found = lengths(num_assistant_tokens_schedule=name, num_assistant_tokens=3)
         assert found == lengths(length_policy=Heuristic(3), num_speculative_tokens=32)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"num_assistant_tokens": 2}, {"num_assistant_tokens_schedule": "heuristic", "num_assistant_tokens": 2}]
+)
+def test_a_config_asks_as_keywords_do(asked):
+    """In a GenerationConfig, or in the model's own; without a drafter there is nothing to ask for."""
+    model = tiny_llama(0, eos_token_id=None)
+
+    def drafted(drafter=OTHER, **options):
+        out = specdec.generate(
+            model, torch.tensor([[3, 4, 5, 6, 3, 4]]), drafter=drafter, max_new_tokens=40,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return out.speculation.drafted_histogram
+
+    by_keyword, unasked = drafted(**asked), drafted()
+    assert by_keyword != unasked
+    assert drafted(generation_config=GenerationConfig(**asked)) == by_keyword
+    vars(model.generation_config).update(asked)
+    assert drafted() == by_keyword
+    assert drafted(None) == [39]
+    model.generation_config.num_assistant_tokens = 40
+    assert drafted(num_speculative_tokens=3), "a keyword says the same"
+    with pytest.raises(ConfigError, match="num_assistant_tokens=40 exceeds 32"):
+        drafted()
+
+
+def test_a_config_may_choose_the_n_grams(monkeypatch):
+    sizes = []
+    start = PromptLookup.start
+    monkeypatch.setattr(
+        PromptLookup, "start", lambda self, *args: sizes.append(self.max_ngram_size) or start(self, *args)
+    )
+    config, prompt = GenerationConfig(max_matching_ngram_size=7), torch.tensor([[3, 4, 3]])
+    for drafter in ("prompt_lookup", OTHER, None):  # without effect on another drafter, as in transformers
+        specdec.generate(TARGET, prompt, drafter=drafter, generation_config=config, max_new_tokens=2)
+    specdec.generate(TARGET, prompt, prompt_lookup_num_tokens=2, max_matching_ngram_size=5, max_new_tokens=2)
+    assert sizes == [7, 5]
+    config.max_matching_ngram_size = 0
+    with pytest.raises(ConfigError, match="max_matching_ngram_size=0"):
+        specdec.generate(TARGET, prompt, drafter="prompt_lookup", generation_config=config)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

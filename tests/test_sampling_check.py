@@ -83,6 +83,16 @@ def test_plain_decoding_is_refused():
         check_sampling(TARGET, PROMPTS, [Way("none", None, 8)], {})
 
 
+def test_too_few_samples_to_test_anything_are_refused():
+    """Neither "differs" nor a planted bug that was found: nothing has been tested."""
+    with pytest.raises(ConfigError, match=r"num_samples=50.* raise num_samples \(--num-samples\)"):
+        check(num_samples=50)
+    with pytest.raises(ConfigError, match=r"max_new_tokens=1 verifies no draft"):
+        check_sampling(TARGET, PROMPTS, [WAY], {"draft_model": OTHER}, max_new_tokens=1)
+    with pytest.raises(ConfigError, match=r"nothing could be.*1200 continuations.*'temperature': 0\.0001.*nearer"):
+        check(options={"temperature": 1e-4})
+
+
 def test_the_models_own_settings_are_put_aside():
     model = tiny_llama(0, vocab_size=VOCAB, eos_token_id=None, initializer_range=0.25)
     model.generation_config.repetition_penalty = 1.7
@@ -157,6 +167,7 @@ def test_the_command_fails_on_a_bug(pair, tmp_path, monkeypatch):
         ((*SMALL, "--drafter", "none"), "pass a drafter"),
         ((*SMALL, "--drafter", "prompt_lookup", "--verification", "tree"), "'tree' is unknown"),
         ((*SMALL, "--drafter", "prompt_lookup", "--layout", "repad"), "--layout has no meaning"),
+        (("--sampling", "--drafter", "prompt_lookup", "--num-samples", 50), "num_samples=50"),
         (("--drafter", "prompt_lookup", "--seed", 3), "--seed 3 is of sampling; pass --sampling"),
     ],
 )

@@ -185,9 +185,12 @@ class Fixed(Drafter):
         (dict(max_new_tokens=[4]), "max_new_tokens has 1 entries, too few for prompt 1"),
         (dict(max_new_tokens=4.0), "max_new_tokens=4.0 leaves no whole number"),
         (dict(do_sample=True, seed=[4]), "seed has 1 entries, too few for prompt 1"),
+        (dict(max_new_tokens=[4, 4, 4]), "max_new_tokens has 3 entries for 2 prompts"),
+        (dict(do_sample=True, seed=[4, 5, 6]), "seed has 3 entries for 2 prompts"),
         (dict(min_length=9), "min_length=9 is not served by generate_many"),
         (dict(max_new_tokens=600), "has 512 positions"),
-        (dict(drafter=Fixed()), "'fixed' serves fixed batches only"),
+        (dict(drafter=Fixed()), "'fixed' serves fixed batches only, not rows that"),
+        (dict(drafter=Fixed()), "generate() on batches, with layout='ragged' or 'repad'"),
         (dict(typo=1), "unknown keyword 'typo'"),
     ],
 )
@@ -197,10 +200,21 @@ def test_refusals_come_before_the_first_token(options, words):
     assert words in str(refusal.value)
 
 
-@pytest.mark.parametrize("prompt", [torch.empty(0, dtype=torch.long), torch.tensor([[5]]), [VOCAB], "text"])
+@pytest.mark.parametrize("prompt", [torch.empty(0, dtype=torch.long), torch.tensor([[5]]), [VOCAB], [5.7], "text"])
 def test_bad_prompts_are_named(prompt):
     with pytest.raises(specdec.InputError, match="prompt 1"):
         generate_many(TARGET, [torch.tensor([5]), prompt], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("prompts", [5, None, torch.tensor(5)])
+def test_what_is_no_list_of_prompts(prompts):
+    with pytest.raises(specdec.InputError, match=r"prompts is .*pass an iterable"):
+        generate_many(TARGET, prompts)
+
+
+def test_entries_without_a_prompt_are_refused_where_an_iterator_ends():
+    with pytest.raises(specdec.ConfigError, match="max_new_tokens has 3 entries for 2 prompts"):
+        list(generate_many(TARGET, iter([[5], [6]]), max_new_tokens=[3, 3, 3]))
 
 
 def test_grouped_rows_take_turns_and_keep_their_order():

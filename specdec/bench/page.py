@@ -66,8 +66,8 @@ def origin(record: dict) -> str:
     ]
     facts = {
         "Models": ", ".join(sizes),
-        "Setting": f"{record['dtype']} on {record['device']}, greedy, {record['max_new_tokens']} new tokens, "
-        f"{record['repeats']} repeats, seed {record['seed']}",
+        "Setting": f"{record['dtype']} on {record['device']}, greedy, "
+        f"{record['max_new_tokens']} new tokens per prompt, {record['repeats']} repeats, seed {record['seed']}",
         "Machine": f"{machine.get('gpu', machine['processor'])}, {machine['cpu_count']} cores, "
         f"threads used: {machine['num_threads']}{memory}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),

@@ -42,7 +42,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     """
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    tied = head is not None and head.weight is table
+    tied = getattr(head, "weight", None) is table
     return sum(p.nbytes for p in model.parameters() if p is not table or tied)
 
 

@@ -158,7 +158,7 @@ def summary(record: dict) -> list[str]:
         lengths = suite["prompt_tokens"]
         lines.append(
             f"{suite['name']}: {suite['num_prompts']} prompts of {lengths['min']} to {lengths['max']} tokens, "
-            f"{suite['num_new_tokens']} new tokens; {suite['num_looping']} of the continuations "
+            f"{suite['num_new_tokens']} new tokens in all; {suite['num_looping']} of the continuations "
             f"({suite['num_looping'] / suite['num_prompts']:.0%}) end in a loop"
             + (f"; {suite['num_shortened']} prompts were shortened" if suite["num_shortened"] else "")
         )

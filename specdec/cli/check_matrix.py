@@ -137,7 +137,7 @@ def print_matrix(cells: Sequence[Way], found: Sequence[EquivalenceReport], token
     first = found[0]
     num_right = sum(report.equivalent for report in found)
     typer.echo(f"\n{num_right}/{len(found)} ways equal plain greedy for all {first.num_prompts} prompts, ", nl=False)
-    typer.echo(f"{first.max_new_tokens} new tokens, {first.dtype} on {first.device}")
+    typer.echo(f"{first.max_new_tokens} new tokens per prompt, {first.dtype} on {first.device}")
 
 
 def print_report(report: EquivalenceReport, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,7 +153,7 @@ def print_report(report: EquivalenceReport, tokenizer: PreTrainedTokenizerBase) 
             )
     typer.echo(
         f"{report.drafter}, {report.num_speculative_tokens} draft tokens, batches of {report.batch_size}, "
-        f"{report.max_new_tokens} new tokens, {report.dtype} on {report.device}"
+        f"{report.max_new_tokens} new tokens per prompt, {report.dtype} on {report.device}"
     )
     typer.echo(f"mean acceptance length {report.speculation.mean_acceptance_length:.2f}, ", nl=False)
     typer.echo(f"draft acceptance rate {report.speculation.draft_acceptance_rate:.2f}")

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from specdec.cli.check_matrix import Choice
-from specdec.cli.common import Reports, invariant_if, print_table, say_ignored, stage_bars
+from specdec.cli.common import Reports, check_temperature, invariant_if, print_table, say_ignored, stage_bars
 from specdec.config import VERIFICATIONS
 from specdec.errors import ConfigError
 from specdec.goodness import POWER
@@ -39,6 +39,8 @@ class Sampling:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is of sampling; pass --sampling with it")
 
     def options(self) -> dict[str, Any]:
+        """Raises ConfigError for what no samples can have."""
+        check_temperature(self.temperature, "leave --sampling out")
         named = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -60,6 +62,7 @@ def run(
         raise ConfigError("--layout has no meaning for --sampling; leave it out")
     cells = choice.ways()
     verifications = words("--verification", sampling.verification or ",".join(VERIFICATIONS), VERIFICATIONS)
+    options = sampling.options()
     texts = read_prompts(prompts, limit or MAX_PROMPTS)
     models = choice.load(target, device, dtype)
     token_ids = models.encode(texts)
@@ -74,7 +77,7 @@ def run(
             sampling.num_samples or 500,
             max_new_tokens,
             sampling.seed or 0,
-            sampling.options(),
+            options,
             on_progress,
         )
     say_ignored(found.ignored_settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,20 @@ STAGES = {
 }  # labels of progress bars
 LOOK_AHEAD = "look_ahead"
 
+MAX_DRAFT_TOKENS = 32
+
+
+def check_draft_tokens(value: int | None) -> int | None:
+    """Raises ConfigError beyond what a step drafts; before anything is loaded."""
+    if value is not None and value > MAX_DRAFT_TOKENS:
+        from specdec.errors import ConfigError
+
+        raise ConfigError(f"--num-speculative-tokens {value} exceeds {MAX_DRAFT_TOKENS}; pass 1 to {MAX_DRAFT_TOKENS}")
+    return value
+
+
 Folder, Count = partial(typer.Option, metavar="FOLDER"), partial(typer.Option, metavar="N", min=1)
+DraftTokens = partial(Count, callback=check_draft_tokens)
 TargetOption = Annotated[
     str, typer.Option("--target", "--model", metavar="FOLDER", help="The target's checkpoint, with its tokenizer.")
 ]
@@ -45,11 +59,11 @@ DrafterOption = Annotated[
 LookAheadOption = Annotated[
     str | None, Folder(help="The target's look-ahead embeddings, of `specdec train look-ahead`; the target drafts.")
 ]
-DraftTokensOption = Annotated[int, Count(max=32, help="Tokens drafted per prompt and step.")]
+DraftTokensOption = Annotated[int, DraftTokens(help="Tokens drafted per prompt and step, 1 to 32.")]
 BatchSizeOption = Annotated[int, Count(help="Prompts decoded together.")]
 MaxNewTokensOption = Annotated[int, Count(help="Tokens to generate per prompt.")]
 LayoutOption = Annotated[
-    str | None, typer.Option(metavar="NAME,...", help="Layouts of the KV cache: ragged (the default), repad.")
+    str | None, typer.Option(metavar="NAME,...", help="Layouts of the KV cache: ragged (the default), repad, grouped.")
 ]
 LENGTH_POLICIES = "fixed, heuristic, confidence, acceptance_head, disco or cost_model; confidence:0.5 is a threshold"
 LengthPolicyOption = Annotated[
@@ -68,6 +82,14 @@ DtypeOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, ...")]
+
+
+def check_temperature(value: float | None, for_greedy: str) -> None:
+    """Raise ConfigError unless samples can have this temperature. for_greedy: what to do in its place."""
+    from specdec.errors import ConfigError
+
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"--temperature {value:g} is no finite number above 0; for greedy decoding {for_greedy}")
 
 
 @dataclass(frozen=True)

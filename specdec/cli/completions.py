@@ -12,15 +12,20 @@ from typing import Any
 import typer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from specdec.cli.common import Models, say_ignored, stage_bars
+from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars
 from specdec.config import speculative_config
+from specdec.drafter import NoDrafts
 from specdec.equivalence import check_prompts
+from specdec.errors import ConfigError
 from specdec.generate import generate
 from specdec.loading import Prompt, read_generation_config
-from specdec.lossy import Lossy, verification_named
+from specdec.lossy import GREEDY, SAMPLED, Lossy, verification_named
 from specdec.metrics import Speculation
+from specdec.options import whole_number
 from specdec.oracle import greedy_settings, left_pad, now, tell
 from specdec.rows import StepReport
+
+DEFAULT_NEW_TOKENS = 128
 
 
 @dataclass
@@ -63,18 +68,49 @@ class Decoding:
     def of(path: Path | None, sampling: dict[str, Any], seed: int | None, verification: str) -> Decoding:
         given = tuple((name, value) for name, value in sampling.items() if value is not None)
         config = None if path is None else read_generation_config(path)
-        return Decoding(config, given, seed, verification_named(verification))
+        check_temperature(sampling.get("temperature"), "leave it out")
+        found = Decoding(config, given, seed, verification_named(verification))
+        rule = found.verification
+        is_of_samples = rule == "block" or (isinstance(rule, SAMPLED) and not isinstance(rule, GREEDY))
+        for name, is_given in ((f"--seed {seed}", seed is not None), (f"--verification {verification}", is_of_samples)):
+            if is_given and not found.samples:
+                raise ConfigError(f"{name} is of samples; pass --temperature, --top-k or --top-p with it")
+        if found.samples and isinstance(rule, GREEDY) and not isinstance(rule, SAMPLED):
+            raise ConfigError(f"--verification {verification} is of greedy decoding; leave what asks for samples out")
+        return found
+
+    @property
+    def samples(self) -> bool:
+        return bool(self.sampling) or (self.config is not None and bool(self.config.do_sample))
 
     def statistics(self) -> Speculation:
         """Nothing counted yet, with the name of what verifies."""
         is_lossy = not isinstance(self.verification, str)
-        samples = bool(self.sampling) or (self.config is not None and bool(self.config.do_sample))
-        name = str(self.verification) if samples or is_lossy else "greedy"
+        name = str(self.verification) if self.samples or is_lossy else "greedy"
         return Speculation(verification=name, is_lossless=not is_lossy)
 
-    def options(self, rows: range, max_new_tokens: int) -> dict[str, Any]:
-        """Keywords of `generate` for some of the prompts."""
-        found = {"generation_config": self.config, "max_new_tokens": max_new_tokens, **dict(self.sampling)}
+    def limit(self, max_new_tokens: int | None, longest: int) -> tuple[dict[str, Any], int]:
+        """What to tell `generate` of lengths, and the most tokens that follow the longest prompt.
+
+        max_new_tokens: of the command line; without it what the file says counts.
+        """
+        if max_new_tokens is None and self.config is not None:
+            if self.config.max_new_tokens is not None:
+                return {}, self.config.max_new_tokens
+            if self.config.max_length is not None:
+                room = whole_number("max_length", self.config.max_length) - longest
+                if room < 1:
+                    raise ConfigError(
+                        f"max_length={self.config.max_length} of the generation config leaves no room behind a prompt "
+                        f"of {longest} tokens; raise it, or pass --max-new-tokens"
+                    )
+                return {}, room
+        number = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        return {"max_new_tokens": number}, number
+
+    def options(self, rows: range) -> dict[str, Any]:
+        """Keywords of `generate` for some of the prompts, lengths apart."""
+        found = {"generation_config": self.config, **dict(self.sampling)}
         if self.sampling:
             found["do_sample"] = True
             if self.config is None:
@@ -89,7 +125,7 @@ def print_completions(
     prompts: list[Prompt],
     batch_size: int,
     num_speculative_tokens: int | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     as_json: bool,
     layout: str = "ragged",
     length_policy: str = "fixed",
@@ -98,9 +134,9 @@ def print_completions(
     """A single prompt's text streams; several are printed as they finish; a summary goes to stderr."""
     model, token_ids, decoding = models.target, models.encode(prompts), decoding or Decoding()
     choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
-    speculation = speculative_config(models.drafter, num_speculative_tokens, **choice)
-    drafter, k = speculation.drafter, speculation.num_speculative_tokens
-    check_prompts(model, token_ids, speculation, batch_size, max_new_tokens)
+    speculation = speculative_config(models.drafter, num_speculative_tokens, decoding.config, **choice)
+    lengths, most = decoding.limit(max_new_tokens, max(map(len, token_ids)))
+    check_prompts(model, token_ids, speculation, batch_size, most)
     streams = len(prompts) == 1 and not as_json
     streamer = TextStreamer(models.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
     total = decoding.statistics()
@@ -126,14 +162,15 @@ def print_completions(
                 model,
                 ids,
                 mask,
-                drafter=drafter,
-                num_speculative_tokens=k,
+                drafter=models.drafter,
+                num_speculative_tokens=num_speculative_tokens,
                 **choice,
+                **lengths,
                 streamer=streamer,
                 on_commit=on_commit,
-                **decoding.options(batch, max_new_tokens),
+                **decoding.options(batch),
             )
-        print_summary(total, now(model) - begin, models.drafter is not None)
+        print_summary(total, now(model) - begin, not isinstance(speculation.drafter, NoDrafts))
 
 
 def print_summary(total: Speculation, seconds: float, drafted: bool) -> None:

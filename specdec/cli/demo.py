@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdec.cli.common import Count, MaxNewTokensOption, load_models, print_table, stage_bars
+from specdec.cli.common import DraftTokens, MaxNewTokensOption, load_models, print_table, stage_bars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ def demo(
     ] = None,
     max_new_tokens: MaxNewTokensOption = 64,
     num_speculative_tokens: Annotated[
-        int | None, Count(max=32, help="The most tokens drafted per prompt and step, by default the policy's.")
+        int | None, DraftTokens(help="The most tokens drafted per prompt and step, by default the policy's.")
     ] = None,
     length_policy: Annotated[
         str | None,

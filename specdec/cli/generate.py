@@ -14,11 +14,11 @@ from specdec.cli.common import (
     DeviceOption,
     DrafterOption,
     DraftOption,
+    DraftTokens,
     DtypeOption,
     LengthPolicyOption,
     LimitOption,
     LookAheadOption,
-    MaxNewTokensOption,
     TargetOption,
     load_models,
 )
@@ -34,10 +34,12 @@ def generate(
     draft: DraftOption = None,
     drafter: DrafterOption = None,
     look_ahead: LookAheadOption = None,
-    max_new_tokens: MaxNewTokensOption = 128,
+    max_new_tokens: Annotated[
+        int | None, Count(help="Tokens to generate per prompt, by default 128, or as --generation-config says.")
+    ] = None,
     num_speculative_tokens: Annotated[
         int | None,
-        Count(max=32, help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20."),
+        DraftTokens(help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20."),
     ] = None,
     batch_size: BatchSizeOption = 8,
     as_json: Annotated[
@@ -90,7 +92,7 @@ def generate(
     One prompt streams, several are printed as they finish. Decodes greedily whatever the checkpoint's own generation
     config says, unless sampling is asked for. Without a drafter it is plain decoding.
     """
-    from specdec.cli.completions import Decoding, print_completions
+    from specdec.cli.completions import DEFAULT_NEW_TOKENS, Decoding, print_completions
     from specdec.errors import ConfigError, InputError
     from specdec.loading import Prompt, read_prompts
 
@@ -113,7 +115,7 @@ def generate(
     if out is not None:
         from specdec.cli.to_file import write_completions
 
-        speculation = batch_size, num_speculative_tokens, max_new_tokens
+        speculation = batch_size, num_speculative_tokens, max_new_tokens or DEFAULT_NEW_TOKENS
         write_completions(models, texts, out, *speculation, layout, length_policy, kv_tokens, order)
         return
     how = layout, length_policy, decoding

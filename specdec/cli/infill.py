@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec.cli.common import Count, DeviceOption, DtypeOption, Folder, quiet_transformers
+from specdec.cli.common import (
+    Count,
+    DeviceOption,
+    DraftTokens,
+    DtypeOption,
+    Folder,
+    check_temperature,
+    quiet_transformers,
+)
 
 
 def infill(
@@ -27,9 +35,10 @@ def infill(
     drafter: Annotated[
         str, typer.Option(metavar="NAME", help="self, ahead, ngram, or none for one token a call.")
     ] = "self",
-    num_speculative_tokens: Annotated[int, Count(max=32, help="Tokens drafted per step.")] = 5,
+    num_speculative_tokens: Annotated[int, DraftTokens(help="Tokens drafted per step, 1 to 32.")] = 5,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of filling greedily.")] = False,
-    temperature: Annotated[float, typer.Option(metavar="T", help="Of samples.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="Of samples, by default 1.")] = None,
+    top_k: Annotated[int | None, Count(help="Of samples: among the N likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(metavar="P", help="Of samples.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of samples; by default a new one each time.")] = None,
     mask_token_id: Annotated[
@@ -47,7 +56,8 @@ def infill(
     """
     import specdec
     from specdec.any_subset import XLNet
-    from specdec.errors import ConfigError, InputError
+    from specdec.errors import ConfigError, DrafterError, InputError
+    from specdec.infill import DRAFTERS
     from specdec.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
     from specdec.masked_text import mask_lines, parse_masks
 
@@ -55,6 +65,13 @@ def infill(
         raise InputError("pass either --text TEXT or --file FILE")
     if lines and file is None:
         raise InputError("--lines names lines of a file; pass --file with it")
+    if drafter not in (*DRAFTERS, "none"):
+        raise DrafterError(f"--drafter {drafter} cannot draft for infilling; choose {', '.join(DRAFTERS)} or none")
+    check_temperature(temperature, "leave --do-sample and --temperature out")
+    of_samples = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
+    for name, value in of_samples.items():
+        if value is not None and not do_sample:
+            raise ConfigError(f"{name} {value} is of samples; pass --do-sample with it")
     place = resolve_device(device)
     folder = find_checkpoint(str(model or shipped_model()), "model")
     quiet_transformers()
@@ -81,7 +98,8 @@ def infill(
         drafter=None if drafter == "none" else drafter,
         num_speculative_tokens=num_speculative_tokens,
         do_sample=do_sample,
-        temperature=temperature,
+        temperature=1.0 if temperature is None else temperature,
+        top_k=top_k,
         top_p=top_p,
         seed=seed,
         mask_token_id=mask_token,

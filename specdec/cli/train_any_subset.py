@@ -56,9 +56,10 @@ def any_subset(
     compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Train a model that fills in any places of a text, by the joint density under lattice orders.
+    """Train a model that fills in any places of a text.
 
-    Writes the model in bfloat16 with its tokenizer and a card. --row-tokens becomes the longest text it fills.
+    By the joint density under lattice orders. Writes the model in bfloat16 with its tokenizer and a card. --row-tokens
+    becomes the longest text it fills.
     """
     from specdec.drafters.training.any_subset import MaskRecipe, build_xlnet
     from specdec.drafters.training.any_subset_run import AnySubsetRun, load_xlnet

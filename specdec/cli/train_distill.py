@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specdec.cli.common import Count, DeviceOption, Folder, TargetOption, print_table
+from specdec.cli.common import Count, DeviceOption, DraftTokens, Folder, TargetOption, print_table
 from specdec.cli.train import (
     BatchRowsOption,
     CheckpointEveryOption,
@@ -78,7 +78,7 @@ def distill(
     learning_rate: LearningRateOption = 3e-4,
     validate: ValidationOption = None,
     validation_tokens: Annotated[int, Count(help="New tokens per held-out prompt.")] = 96,
-    num_speculative_tokens: Annotated[int, Count(max=32, help="Tokens drafted a step when measuring.")] = 5,
+    num_speculative_tokens: Annotated[int, DraftTokens(help="Tokens drafted a step when measuring.")] = 5,
     checkpoint_every: CheckpointEveryOption = 500,
     seed: SeedOption = 0,
     precision: PrecisionOption = "float32",

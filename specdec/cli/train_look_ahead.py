@@ -74,9 +74,10 @@ def look_ahead(
     compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Train look-ahead embeddings, with which a target drafts for itself (PaSS).
+    """Train embeddings by which a target drafts for itself.
 
-    Nothing but the embeddings learns. Use them with `--look-ahead FOLDER` or `drafter=LookAhead.load(FOLDER)`.
+    Look-ahead embeddings (PaSS): nothing but the embeddings learns. Use them with `--look-ahead FOLDER` or
+    `drafter=LookAhead.load(FOLDER)`.
     """
     from dataclasses import asdict, replace
 
