@@ -116,7 +116,7 @@ def test_command(checkpoint, tmp_path):
         (["--file", "missing.py"], "cannot be read"),
         (["--text", "<mask:9>"], "at least one visible token"),
         (["--text", "x <mask:80>"], "span 80 tokens, and the model has 64 positions"),
-        (["--text", "x <mask:2>", "--drafter", "magic"], "choose 'self', 'ahead', 'ngram'"),
+        (["--text", "x <mask:2>", "--drafter", "magic"], "choose self, ahead, ngram or none"),
     ],
 )
 def test_command_refusals(checkpoint, arguments, message):
