@@ -26,6 +26,7 @@ if triton is not None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 32  # rows * width
+FASTER_UP_TO = 1  # tokens (rows * width); beyond them the step layer by layer was measured to be faster
 MERGES = 2  # of `merged_elements` each, in which the attention's splits are merged, at most
 MAX_ROW_BYTES = 4096  # of a hidden state: a program holds whole rows of weights, and all tokens beside them
 TILE_BYTES = 65536  # of such rows: 64 registers a thread, or shared memory
