@@ -76,11 +76,12 @@ class StepTensors(NamedTuple):
 class Tuning(NamedTuple):
     """What changes the speed, and the order of sums.
 
-    Rows of weights per tile, powers of two from 8 on (block_gate: any multiple of 8); keys per tile; elements
-    of the attention's splits that a program may have to merge; elements of a product's input (half as many in float32)
-    that it takes at a time; num_warps of a program, among which a tile's inner dimension is split.
+    Rows of weights per tile, powers of two from 8 on (block_gate: any multiple of 8); keys per tile; elements of the
+    attention's splits that a program may have to merge; elements of a product's input (half as many in float32) that
+    it takes at a time; num_warps of a program, among which a tile's inner dimension is split.
     least_tokens: to which fewer are padded; 8 fill a tensor core's operand, 1 leaves a single token to plain sums.
-    polls: whether barriers are waited for by plain reads in place of atomics. prefetch: whether later tiles are asked into the cache. num_programs: None = one per multiprocessor.
+    polls: whether barriers are waited for by plain reads in place of atomics. prefetch: whether later tiles are asked
+    into the cache. num_programs: None = one per multiprocessor.
     cooperative: launched such that programs that cannot all be resident are an error in place of a hang.
     """
 
@@ -162,7 +163,8 @@ class PersistentStep:
         if tokens > 1 or tuning.least_tokens > 1:
             tokens = max(8, tokens)
         inner_elements = tuning.inner_elements * 2 // tensors.embedding.element_size()
-        block_heads = max(1, min(power(num_heads), inner_elements // (tokens * block_dim)))
+        held = max(8, tokens) * block_dim  # of a head; all splits are in registers at once
+        block_heads = max(1, min(power(num_heads), inner_elements // held, 2 * inner_elements // (held * splits)))
         block_inner = max(32, min(power(len(layer.gate)), inner_elements // tokens, MAX_INNER))
         most_rows = TILE_BYTES // (block * tensors.embedding.element_size())
         persistent_step_kernel[(self.num_programs,)](

@@ -156,8 +156,10 @@ if triton is not None:
         column = _spread_columns(BLOCK)
         ok = (token < num_tokens) & (column < SIZE)
         x = tl.load(hidden_ptr + token * SIZE + column, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
-        weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
-        squares = tl.sum(tl.sum(x * x, 3), 1)[:, None, :, None]
+        # For every token, so that it has the layout of x.
+        weight = tl.load(weight_ptr + token * 0 + column, mask=ok, other=0.0).to(tl.float32)
+        squares = tl.reshape(tl.permute(x * x, (0, 2, 1, 3)), (x.shape[0], x.shape[2], BLOCK))
+        squares = tl.sum(squares, 2)[:, None, :, None]
         dtype: tl.constexpr = hidden_ptr.dtype.element_ty
         return ((x * tl.rsqrt(squares / SIZE + eps)).to(dtype).to(tl.float32) * weight).to(dtype)
 
@@ -345,28 +347,22 @@ if triton is not None:
         if SPLITS == 1:
             source = partial_ptr + token * (NUM_HEADS * DIM) + head * DIM + dim
             return tl.load(source, mask=ok, other=0.0, cache_modifier=".cg")
+        split = tl.arange(0, SPLITS)[None, None, None, :, None]
+        values_ptr = partial_ptr + (token * (SPLITS * NUM_HEADS * DIM) + head * DIM + dim)[:, :, :, None, :]
+        every = ok[:, :, :, None, :] & (split < SPLITS)
+        values = tl.load(values_ptr + split * (NUM_HEADS * DIM), mask=every, other=0.0, cache_modifier=".cg")
         # No piece of 32 columns holds two heads.
-        head_of = chunk * BLOCK_HEADS + tl.arange(0, BLOCK // 32)[None, :, None, None] * 32 // BLOCK_DIM
-        place = token * (SPLITS * NUM_HEADS) + head_of
-        place_ok = (token < num_tokens) & (head_of < NUM_HEADS)
+        piece = tl.arange(0, BLOCK // 32)[None, :, None, None]
+        head_of = chunk * BLOCK_HEADS + piece * 32 // BLOCK_DIM
+        place = (token * SPLITS + tl.arange(0, SPLITS)[None, None, None, :]) * NUM_HEADS + head_of
+        place_ok = (token < num_tokens) & (head_of < NUM_HEADS) & (place >= 0)
+        highest = tl.load(weights_ptr + place, mask=place_ok, other=float("-inf"), cache_modifier=".cg")
         total_ptr = weights_ptr + num_tokens * (SPLITS * NUM_HEADS)
-        overall = tl.load(weights_ptr + place, mask=place_ok, other=float("-inf"), cache_modifier=".cg")
-        for split in tl.static_range(1, SPLITS):
-            source = weights_ptr + place + split * NUM_HEADS
-            highest = tl.load(source, mask=place_ok, other=float("-inf"), cache_modifier=".cg")
-            overall = tl.maximum(overall, highest)
-        overall = tl.where(overall == float("-inf"), 0.0, overall)
-        sum_of_weights = tl.zeros_like(overall)
-        attended = tl.zeros([token.shape[0], BLOCK // 32, token.shape[2], 32], tl.float32)
-        for split in tl.static_range(SPLITS):
-            source = place + split * NUM_HEADS
-            highest = tl.load(weights_ptr + source, mask=place_ok, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.load(total_ptr + source, mask=place_ok, other=0.0, cache_modifier=".cg")
-            weight *= tl.exp(highest - overall)
-            sum_of_weights += weight
-            values_ptr = partial_ptr + (token * SPLITS + split) * (NUM_HEADS * DIM) + head * DIM + dim
-            attended += weight * tl.load(values_ptr, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
-        return (attended / tl.maximum(sum_of_weights, 1e-30)).to(partial_ptr.dtype.element_ty)
+        total = tl.load(total_ptr + place, mask=place_ok, other=0.0, cache_modifier=".cg")
+        overall = tl.max(highest, 3)[:, :, :, None]
+        weight = total * tl.exp(highest - tl.where(overall == float("-inf"), 0.0, overall))
+        weight = weight / tl.maximum(tl.sum(weight, 3), 1e-30)[:, :, :, None]
+        return tl.sum(values.to(tl.float32) * weight[:, :, :, :, None], 3).to(partial_ptr.dtype.element_ty)
 
     @triton.jit
     def _prefetch_keys(
