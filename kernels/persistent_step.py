@@ -80,6 +80,7 @@ class Tuning(NamedTuple):
     attention's splits that a program may have to merge; elements of a product's input (half as many in float32) that
     it takes at a time; num_warps of a program, among which a tile's inner dimension is split.
     least_tokens: to which fewer are padded; 8 fill a tensor core's operand, 1 leaves a single token to plain sums.
+    crowded_rows: of the tiles behind a norm, at most, if there are more than 16 tokens, which take the registers.
     polls: whether barriers are waited for by plain reads in place of atomics. prefetch: whether later tiles are asked
     into the cache. num_programs: None = one per multiprocessor.
     cooperative: launched such that programs that cannot all be resident are an error in place of a hang.
@@ -97,6 +98,7 @@ class Tuning(NamedTuple):
     num_warps: int = 8
     attention_stages: int = 2
     least_tokens: int = 8
+    crowded_rows: int = 16
     polls: bool = True
     prefetch: bool = True
     num_programs: int | None = None
@@ -167,6 +169,7 @@ class PersistentStep:
         block_heads = max(1, min(power(num_heads), inner_elements // held, 2 * inner_elements // (held * splits)))
         block_inner = max(32, min(power(len(layer.gate)), inner_elements // tokens, MAX_INNER))
         most_rows = TILE_BYTES // (block * tensors.embedding.element_size())
+        rows_of_norms = min(most_rows, tuning.crowded_rows) if tokens > 16 else most_rows
         persistent_step_kernel[(self.num_programs,)](
             token_ids,
             starts,
@@ -209,9 +212,9 @@ class PersistentStep:
             SPLITS=splits,
             BLOCK_HEADS=block_heads,
             BLOCK_INNER=block_inner,
-            BLOCK_QKV=min(tuning.block_qkv, most_rows),
+            BLOCK_QKV=min(tuning.block_qkv, rows_of_norms),
             BLOCK_OUT=tuning.block_out,
-            BLOCK_GATE=min(tuning.block_gate, most_rows),
+            BLOCK_GATE=min(tuning.block_gate, rows_of_norms),
             BLOCK_DOWN=tuning.block_down,
             BLOCK_HEAD=min(tuning.block_head, 2 * most_rows),
             BLOCK_KEYS=tuning.block_keys,

@@ -156,8 +156,9 @@ if triton is not None:
         column = _spread_columns(BLOCK)
         ok = (token < num_tokens) & (column < SIZE)
         x = tl.load(hidden_ptr + token * SIZE + column, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
-        # For every token, so that it has the layout of x.
-        weight = tl.load(weight_ptr + token * 0 + column, mask=ok, other=0.0).to(tl.float32)
+        # Once for each of up to 8 tokens, so that it has the layout of x.
+        place = _spread_rows(min(8, TOKENS)) * 0 + column
+        weight = tl.load(weight_ptr + place, mask=place < SIZE, other=0.0).to(tl.float32)
         squares = tl.reshape(tl.permute(x * x, (0, 2, 1, 3)), (x.shape[0], x.shape[2], BLOCK))
         squares = tl.sum(squares, 2)[:, None, :, None]
         dtype: tl.constexpr = hidden_ptr.dtype.element_ty
