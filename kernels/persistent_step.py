@@ -2,9 +2,10 @@
 
 A step of few tokens through a small model is bound by its launches, not by its arithmetic or its memory. Here one
 program per multiprocessor stays for the whole step, and a barrier among all of them stands where a launch would.
-Weights depend on no other program, so each program has its next tile in registers before it waits, and asks the cache
-for the ones behind it. Nothing is summed by atomics and every sum has a fixed order, so equal inputs give equal bits;
-but they are not the bits of `in_order_linear`, so a model whose output must be exact is not run through it.
+Weights depend on no other program, so each program's next tile is on its way into registers while it waits, and the
+cache is asked for the ones behind it. Nothing is summed by atomics and every sum has a fixed order, so equal inputs
+give equal bits; but they are not the bits of `in_order_linear`, so a model whose output must be exact is not run
+through it.
 """
 
 from __future__ import annotations
