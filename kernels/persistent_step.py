@@ -2,9 +2,10 @@
 
 A step of few tokens through a small model is bound by its launches, not by its arithmetic or its memory. Here one
 program per multiprocessor stays for the whole step, and a barrier among all of them stands where a launch would.
-Weights depend on no other program, so each program has its next tile in registers before it waits, and asks the cache
-for the ones behind it. Nothing is summed by atomics and every sum has a fixed order, so equal inputs give equal bits;
-but they are not the bits of `in_order_linear`, so a model whose output must be exact is not run through it.
+Weights depend on no other program, so each program's next tile is on its way into registers while it waits, and the
+cache is asked for the ones behind it. Nothing is summed by atomics and every sum has a fixed order, so equal inputs
+give equal bits; but they are not the bits of `in_order_linear`, so a model whose output must be exact is not run
+through it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if triton is not None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 32  # rows * width
-MERGES = 2  # of `merged_elements` each, in which the attention's splits are merged, at most
+FASTER_UP_TO = 1  # tokens (rows * width); beyond them the step layer by layer was measured to be faster
 MAX_ROW_BYTES = 4096  # of a hidden state: a program holds whole rows of weights, and all tokens beside them
 TILE_BYTES = 65536  # of such rows: 64 registers a thread, or shared memory
 MAX_INNER = 4096
@@ -76,24 +77,30 @@ class StepTensors(NamedTuple):
 class Tuning(NamedTuple):
     """What changes the speed, and the order of sums.
 
-    Rows of weights per tile; keys per tile; elements of the attention's splits, and of the down projection's input
-    (half as many in float32), that a program takes at a time; num_warps of a program, among which a tile's inner
-    dimension is split.
-    prefetch: whether later tiles are asked into the cache. num_programs: None = one per multiprocessor.
+    Rows of weights per tile, powers of two from 8 on (block_gate: any multiple of 8); keys per tile; elements of the
+    attention's splits that a program may have to merge; elements of a product's input (half as many in float32) that
+    it takes at a time; num_warps of a program, among which a tile's inner dimension is split.
+    least_tokens: to which fewer are padded; 8 fill a tensor core's operand, 1 leaves a single token to plain sums.
+    crowded_rows: of the tiles behind a norm, at most, if there are more than 16 tokens, which take the registers.
+    polls: whether barriers are waited for by plain reads in place of atomics. prefetch: whether later tiles are asked
+    into the cache. num_programs: None = one per multiprocessor.
     cooperative: launched such that programs that cannot all be resident are an error in place of a hang.
     """
 
     block_qkv: int = 32
     block_out: int = 8
-    block_gate: int = 8
+    block_gate: int = 24
     block_down: int = 8
     block_head: int = 16
     block_keys: int = 64
-    merged_elements: int = 8192
-    inner_elements: int = 16384
+    merged_elements: int = 32768
+    inner_elements: int = 32768
     max_splits: int = 4
     num_warps: int = 8
     attention_stages: int = 2
+    least_tokens: int = 8
+    crowded_rows: int = 16
+    polls: bool = True
     prefetch: bool = True
     num_programs: int | None = None
     cooperative: bool = True
@@ -142,7 +149,7 @@ class PersistentStep:
         """Into how many parts the keys of a row are split. size: of all heads of a token, padded."""
         tuning, num_items = self.tuning, rows * self.tensors.layers[0].keys.shape[2]
         # Every program merges all splits behind the attention, so many tokens afford few of them.
-        affordable = MERGES * tuning.merged_elements // (tokens * size)
+        affordable = tuning.merged_elements // (tokens * size)
         return _floor_power(max(1, min(tuning.max_splits, affordable, self.num_programs // num_items)))
 
     def _launch(self, token_ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +160,17 @@ class PersistentStep:
         logits = tensors.head.new_empty(rows, width, len(tensors.head))
         normed = tensors.head.new_empty(rows, width, size)
         power = triton.next_power_of_2
-        tokens, block_dim = power(rows * width), max(16, power(dim))
-        splits = self.num_splits(rows, tokens, num_heads * block_dim)
+        block_dim, block = max(32, power(dim)), max(32, power(size))
+        splits = self.num_splits(rows, power(rows * width), num_heads * block_dim)
+        tokens = power(rows * width)
+        if tokens > 1 or tuning.least_tokens > 1:
+            tokens = max(8, tokens)
         inner_elements = tuning.inner_elements * 2 // tensors.embedding.element_size()
-        elements = tuning.merged_elements if splits > 1 else inner_elements
-        block_heads = max(1, min(power(num_heads), elements // (tokens * splits * block_dim)))
-        block_inner = max(16, min(power(len(layer.gate)), inner_elements // tokens, MAX_INNER))
-        block = max(16, power(size))
+        held = max(8, tokens) * block_dim  # of a head; all splits are in registers at once
+        block_heads = max(1, min(power(num_heads), inner_elements // held, 2 * inner_elements // (held * splits)))
+        block_inner = max(32, min(power(len(layer.gate)), inner_elements // tokens, MAX_INNER))
         most_rows = TILE_BYTES // (block * tensors.embedding.element_size())
+        rows_of_norms = min(most_rows, tuning.crowded_rows) if tokens > 16 else most_rows
         persistent_step_kernel[(self.num_programs,)](
             token_ids,
             starts,
@@ -203,14 +213,15 @@ class PersistentStep:
             SPLITS=splits,
             BLOCK_HEADS=block_heads,
             BLOCK_INNER=block_inner,
-            BLOCK_QKV=min(tuning.block_qkv, most_rows),
+            BLOCK_QKV=min(tuning.block_qkv, rows_of_norms),
             BLOCK_OUT=tuning.block_out,
-            BLOCK_GATE=min(tuning.block_gate, most_rows),
+            BLOCK_GATE=min(tuning.block_gate, rows_of_norms),
             BLOCK_DOWN=tuning.block_down,
             BLOCK_HEAD=min(tuning.block_head, 2 * most_rows),
             BLOCK_KEYS=tuning.block_keys,
             ATTENTION_STAGES=tuning.attention_stages,
             PREFETCH=tuning.prefetch and token_ids.is_cuda,
+            POLLS=tuning.polls and token_ids.is_cuda,
             NUM_WARPS=tuning.num_warps,
             num_warps=tuning.num_warps,
             num_stages=1,

@@ -26,10 +26,10 @@ from specdec.cache import RaggedCache
 from specdec.fused import is_known_class, is_plain, windows
 from specdec.invariant import is_batch_invariant, is_invariant_forward
 from specdec.invariant_guard import own_arithmetic
+from specdec.kernels import persistent_step
 from specdec.kernels.gated import silu_mul
 from specdec.kernels.in_order_linear import in_order_linears
 from specdec.kernels.norms import add_rms_norm, rms_norm
-from specdec.kernels.persistent_step import MAX_TOKENS
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.rotary_write import HeadNorm, rotary_write
 from specdec.layout import Layout
@@ -141,7 +141,7 @@ class InvariantForward:
 
     def __call__(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         """A step of the cache's first rows: launches alone, nothing waits for the device."""
-        if self.one_launch is not None and token_ids.numel() <= MAX_TOKENS and set(layers) <= {-1}:
+        if self.one_launch is not None and token_ids.numel() <= persistent_step.FASTER_UP_TO and set(layers) <= {-1}:
             logits, hidden = self.one_launch(token_ids, starts)
             return NetworkOutput(logits, (hidden,) * len(layers))
         hidden, states = self.run(token_ids, starts, used_slots, slice(0, len(token_ids)), layers)

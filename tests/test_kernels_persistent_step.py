@@ -147,6 +147,29 @@ def test_splits_of_the_keys_change_only_rounding_in_the_interpreter(shape, monke
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@interpreted
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(least_tokens=1), dict(block_gate=24), dict(block_gate=8, block_qkv=8), dict(num_warps=16),
+        dict(num_warps=1), dict(inner_elements=256), dict(block_head=32), dict(block_keys=128, attention_stages=1),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3)])
+def test_tunings_change_only_rounding_in_the_interpreter(change, shape):
+    """Tokens in two halves of a tile's rows, and tiles of rows that are no power of two."""
+    _, ours = build("qwen3")
+    _, theirs = build("qwen3")
+    ids, starts = inputs(*shape)
+    step = PersistentStep(ours, "triton", Tuning(**change))
+    for buffer in (step.hidden, step.qkv, step.partial, step.gated, step.weights):
+        buffer.fill_(float("nan"))
+    for got, expected in zip(step(ids, starts), persistent_step_reference(ids, starts, theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_interpreter_run(run_in_subprocess):
     run_in_subprocess("tests/test_kernels_persistent_step.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
 

@@ -14,6 +14,7 @@ import specdec
 from specdec import batch_invariant, invariant_network, one_launch
 from specdec.compatibility import build_network
 from specdec.invariant_network import InvariantNetwork, kept_forward
+from specdec.kernels import persistent_step
 from specdec.kernels.persistent_step import MAX_TOKENS, PersistentStep
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 7, 5, 9, 7, 5, 9], [11, 4, 8], [6, 13, 21, 34, 6, 13, 3, 8, 6, 13, 40])]
@@ -21,7 +22,7 @@ PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 7, 5, 9, 7, 5, 9], [11, 4, 8], [
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Lets this device have the step; the embeddings of the models that took one, in order."""
+    """Lets this device have the step at every size; the embeddings of the models that took one, in order."""
     taken = []
     call = PersistentStep.__call__
 
@@ -30,6 +31,7 @@ def steps(monkeypatch):
         return call(self, token_ids, starts)
 
     monkeypatch.setattr(one_launch, "can_persist", lambda device: True)
+    monkeypatch.setattr(persistent_step, "FASTER_UP_TO", MAX_TOKENS)
     monkeypatch.setattr(PersistentStep, "__call__", spy)
     return taken
 
@@ -110,6 +112,17 @@ def test_many_tokens_and_other_layers_take_the_longer_way(steps):
         assert len(steps) == 2
 
 
+def test_steps_of_more_tokens_than_pay_take_the_longer_way(steps, monkeypatch):
+    monkeypatch.setattr(persistent_step, "FASTER_UP_TO", 2)
+    model = tiny_llama()
+    with batch_invariant(model), torch.no_grad():
+        network = build_network(model, 3, 40, must_be_exact=False)
+        with network.running():
+            for rows, num_steps in ((3, 0), (2, 1)):
+                network.forward(torch.ones(rows, 1, dtype=torch.long), torch.zeros(rows, dtype=torch.long), 9)
+                assert len(steps) == num_steps
+
+
 def test_resized_networks_keep_what_is_cached(steps):
     model = tiny_llama()
     with batch_invariant(model), torch.no_grad():
@@ -124,7 +137,8 @@ def test_resized_networks_keep_what_is_cached(steps):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_generate_on_a_gpu_with_steps_of_one_launch(dtype):
+def test_generate_on_a_gpu_with_steps_of_one_launch(dtype, monkeypatch):
+    monkeypatch.setattr(persistent_step, "FASTER_UP_TO", MAX_TOKENS)
     target, draft = tiny_llama().to("cuda", dtype), tiny_qwen3().to("cuda", dtype)
     ids, mask = (x.cuda() for x in left_pad(PROMPTS))
     with batch_invariant(target), batch_invariant(draft):
