@@ -83,6 +83,10 @@ def inflate(
     for place in set(range(shape.num_layers)) - set(places):
         big.model.layers[place].self_attn.o_proj.weight.zero_()
         big.model.layers[place].mlp.down_proj.weight.zero_()
+        # Layers of one kind, as a real model has: a draft's step of one launch wants that.
+        for name in ("q_norm", "k_norm"):
+            known = getattr(big.model.layers[places[0]].self_attn, name).variance_epsilon
+            getattr(big.model.layers[place].self_attn, name).variance_epsilon = known
     return big
 
 

@@ -27,7 +27,7 @@ if triton is not None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 32  # rows * width
-FASTER_UP_TO = 1  # tokens (rows * width); beyond them the step layer by layer was measured to be faster
+FASTER_UP_TO = 8  # tokens (rows * width); beyond them the step layer by layer was measured to be faster
 MAX_ROW_BYTES = 4096  # of a hidden state: a program holds whole rows of weights, and all tokens beside them
 TILE_BYTES = 65536  # of such rows: 64 registers a thread, or shared memory
 MAX_INNER = 4096
@@ -98,7 +98,7 @@ class Tuning(NamedTuple):
     max_splits: int = 4
     num_warps: int = 8
     attention_stages: int = 2
-    least_tokens: int = 8
+    least_tokens: int = 1
     crowded_rows: int = 16
     polls: bool = True
     prefetch: bool = True

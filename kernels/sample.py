@@ -6,6 +6,7 @@ that a row's token depends on nothing but its own scores and its own number.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +62,8 @@ def sample_tokens(mass: Tensor, uniforms: Tensor) -> Tensor:
 
     mass: [rows, vocab], not negative; a token without mass is never chosen. uniforms: [rows] float64 in [0, 1).
     """
+    if mass.device.type == "cpu":
+        return torch.from_numpy(_sample_on_cpu(mass.numpy(), uniforms.numpy()))
     num_rows, vocab = mass.shape
     width = min(BLOCK, vocab)
     blocks = F.pad(mass, (0, -vocab % width)).view(num_rows, -1, width)  # a block first, then a token of it
@@ -76,6 +79,27 @@ def sample_tokens(mass: Tensor, uniforms: Tensor) -> Tensor:
     if without.any():
         token = torch.where(without, mass.argmax(1, keepdim=True), token)
     return token.squeeze(1)
+
+
+def _sample_on_cpu(mass: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """The same. Of so few numbers, torch's operations take several times as long to be called as to be computed."""
+    num_rows, vocab = mass.shape
+    width, row = min(BLOCK, vocab), np.arange(num_rows)
+    # Converted before it is summed: numpy would convert in pieces, whose borders depend on the number of rows.
+    blocks = np.zeros((num_rows, -(-vocab // width) * width))
+    blocks[:, :vocab] = mass
+    blocks = blocks.reshape(num_rows, -1, width)
+    cumulative = blocks.sum(2).cumsum(1)
+    threshold = uniforms * cumulative[:, -1]
+    block = np.minimum((cumulative <= threshold[:, None]).sum(1), blocks.shape[1] - 1)
+    before = np.where(block > 0, cumulative[row, block - 1], 0.0)
+    within = blocks[row, block].cumsum(1)
+    inner = np.minimum((within <= (threshold - before)[:, None]).sum(1), width - 1)
+    token = np.minimum(block * width + inner, vocab - 1)
+    without = mass[row, token] <= 0
+    if without.any():
+        token[without] = mass[without].argmax(1)
+    return token
 
 
 def _sample_triton(scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ Off a GPU the step is its reference; what is tested here is who is given it.
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import continuations, left_pad, plain_greedy, tiny_llama
@@ -13,10 +16,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import specdec
 from specdec import batch_invariant, invariant_network, one_launch
 from specdec.compatibility import build_network
-from specdec.invariant_network import InvariantNetwork, kept_forward
+from specdec.invariant_network import InvariantForward, InvariantNetwork, kept_forward
 from specdec.kernels import persistent_step
 from specdec.kernels.persistent_step import MAX_TOKENS, PersistentStep
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 7, 5, 9, 7, 5, 9], [11, 4, 8], [6, 13, 21, 34, 6, 13, 3, 8, 6, 13, 40])]
 
 
@@ -133,6 +137,14 @@ def test_resized_networks_keep_what_is_cached(steps):
             network.resize(3, 900)
             got = network.forward(torch.tensor([[5]]), rows.lengths, 20).logits
             assert len(steps) == 2 and torch.equal(got, expected)
+
+
+def test_a_stand_in_has_the_step_that_a_real_model_has(steps, monkeypatch, demo_pair):
+    """Or the benchmark on stand-ins would time another step."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    stand_in = importlib.import_module("stand_in")
+    model = stand_in.inflate(demo_pair.draft, stand_in.SHAPES["tiny"], torch.float32, "cpu")
+    assert InvariantForward(model, 1, 40, must_be_exact=False).one_launch is not None
 
 
 @pytest.mark.gpu
