@@ -283,3 +283,16 @@ def test_with_the_real_clock_the_text_is_plain_greedy():
             TARGET, prompt, drafter=drafter, length_policy="cost_model", max_new_tokens=60, eos_token_id=None
         )
         assert torch.equal(out, plain)
+
+
+def test_plain_steps_that_seem_slower_than_wider_ones_do_not_make_it_draft():
+    """A busy moment while plain steps were timed: a wider forward bounds what they can take."""
+    world = World(flat, cheap, 0.01, rows=8)
+    world.run(8)
+    curve = world.policy._known.verify.curve(8, world.rows.max_length)
+    for _ in range(20):
+        curve.add(1, 3 * flat(8, 2))
+    world.policy._hold = 0
+    world.widths.clear()
+    world.run(10)
+    assert sum(width > 0 for width in world.widths) <= 1, "one trial of the other way"
