@@ -207,9 +207,10 @@ class CostModel(LengthPolicy):
         reached = self._conditional.cumprod(1) * (np.arange(max_tokens) < self._room[:, None])
         self._accepted = reached.cumsum(1)  # [rows, max_tokens], of so many tokens and one more
         self._gains = len(rows) + np.concatenate([[0.0], self._accepted.sum(0)])
-        # Of more tokens a forward takes no less time: a measurement that says so is noise, mostly of the plain steps,
-        # which would make drafts look worth it.
-        self._times = np.minimum.accumulate(verify.seconds[max_tokens + 1 : 0 : -1])[::-1].copy()
+        self._times = verify.seconds[1 : max_tokens + 2].copy()
+        # Of more tokens a forward takes no less time. Where plain steps seem slower that is noise, which would make
+        # drafts look worth it.
+        self._times[0] = self._times.min()
         self._times[1:] += draft.seconds[1 : max_tokens + 1] + self._catch_up_seconds(draft)
         self._odds = np.ones(len(rows))  # that the tokens shown so far are accepted, by what was expected before
 
