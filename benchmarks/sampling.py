@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+import gpu_timing
 import torch
 from stand_in import SHAPES, inflate
 from torch import Tensor
@@ -141,21 +142,15 @@ def step_overheads(
 
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
     """Median time of one call, on a GPU the device's."""
+    if device.type == "cuda":
+        return gpu_timing.milliseconds(call, repeats)
     for _ in range(3):
         call()
     times = []
     for _ in range(repeats):
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            before = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - before))
+        before = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - before))
     return statistics.median(times)
 
 
