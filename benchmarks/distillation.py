@@ -73,6 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--baseline-learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--texts", type=int, default=16384, help="continuations that the target writes")
     parser.add_argument("--renew-every", type=int, default=32)
+    parser.add_argument("--own-reads", type=int, default=1, help="times that each of a draft's own texts is read")
     parser.add_argument("--num-prompts", type=int, help="held-out prompts, all by default")
     parser.add_argument("--new-tokens", type=int, default=128, help="per held-out prompt")
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
@@ -119,6 +120,7 @@ def train(options: argparse.Namespace, arm: Arm, start: Path, out: Path, steps: 
         "prompt-tokens": options.row_tokens // 3,
         "texts": options.texts,
         "renew-every": options.renew_every,
+        "own-reads": options.own_reads,
         "write-batch": 64 if device == "cpu" else 8192,
         "checkpoint-every": 1000,
         "seed": seed,

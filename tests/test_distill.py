@@ -162,9 +162,24 @@ def test_batches_mix_sources_by_their_shares(tmp_path):
     assert torch.equal(again.batch(Step(3, 0, 1, CPU)).token_ids, reader.batch(Step(3, 0, 1, CPU)).token_ids)
 
 
+def test_own_text_is_read_so_often_and_then_renewed():
+    draft = tiny_llama(1)
+    data = Distillation(
+        shares={"on-policy": 1.0}, temperatures=(0.0,), batch_rows=2, row_tokens=10, renew_every=4, own_reads=2
+    )
+    reader, pools, found = Reader(data, None, prompts(), None, draft, 0), [], []
+    for index in range(8):
+        found.append(reader.batch(Step(index, 0, 1, CPU)).token_ids)
+        pools.append(reader.own)
+    assert all(pool is pools[0] for pool in pools[:4]) and all(pool is pools[4] for pool in pools[4:])
+    assert pools[4] is not pools[0] and len(pools[0]) == 4
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"own_reads": 9}, "own_reads=9 must be from 1 to renew_every=8"),
         ({"loss": "mse"}, "loss 'mse' is unknown; choose one of fkl, rkl, jsd, tvd"),
         ({"loss": "jsd", "beta": 1.0}, "beta=1.0 must be between 0 and 1"),
         ({"shares": {"web": 1.0}}, "data source 'web' is unknown"),

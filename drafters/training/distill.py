@@ -36,7 +36,8 @@ class Distillation:
 
     loss: fkl, rkl, jsd or tvd; or ce, next-token cross-entropy without a target, the baseline. beta: of jsd.
     shares: source -> share of each batch's rows. "fixed" is rows of the training text; "target" the target's
-        continuations of prompts; "on-policy" those of the drafter as it is, renewed every `renew_every` steps.
+        continuations of prompts; "on-policy" those of the drafter as it is, renewed every `renew_every` steps, in
+        which each is read `own_reads` times.
     temperatures: of the continuations, in turn; 0 is greedy. num_texts: continuations that the target writes.
     """
 
@@ -48,6 +49,7 @@ class Distillation:
     row_tokens: int = 256
     num_texts: int = 4096
     renew_every: int = 8
+    own_reads: int = 1
     write_batch: int = 64
 
     def __post_init__(self) -> None:
@@ -62,6 +64,10 @@ class Distillation:
             raise ConfigError("cross-entropy on the drafter's own text teaches it nothing; use target or fixed data")
         if not self.temperatures:
             raise ConfigError("temperatures is empty; name at least one, 0 for greedy")
+        if not 1 <= self.own_reads <= self.renew_every:
+            raise ConfigError(
+                f"own_reads={self.own_reads} must be from 1 to renew_every={self.renew_every}, the steps in between"
+            )
         for name, count in self.rows_of_sources().items():
             if count < 1:
                 raise ConfigError(f"share {self.shares[name]} of {name!r} is less than a row of {self.batch_rows}")
@@ -108,7 +114,8 @@ class Reader:
 
     def _on_policy(self, step: Step, num_rows: int) -> Batch:
         assert self.prompts is not None
-        num_texts, place = num_rows * self.data.renew_every, step.index % self.data.renew_every
+        place = step.index % self.data.renew_every
+        num_texts = num_rows * -(-self.data.renew_every // self.data.own_reads)
         if place == 0 or self.own is None:
             period = (step.index // self.data.renew_every) * step.num_processes + step.rank
             prompts = self.prompts.get(period * num_texts, num_texts)

@@ -71,6 +71,7 @@ def distill(
     temperature: TemperaturesOption = [1.0],  # noqa: B006 - typer copies it
     texts: Annotated[int, Count(help="Texts that the target writes, for --data target.")] = 4096,
     renew_every: Annotated[int, Count(help="Steps between renewals of the drafter's own text.")] = 8,
+    own_reads: Annotated[int, Count(help="Times that each of these texts is read before.")] = 1,
     steps: StepsOption = 2000,
     batch_rows: BatchRowsOption = 32,
     row_tokens: RowTokensOption = 256,
@@ -105,6 +106,7 @@ def distill(
         row_tokens=row_tokens,
         num_texts=texts,
         renew_every=renew_every,
+        own_reads=own_reads,
         write_batch=write_batch,
     )
     config = train_config(steps, learning_rate, checkpoint_every, seed, precision)
