@@ -6,14 +6,13 @@ expected to give G(w) = sum over rows of 1 + P(1 accepted) + ... + P(w accepted)
 is the largest G(w) / T(w), and w = 0 is plain decoding. An estimate refines this token by token: drafting goes on while
 what it is expected to add is worth more than the seconds it adds at that rate (the marginal value theorem).
 
-Not slower than plain decoding, whatever the drafter: every step that drafts is booked. A step that gave each row g tokens
-gains g - T(w) / T(0) plain steps, all by the medians of what was timed and with catching up, and the account holds the
-sum of that and of SHARE for every step taken, at most MOST. To try what is not expected to pay (a probe, with catching up) the account must hold the expected loss;
-what the estimates recommend goes on until it is down to LEAST, however good it is thought to be. Behind the first
-steps it begins with FIRST. So n steps lose at most SHARE n + FIRST - LEAST plain steps and one step's excess: of 128
-steps about 3 %, of 500 about 1 %, and less where probes lose less than they may. Plain steps are taken in runs without a
-thought or a look at the clock, so that bookkeeping costs nothing there. Not booked are the few steps of EXPLORED, once a
-pair. What drafts have gained may be lost again, up to MOST, before the account stops them.
+Not slower than plain decoding, whatever the drafter: every step that drafts is booked. One that gave each row g tokens
+gains g - T(w) / T(0) plain steps, by the medians of what was timed and with catching up; the account holds the sum of
+that and of SHARE for every step taken, at most MOST, and begins with FIRST. To try what is not expected to pay, it must
+hold the expected loss; what is expected to pay goes on until the account is down to LEAST. So a drafter that never
+gains loses in n steps at most SHARE n + FIRST - LEAST plain steps and one step's excess: of 128 steps 3 %, of 500 about
+1 %, and less where nothing is worth a trial. What drafts have gained they may lose again, up to MOST. Plain steps are
+taken in runs that are neither thought about nor timed. Not booked are the few steps of EXPLORED, once a pair.
 """
 
 from __future__ import annotations
@@ -41,13 +40,14 @@ from specdec.rows import Rows, StepReport
 # Draft tokens of the first steps with a pair, whose costs are unknown: few and short, so that a drafter that loses has
 # lost little, and each twice, because the first time of a shape tells little. What they show decides from then on.
 EXPLORED = (1, 0, 1, 0, 3, 3)
-WORTH = 1.02  # of plain decoding's speed: drafts that are not expected to reach it are not worth the doubt
+WORTH = 1.05  # of plain decoding's speed: drafts that are not expected to reach it are not worth the doubt
 # The account, in plain steps.
 SHARE = 0.005
 FIRST, LEAST, MOST = 1.0, -2.0, 16.0
+TIMED_PLAIN_STEPS = 4  # behind the last draft: the machine may have become slower, and not the drafts
 PLAIN_STEPS = 16  # without a thought, once plain decoding is faster; twice as many behind each probe in vain
 MOST_PLAIN_STEPS = 256
-PLAIN_IS_OLD = 16  # steps after which plain decoding is timed again, if that loses little
+PLAIN_IS_OLD = 8  # steps after which plain decoding is timed again, if that loses little
 SHARE_OF_PLAIN = 0.01  # of the time of drafts: what timing plain decoding may lose
 ROWS_ALIKE = 1.5  # a plain step of so many times more or fewer rows says enough about these
 KNOWN_LAG = 2  # tokens that every draft feeds anyway
@@ -87,8 +87,8 @@ class CudaClock:
 class Knowledge:
     """What has been learned about a target with a drafter; it outlives the `generate` call.
 
-    catch_up: seconds that a drafter's network takes per row and token of steps that drafted nothing, beside those of one
-    more forward; None before it was seen.
+    catch_up: seconds that a drafter's network takes per row and token of steps that drafted nothing, beside those of
+    one more forward; None before it was seen.
     """
 
     def __init__(self) -> None:
@@ -219,14 +219,16 @@ class CostModel(LengthPolicy):
             self._plain_steps = PLAIN_STEPS
             self._follows_estimate = self._estimate is not None
             return best
+        if self._lag < TIMED_PLAIN_STEPS:
+            return 0
         other = 1 + int(rates[1:].argmax())
-        if self._lag > KNOWN_LAG and self._may_probe(other, catch_up):
+        # What catching up costs is to be seen early: it grows with every plain step.
+        missing = 0 if known.catch_up is None else self._plain_steps - self._lag
+        if missing <= 0 and self._may_probe(other, catch_up):
             self._is_probe = True
             return other
-        # What catching up costs grows with every plain step, and is to be seen early.
-        steps = KNOWN_LAG if known.catch_up is None and self._lag < KNOWN_LAG else self._plain_steps
-        self._hold = steps
-        self._account = min(self._account + SHARE * steps, MOST)
+        self._hold = missing if missing > 0 else self._plain_steps
+        self._account = min(self._account + SHARE * self._hold, MOST)
         return 0
 
     def _explore(self, max_tokens: int) -> int:

@@ -42,10 +42,9 @@ class Curve:
         """The first time of a shape may have compiled it or captured a graph, and found its memory cold: it counts only
         where it is less than was expected."""
         is_first, self._met = tokens not in self._met, self._met | {tokens}
-        if is_first and (self.samples or not self.is_guess):
-            if seconds > self.seconds[tokens]:
-                return
-        self.add(tokens, seconds)
+        knows = bool(self.samples) or not self.is_guess
+        if not (is_first and knows and seconds > self.seconds[tokens]):
+            self.add(tokens, seconds)
 
     @property
     def seconds(self) -> np.ndarray:
