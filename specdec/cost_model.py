@@ -5,6 +5,14 @@ of earlier ones and, while drafting, from an acceptance head or the drafter's ow
 expected to give G(w) = sum over rows of 1 + P(1 accepted) + ... + P(w accepted) tokens in T(w) seconds; the best rate
 is the largest G(w) / T(w), and w = 0 is plain decoding. An estimate refines this token by token: drafting goes on while
 what it is expected to add is worth more than the seconds it adds at that rate (the marginal value theorem).
+
+Not slower than plain decoding, whatever the drafter: every step that drafts is booked. One that gave each row g tokens
+gains g - T(w) / T(0) plain steps, by the medians of what was timed and with catching up; the account holds the sum of
+that and of SHARE for every step taken, at most MOST, and begins with FIRST. To try what is not expected to pay, it must
+hold the expected loss; what is expected to pay goes on until the account is down to LEAST. So a drafter that never
+gains loses in n steps at most SHARE n + FIRST - LEAST plain steps and one step's excess: of 128 steps 3 %, of 500 about
+1 %, and less where nothing is worth a trial. What drafts have gained they may lose again, up to MOST. Plain steps are
+taken in runs that are neither thought about nor timed. Not booked are the few steps of EXPLORED, once a pair.
 """
 
 from __future__ import annotations
@@ -30,14 +38,18 @@ from specdec.metrics import decided
 from specdec.rows import Rows, StepReport
 
 # Draft tokens of the first steps with a pair, whose costs are unknown: few and short, so that a drafter that loses has
-# lost little. What they show decides from then on.
-EXPLORED = (1, 0, 1, 0, 4)
-WORTH = 1.02  # of plain decoding's speed: drafts that are not expected to reach it are not worth the doubt
-SHARE_OF_PROBES = 0.01  # of the time: what trying the other way may lose
-PLAIN_STEPS = 16  # without a thought, once plain decoding is faster
-PLAIN_IS_OLD = 16  # steps after which plain decoding is timed again, if that loses little
+# lost little, and each twice, because the first time of a shape tells little. What they show decides from then on.
+EXPLORED = (1, 0, 1, 0, 3, 3)
+WORTH = 1.05  # of plain decoding's speed: drafts that are not expected to reach it are not worth the doubt
+# The account, in plain steps.
+SHARE = 0.005
+FIRST, LEAST, MOST = 1.0, -2.0, 16.0
+TIMED_PLAIN_STEPS = 4  # behind the last draft: the machine may have become slower, and not the drafts
+PLAIN_STEPS = 16  # without a thought, once plain decoding is faster; twice as many behind each probe in vain
+MOST_PLAIN_STEPS = 256
+PLAIN_IS_OLD = 8  # steps after which plain decoding is timed again, if that loses little
+SHARE_OF_PLAIN = 0.01  # of the time of drafts: what timing plain decoding may lose
 ROWS_ALIKE = 1.5  # a plain step of so many times more or fewer rows says enough about these
-FIRST_TIME = 1.5  # of a shape: it may compile or capture, and counts as no more than so many times what was expected
 KNOWN_LAG = 2  # tokens that every draft feeds anyway
 
 
@@ -75,8 +87,8 @@ class CudaClock:
 class Knowledge:
     """What has been learned about a target with a drafter; it outlives the `generate` call.
 
-    catch_up: seconds that a drafter's network takes per row and token of steps that drafted nothing; None before it
-    was seen.
+    catch_up: seconds that a drafter's network takes per row and token of steps that drafted nothing, beside those of
+    one more forward; None before it was seen.
     """
 
     def __init__(self) -> None:
@@ -146,62 +158,90 @@ class CostModel(LengthPolicy):
         self._clock: Clock = self._given_clock or (CudaClock() if on_cuda else HostClock())
         self._known = self._given_knowledge or knowledge_of(target, drafter, self._estimate)
         self._known.survival.forget_rows()
-        self._elapsed = self._lost = 0.0  # seconds; lost by trying the other way
+        self._account = FIRST
+        self._max_tokens = max_tokens
         self._hold = 0  # plain steps to take without a thought
+        self._is_held = False
+        self._plain_steps = PLAIN_STEPS  # of the next hold
         self._lag = 0  # plain steps since the last draft
         self._since_plain = 0
         self._num_rows, self._is_plain_known = 0, False
+        self._rows_at_reset = 0  # of _plain_steps
         self._achieved = np.zeros(2)  # tokens and seconds of late, by drafts that an estimate stopped
 
     # ---- before drafting
 
     def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
+        if len(rows) != self._num_rows:
+            self._meet(len(rows))
+        self._is_held = self._hold > 0
+        if self._is_held:
+            self._hold -= 1
+            self._lag += 1
+            return np.zeros(len(rows), dtype=np.int64)
         self._begin = self._clock.mark()
         self._predicted: list[np.ndarray] = []
-        self._is_probe = self._follows_estimate = False
+        self._is_probe = self._is_explored = self._follows_estimate = False
         tokens = self._choose(rows, max_tokens)
         # An estimate decides while drafting how far to go.
         self._asked = max_tokens if self._follows_estimate else tokens
         return np.full(len(rows), self._asked)
 
+    def _meet(self, num_rows: int) -> None:
+        """Another number of rows: other costs."""
+        self._num_rows, self._hold, self._is_plain_known = num_rows, 0, False
+        self._achieved[:] = 0
+        if not are_alike(num_rows, self._rows_at_reset):
+            self._rows_at_reset, self._plain_steps = num_rows, PLAIN_STEPS
+
     def _choose(self, rows: Rows, max_tokens: int) -> int:
         known = self._known
-        if len(rows) != self._num_rows:
-            self._num_rows, self._hold, self._is_plain_known = len(rows), 0, False
-            self._achieved[:] = 0
-        if self._hold > 0:
-            self._hold -= 1
-            return 0
         self._curves = known.verify.curve(len(rows), rows.max_length), known.draft.curve(len(rows), rows.max_length)
         # A row that has room for r tokens gets the target's own as one of them.
         self._room = rows.host_limits - rows.host_lengths - 1
         if max_tokens < 1:
             return 0
         if known.num_explored < len(EXPLORED):
-            known.num_explored += 1
-            return min(EXPLORED[known.num_explored - 1], max_tokens)
+            return self._explore(max_tokens)
         self._expect(rows, max_tokens)
+        self._is_plain_known = self._is_plain_known or self._was_plain_timed(len(rows))
+        if not self._is_plain_known:
+            return 0
         rates = self._gains / self._times
         best = int(rates.argmax())
         tokens, seconds = self._achieved
         achieved = tokens / seconds if seconds > 0 else 0.0
-        drafts = max(rates[best], achieved) > WORTH * rates[0]
         self._rate = max(float(rates[best]), achieved)
-        self._is_plain_known = self._is_plain_known or self._was_plain_timed(len(rows))
-        if not self._is_plain_known:
+        catch_up = self._catch_up_seconds(self._curves[1])
+        if self._rate > WORTH * rates[0] and self._account - catch_up / self._times[0] > LEAST:
+            if self._is_plain_old(best):
+                return 0
+            self._plain_steps = PLAIN_STEPS
+            self._follows_estimate = self._estimate is not None
+            return best
+        if self._lag < TIMED_PLAIN_STEPS:
             return 0
-        other = 0 if drafts else 1 + int(rates[1:].argmax())
-        if self._may_probe(other):
+        other = 1 + int(rates[1:].argmax())
+        # What catching up costs is to be seen early: it grows with every plain step.
+        missing = 0 if known.catch_up is None else self._plain_steps - self._lag
+        if missing <= 0 and self._may_probe(other, catch_up):
             self._is_probe = True
             return other
-        if not drafts:
-            self._hold = KNOWN_LAG if known.catch_up is None else PLAIN_STEPS
+        self._hold = missing if missing > 0 else self._plain_steps
+        self._account = min(self._account + SHARE * self._hold, MOST)
+        return 0
+
+    def _explore(self, max_tokens: int) -> int:
+        """The next of EXPLORED; at the very end of a text, where it does not fit, nothing."""
+        tokens = min(EXPLORED[self._known.num_explored], self._max_tokens)
+        if tokens > max_tokens:
             return 0
-        self._follows_estimate = self._estimate is not None
-        return best
+        self._known.num_explored += 1
+        self._is_explored = True
+        return tokens
 
     def _expect(self, rows: Rows, max_tokens: int) -> None:
-        """Tokens and seconds of a step by how many are drafted, [max_tokens + 1] each."""
+        """Tokens and seconds of a step by how many are drafted, [max_tokens + 1] each, without catching up."""
         verify, draft = self._curves
         self._conditional = self._known.survival.conditional(rows.row_ids, max_tokens)  # [rows, max_tokens]
         reached = self._conditional.cumprod(1) * (np.arange(max_tokens) < self._room[:, None])
@@ -211,35 +251,32 @@ class CostModel(LengthPolicy):
         # Of more tokens a forward takes no less time. Where plain steps seem slower that is noise, which would make
         # drafts look worth it.
         self._times[0] = self._times.min()
-        self._times[1:] += draft.seconds[1 : max_tokens + 1] + self._catch_up_seconds(draft)
+        self._times[1:] += draft.seconds[1 : max_tokens + 1]
         self._odds = np.ones(len(rows))  # that the tokens shown so far are accepted, by what was expected before
 
     def _catch_up_seconds(self, draft: Curve) -> float:
+        """One more forward, and what each token adds: before that was seen, a quarter of a forward."""
         if self._lag <= KNOWN_LAG:
             return 0.0
         per_token = self._known.catch_up
         if per_token is None:
             per_token = 0.25 * float(draft.seconds[1]) / self._num_rows
-        return per_token * self._num_rows * self._lag
+        return float(draft.seconds[1]) + per_token * self._num_rows * self._lag
 
     def _was_plain_timed(self, num_rows: int) -> bool:
         """With about as many rows."""
         return any(
-            1 in curve.samples and max(rows / num_rows, num_rows / rows) <= ROWS_ALIKE
-            for (rows, _), curve in self._known.verify.curves.items()
+            1 in curve.samples and are_alike(rows, num_rows) for (rows, _), curve in self._known.verify.curves.items()
         )
 
-    def _may_probe(self, other: int) -> bool:
-        """Whether it is time to try the other way, and what it is expected to lose fits into its share of the time.
+    def _is_plain_old(self, best: int) -> bool:
+        """Whether it is time to see again how long a plain step takes, of what the drafts since then have taken."""
+        loss = self._times[0] - self._gains[0] / self._rate
+        return self._since_plain >= PLAIN_IS_OLD and loss <= SHARE_OF_PLAIN * self._since_plain * self._times[best]
 
-        What catching up costs has to be seen once, early: it grows with every plain step.
-        """
-        if other == 0 and self._since_plain < PLAIN_IS_OLD:
-            return False
-        if other > 0 and self._known.catch_up is None and self._lag > KNOWN_LAG:
-            return True
-        loss = max(self._times[other] - self._gains[other] / self._rate, 0.0)
-        return self._lost + loss <= SHARE_OF_PROBES * self._elapsed
+    def _may_probe(self, other: int, catch_up: float) -> bool:
+        loss = (self._times[other] + catch_up) / self._times[0] - self._gains[other] / self._gains[0]
+        return self._account >= max(loss, 0.0)
 
     # ---- while drafting
 
@@ -254,39 +291,49 @@ class CostModel(LengthPolicy):
         return np.full(len(rows), worth[1:].max() > worth[0])
 
     def drafted(self, draft: Draft) -> None:
-        self._drafted = self._clock.mark()
+        if not self._is_held:
+            self._drafted = self._clock.mark()
 
     # ---- afterwards
 
     def learn(self, report: StepReport) -> StepReport:
-        if report.is_prefill:
+        if report.is_prefill or self._is_held:
             return report
         end = self._clock.mark()
         draft_seconds = self._clock.seconds(self._begin, self._drafted)
         verify_seconds = self._clock.seconds(self._drafted, end)
         width = report.token_ids.shape[1]
         verify, draft = self._curves
-        add_time(verify, width, verify_seconds)
-        if width > 1:
+        verify.add_warm(width, verify_seconds)
+        self._account = min(self._account + SHARE, MOST)
+        if width == 1:
+            self._lag, self._since_plain = self._lag + 1, 0
+        else:
             self._learn_draft(draft, width - 1, draft_seconds)
+            usual = float(verify.seconds[width] + draft.seconds[width - 1]) + self._catch_up_seconds(draft)
+            self._book(report, usual, draft_seconds + verify_seconds)
             report = with_predictions(report, self._predicted)
             self._learn_acceptance(report)
             self._lag, self._since_plain = 0, self._since_plain + 1
-        else:
-            self._lag, self._since_plain = self._lag + 1, 0
-        seconds, tokens = draft_seconds + verify_seconds, float(report.num_committed.sum())
-        self._elapsed += seconds
+        return report
+
+    def _book(self, report: StepReport, usual: float, seconds: float) -> None:
+        """A step that drafted, with what it usually takes, as for plain steps: a compilation or a busy machine says
+        nothing about drafts. What exploring gained counts, what it lost does not."""
+        tokens = float(report.num_committed.sum())
+        plain = float(self._curves[0].seconds[1 : report.token_ids.shape[1] + 1].min())
+        gain = tokens / len(report.row_ids) - usual / plain
+        self._account = min(self._account + (max(gain, 0.0) if self._is_explored else gain), MOST)
         if self._is_probe:
-            self._lost += max(seconds - tokens / self._rate, 0.0)
+            self._plain_steps = PLAIN_STEPS if gain > 0 else min(2 * self._plain_steps, MOST_PLAIN_STEPS)
         elif self._follows_estimate:
             self._achieved = 0.95 * self._achieved + (tokens, seconds)
-        return report
 
     def _learn_draft(self, draft: Curve, tokens: int, seconds: float) -> None:
         if self._lag <= KNOWN_LAG or seconds < draft.seconds[tokens]:  # less than was thought, and with catching up
-            add_time(draft, tokens, seconds)
+            draft.add_warm(tokens, seconds)
         elif draft.samples:
-            extra = max(seconds - float(draft.seconds[tokens]), 0.0) / (self._lag * self._num_rows)
+            extra = max(seconds - float(draft.seconds[tokens] + draft.seconds[1]), 0.0) / (self._lag * self._num_rows)
             known = self._known.catch_up
             self._known.catch_up = extra if known is None else 0.5 * (known + extra)
 
@@ -302,8 +349,5 @@ class CostModel(LengthPolicy):
             self._known.recalibrated.learn(report.predicted[counted], is_accepted[counted])
 
 
-def add_time(curve: Curve, tokens: int, seconds: float) -> None:
-    """The first time of a shape may have compiled it, or captured a graph."""
-    if curve.samples and tokens not in curve.samples:
-        seconds = min(seconds, FIRST_TIME * float(curve.seconds[tokens]))
-    curve.add(tokens, seconds)
+def are_alike(num_rows: int, others: int) -> bool:
+    return max(num_rows, others) <= ROWS_ALIKE * min(num_rows, others)

@@ -22,10 +22,13 @@ class Curve:
 
     base: [MAX_TOKENS + 1], the expected shape: where something was measured it is scaled to that, in between by what
     lies around. Beyond it rises at least as fast as over what was measured.
+    is_guess: base is a shape alone, in no unit of time.
     """
 
     base: np.ndarray
+    is_guess: bool = True
     samples: dict[int, deque[float]] = field(default_factory=dict)
+    _met: set[int] = field(default_factory=set)
     _scales: dict[int, float] = field(default_factory=dict)
     _changed: set[int] = field(default_factory=set)  # what `_scales` has not yet seen
     _seconds: np.ndarray | None = None
@@ -34,6 +37,14 @@ class Curve:
         self.samples.setdefault(tokens, deque(maxlen=NUM_SAMPLES)).append(seconds)
         self._changed.add(tokens)
         self._seconds = None
+
+    def add_warm(self, tokens: int, seconds: float) -> None:
+        """The first time of a shape may have compiled it or captured a graph, and found its memory cold: it counts only
+        where it is less than was expected."""
+        is_first, self._met = tokens not in self._met, self._met | {tokens}
+        knows = bool(self.samples) or not self.is_guess
+        if not (is_first and knows and seconds > self.seconds[tokens]):
+            self.add(tokens, seconds)
 
     @property
     def seconds(self) -> np.ndarray:
@@ -68,8 +79,12 @@ class CostTable:
         found = self.curves.get(key)
         if found is None:
             nearest = min(self.curves, key=lambda other: distance(key, other), default=None)
-            base = self.first if nearest is None else self.curves[nearest].seconds.copy()
-            found = self.curves[key] = Curve(base)
+            if nearest is None:
+                found = Curve(self.first)
+            else:
+                like = self.curves[nearest]
+                found = Curve(like.seconds.copy(), is_guess=like.is_guess and not like.samples)
+            self.curves[key] = found
         return found
 
 

@@ -155,6 +155,19 @@ def test_the_guarantee_is_measured_by_drafter_and_batch(load, folder, tmp_path, 
     assert all(e["over_plain"]["median"] > 0 and len(e["plain"]["repeats"]) == 1 for e in found)
 
 
+def test_single_cells_of_the_guarantee_become_one_record(load, folder, tmp_path):
+    parts = [tmp_path / name for name in ("random.json", "lookup.json")]
+    for part in parts:
+        options = ["--models", str(folder), "--json", str(part), "--num-prompts", "2", "--repeats", "2"]
+        load("guarantee").main([*options, "--batch-sizes", "2", "--max-new-tokens", "4", "--drafters", part.stem])
+    out = tmp_path / "whole.json"
+    load("guarantee").main(["--merge", str(parts[1]), str(parts[0]), "--json", str(out)])
+    record = json.loads(out.read_text())
+    assert [entry["drafter"].split(",")[0] for entry in record["guarantee"]] == ["random draft", "prompt_lookup"]
+    assert len(record["runs"]) == 2 and record["runs"][0]["max_new_tokens"] == 4
+    assert all(len(entry["control_over_plain"]["repeats"]) == 2 for entry in record["guarantee"])
+
+
 def test_the_guarantee_is_about_full_batches_behind_the_first_steps(load, monkeypatch):
     """By hand: a prefill, 70 steps that take one second and give 1 token to each of 2 rows, but the first 32 take ten;
     behind them one row is alone."""

@@ -12,7 +12,7 @@ from test_generate import OTHER, TARGET, some_prompts
 
 from specdec.acceptance import HeadEstimate, draft_probability
 from specdec.acceptance_head import AcceptanceHead
-from specdec.cost_model import FIRST_TIME, CostModel, Knowledge, add_time, knowledge_of
+from specdec.cost_model import CostModel, Knowledge, knowledge_of
 from specdec.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
 from specdec.drafter import NO_TOKEN
 from specdec.drafters.draft_model import DraftModel
@@ -70,14 +70,14 @@ class World:
         self.policy._estimate = self.estimate = estimate
         self.policy.start(TARGET, drafter, K)
         self.lag = np.zeros(rows)
-        self.widths = []
+        self.most, self.widths = K, []
 
     def spend(self, seconds):
         self.clock.now += seconds * float(np.exp(self.noise * self.random.standard_normal()))
 
     def step(self):
         rows, policy = self.rows, self.policy
-        asked = int(policy.widths(rows, K).max())
+        asked = int(policy.widths(rows, self.most).max())
         accepts = self.random.random((len(rows), K)) < self.acceptance
         width = asked if self.estimate is None else self.drafting(asked, accepts)
         if width:
@@ -160,13 +160,10 @@ def test_the_best_number_of_tokens_is_found(verify, draft, acceptance, rows):
     world = World(verify, draft, acceptance, rows=rows)
     world.run(200)
 
-    def rate(k):
-        tokens = sum(acceptance**i for i in range(k + 1))
-        return rows * tokens / (verify(rows, k + 1) + (draft(rows, k) if k else 0))
-
-    best = max(map(rate, range(K + 1)))
+    rates = [rate(verify, draft, acceptance, rows, k) for k in range(K + 1)]
     picked = np.bincount(world.widths[-100:]).argmax()
-    assert rate(int(picked)) >= 0.97 * best
+    # A gain that a few unlucky drafts may hide is not insisted on.
+    assert rates[picked] >= 0.97 * max(rates) or max(rates) < 1.1 * world.plain
 
 
 def test_it_drafts_again_when_the_drafter_gets_better():
@@ -226,13 +223,20 @@ def test_costs_are_interpolated_and_begin_with_the_nearest():
     assert table.curve(4, 101) is curve and table.curve(4, 129) is not curve
 
 
-def test_the_first_time_of_a_shape_counts_little():
-    curve = CostTable(lambda tokens: 1 + 0 * tokens).curve(1, 10)
-    add_time(curve, 1, 1.0)
-    add_time(curve, 3, 50.0)
-    assert curve.seconds[3] == pytest.approx(FIRST_TIME)
-    add_time(curve, 3, 1.0)
-    assert curve.seconds[3] == pytest.approx(1.0)
+def test_the_first_time_of_a_shape_counts_only_if_it_is_less_than_expected():
+    table = CostTable(lambda tokens: 1 + 0 * tokens)
+    curve = table.curve(1, 10)
+    curve.add_warm(1, 7.0)  # the very first of all: nothing was expected
+    assert curve.seconds[1] == 7.0
+    curve.add_warm(3, 50.0)
+    assert curve.seconds[3] == 7.0
+    curve.add_warm(3, 8.0)
+    assert curve.seconds[3] == 8.0
+    fewer_rows = table.curve(2, 10)
+    fewer_rows.add_warm(1, 50.0)
+    assert np.array_equal(fewer_rows.seconds, curve.seconds)
+    fewer_rows.add_warm(5, 2.0)
+    assert fewer_rows.seconds[5] == 2.0
 
 
 def test_survival_tells_rows_and_places_apart():
@@ -296,3 +300,61 @@ def test_plain_steps_that_seem_slower_than_wider_ones_do_not_make_it_draft():
     world.widths.clear()
     world.run(10)
     assert sum(width > 0 for width in world.widths) <= 1, "one trial of the other way"
+
+
+def test_a_call_that_ends_early_and_cold_first_times_do_not_keep_it_from_drafting():
+    """A warm-up of five steps, in which each shape's first time takes three times as long, then a text: as on the first
+    call of a process. Long drafts pay there, short ones hardly do."""
+
+    def verify(rows, tokens):
+        return 0.004 + 0.0005 * (tokens - 1)
+
+    def draft(rows, tokens):
+        return 0.001 + 0.0008 * tokens
+
+    world, met = World(verify, draft, 0.85, catch_up=2e-5, rows=8), set()
+    world.verify = lambda rows, tokens: verify(rows, tokens) * (1 if tokens in met else met.add(tokens) or 3)
+    world.rows.host_limits = world.rows.host_lengths + 8
+    while (room := world.rows.host_limits - world.rows.host_lengths).max() > 1:
+        world.most = min(K, int(room.max()) - 1)
+        world.rows.host_lengths = np.minimum(world.rows.host_lengths, world.rows.host_limits - 1)
+        world.step()
+    world.most, world.rows.host_limits = K, np.full(8, 10**6)
+    world.policy._known.survival.forget_rows()
+    world.widths.clear()
+    world.run(40)
+    assert np.mean(np.array(world.widths[-30:]) >= 2) > 0.8
+
+
+GRID = [
+    (verify, draft, acceptance, changed, rows)
+    for verify in (flat, steep)
+    for draft in (lambda rows, tokens: 0.0004, cheap, dear)
+    for acceptance, changed in ((0.0, 0.0), (0.3, 0.3), (0.6, 0.6), (0.9, 0.9), (0.9, 0.0), (0.0, 0.9))
+    for rows in (1, 8, 32, 64)
+]
+
+
+@pytest.mark.parametrize("catch_up", [0.0, 1e-4])
+def test_over_a_grid_nothing_is_lost_and_most_is_gained(catch_up):
+    """Costs by acceptance, which may change in the middle of a text, by batch: at least 0.97 of plain decoding behind
+    the first 32 steps, and where drafting pays in both halves 0.9 of the best fixed K. Of a gain of less than a fifth
+    more may be missed: so few drafts in one row do not tell it from a loss."""
+    for seed, (verify, draft, acceptance, changed, rows) in enumerate(GRID):
+        world = World(verify, draft, acceptance, catch_up, rows=rows, seed=seed)
+        world.run(32)
+        begin = world.clock.now
+        tokens = sum(world.step() for _ in range(150))
+        world.acceptance = changed
+        tokens += sum(world.step() for _ in range(150))
+        speed = tokens / (world.clock.now - begin)
+        assert speed >= 0.97 * world.plain, (seed, world.widths)
+        best = max(rate(verify, draft, acceptance, rows, k) for k in range(K + 1))
+        if acceptance == changed and best > 1.2 * world.plain:
+            assert speed >= 0.9 * best, (seed, speed / best, world.widths)
+
+
+def rate(verify, draft, acceptance, rows, k):
+    """Expected tokens per second of a fixed K."""
+    tokens = sum(acceptance**i for i in range(k + 1))
+    return rows * tokens / (verify(rows, k + 1) + (draft(rows, k) if k else 0))
