@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.cache import RaggedCache
-from specdec.fused import windows
 from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent_step import LayerTensors, PersistentStep, StepTensors, refusal
 from specdec.kernels.rotary_write import HeadNorm
+from specdec.known_classes import windows
 
 ROOMY_DEVICES = ((9, 0), (10, 0), (10, 3))  # 227 KB a program; most others have 99
 
