@@ -18,11 +18,13 @@ if triton is not None:
 
 
 class HeadNorm(NamedTuple):
-    """RMSNorm over each query and key head, before the rotation. Weights: [head_dim]."""
+    """RMSNorm over each query and key head, before the rotation. Weights: [head_dim]; the rest as for `rms_norm`."""
 
     query_weight: Tensor
     key_weight: Tensor
     eps: float
+    unit_offset: bool = False
+    round_first: bool = True
 
 
 def rotary_write(
@@ -42,7 +44,7 @@ def rotary_write(
     contiguous but for the row; written in place at slots starts[b] .. starts[b] + width - 1.
 
     Returns the queries, [rows, width, heads, head_dim]. Bit for bit what transformers' modules compute one by one:
-    the normalised head rounded before its weight; both products and their sum rounded to the dtype.
+    the normalised head rounded where its norm rounds it; both products and their sum rounded to the dtype.
     """
     rows, width, _ = qkv.shape
     num_kv_heads, dim = keys.shape[2:]
@@ -79,6 +81,8 @@ def rotary_write(
         DIM=dim,
         BLOCK=block,
         HAS_NORM=head_norm is not None,
+        UNIT_OFFSET=head_norm is not None and head_norm.unit_offset,
+        ROUND_FIRST=head_norm is None or head_norm.round_first,
         num_warps=1,  # as the RMSNorm of so short a row has: the order of its sum follows the number of warps
         enable_fp_fusion=False,  # a fused multiply-add would skip a rounding
         **overlap_options(qkv),
@@ -101,8 +105,8 @@ def rotary_write_reference(
     num_heads = heads.shape[2] - 2 * num_kv_heads
     query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], 2)
     if head_norm is not None:
-        query = rms_norm_reference(query, head_norm.query_weight, head_norm.eps)
-        key = rms_norm_reference(key, head_norm.key_weight, head_norm.eps)
+        query = rms_norm_reference(query, head_norm.query_weight, *head_norm[2:])
+        key = rms_norm_reference(key, head_norm.key_weight, *head_norm[2:])
     positions = starts[:, None] + torch.arange(width, device=starts.device)
     row = torch.arange(rows, device=starts.device)[:, None]
     keys[row, positions] = _rotate(key, cos[positions, None], sin[positions, None])
@@ -116,6 +120,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 if triton is not None:
+
+    @triton.jit
+    def _weighted(x, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr):
+        """A normalised head times its weight, float32 that holds values of `dtype`."""
+        if ROUND_FIRST:
+            x = x.to(dtype).to(tl.float32)
+            if UNIT_OFFSET:
+                weight = (1.0 + weight).to(dtype).to(tl.float32)
+        elif UNIT_OFFSET:
+            weight = 1.0 + weight
+        return (x * weight).to(dtype).to(tl.float32)
 
     @triton.jit
     def _rotary_write_kernel(
@@ -138,6 +153,8 @@ if triton is not None:
         DIM: tl.constexpr,
         BLOCK: tl.constexpr,
         HAS_NORM: tl.constexpr,
+        UNIT_OFFSET: tl.constexpr,
+        ROUND_FIRST: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
         """One program per token and head; heads are queries, keys, values in this order."""
@@ -164,8 +181,8 @@ if triton is not None:
                 weight_ptr = query_weight_ptr if head < NUM_HEADS else key_weight_ptr
                 weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
                 turned_weight = tl.load(weight_ptr + partner, mask=inside, other=0.0).to(tl.float32)
-                x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-                turned = ((turned * scale).to(dtype).to(tl.float32) * turned_weight).to(dtype).to(tl.float32)
+                x = _weighted(x * scale, weight, dtype, UNIT_OFFSET, ROUND_FIRST)
+                turned = _weighted(turned * scale, turned_weight, dtype, UNIT_OFFSET, ROUND_FIRST)
             cos = tl.load(cos_ptr + position * DIM + column, mask=inside, other=0.0).to(tl.float32)
             sin = tl.load(sin_ptr + position * DIM + column, mask=inside, other=0.0).to(tl.float32)
             straight = (x * cos).to(dtype).to(tl.float32)

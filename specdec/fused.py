@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from specdec.branches import ExtraQueries
 from specdec.cache import RaggedLayer
-from specdec.known_classes import head_norm_eps, is_known_class, is_plain, windows
+from specdec.known_classes import LLAMA_LIKE, head_norm_eps, is_known_class, is_plain, windows
 from specdec.layout import Layout
 from specdec.network import Network, NetworkOutput
 from specdec.packed_linear import MergedLinear, can_pack
@@ -26,7 +26,7 @@ from specdec.packed_linear import MergedLinear, can_pack
 
 def can_fuse(model: PreTrainedModel) -> bool:
     """Whether `model` is exactly one of the known classes, with nothing attached that its own forward would honour."""
-    if not is_known_class(model):
+    if not is_known_class(model, LLAMA_LIKE):
         return False
     if len({parameter.device for parameter in model.parameters()}) != 1:
         return False

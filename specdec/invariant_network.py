@@ -1,4 +1,4 @@
-"""The short forward of a batch-invariant llama-, qwen2-, qwen3- or mistral-type model: nine launches a layer.
+"""The short forward of a batch-invariant llama-, qwen2-, qwen3-, mistral- or gemma-type model: few launches a layer.
 
 Its bits are those of the model's own modules with the kernels swapped in (`batch_invariant`), so transformers' own
 `generate` on that model stays the oracle. Weights are read where they lie. On a GPU the steps are replayed as CUDA
@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,9 +23,9 @@ from specdec.branches import ExtraQueries
 from specdec.cache import RaggedCache
 from specdec.invariant import is_batch_invariant, is_invariant_forward
 from specdec.invariant_guard import own_arithmetic
-from specdec.invariant_layers import InvariantLayer, SharedInput, Step, norm
+from specdec.invariant_layers import Head, Norm, Step, layers_of
 from specdec.kernels import persistent_step
-from specdec.known_classes import is_known_class, is_plain, windows
+from specdec.known_classes import FAMILIES, is_known_class, is_plain
 from specdec.layout import Layout
 from specdec.network import CachePlan, Network, NetworkOutput
 from specdec.one_launch import one_launch_step
@@ -35,7 +34,9 @@ from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket
 
 def can_shorten(model: PreTrainedModel) -> bool:
     """Whether `model` is batch-invariant and exactly one of the known classes, with nothing else attached."""
-    return is_batch_invariant(model) and is_known_class(model) and all(map(is_plain_or_swapped, model.modules()))
+    return (
+        is_batch_invariant(model) and is_known_class(model, FAMILIES) and all(map(is_plain_or_swapped, model.modules()))
+    )
 
 
 def is_plain_or_swapped(module: nn.Module) -> bool:
@@ -49,24 +50,20 @@ class InvariantForward:
         """must_be_exact: whether steps have the bits of the model's own modules; a draft model's need not."""
         self.max_rows, self.num_slots = max_rows, num_slots
         self.weights = addresses(model)
-        self.layers = [
-            InvariantLayer(layer, window) for layer, window in zip(model.model.layers, windows(model), strict=True)
-        ]
-        self.windows = {layer.window for layer in self.layers}
-        self.embedding, self.norm, self.head = model.model.embed_tokens, model.model.norm, SharedInput(model.lm_head)
         # What pads a graph's rows and columns is written behind the texts.
-        self.cache = RaggedCache(len(self.layers), max_rows, num_slots + MAX_STEP_WIDTH, model.device)
-        with torch.no_grad():
-            positions = torch.arange(self.cache.num_slots, device=model.device)[None]
-            cos, sin = model.model.rotary_emb(self.embedding.weight[:1], positions)
-            self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
-            head = self.cos.new_empty(1, model.config.num_key_value_heads, 0, model.model.layers[0].self_attn.head_dim)
-            for layer in self.cache.layers:
-                layer.lazy_initialization(head, head)
+        num_cache_slots = num_slots + MAX_STEP_WIDTH
+        self.layers = layers_of(model, num_cache_slots)
+        self.windows = {layer.window for layer in self.layers}
+        self.embedding, self.norm, self.head = model.model.embed_tokens, Norm(model.model.norm), Head(model)
+        self.cache = RaggedCache(len(self.layers), max_rows, num_cache_slots, model.device)
+        head_dim = model.model.layers[0].self_attn.head_dim
+        head = self.embedding.weight.detach().new_empty(1, model.config.num_key_value_heads, 0, head_dim)
+        for layer in self.cache.layers:
+            layer.lazy_initialization(head, head)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
         self.one_launch = None
         if not must_be_exact:
-            self.one_launch = one_launch_step(model, self.cache, self.cos, self.sin, num_slots)
+            self.one_launch = one_launch_step(model, self.cache, *self.layers[0].options.rotation, num_slots)
 
     def serves(self, model: PreTrainedModel, max_rows: int, num_slots: int) -> bool:
         """Whether it is large enough and of the same weights."""
@@ -86,14 +83,14 @@ class InvariantForward:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The states behind the final norm, and those that were asked for, [rows, width, hidden] each."""
         with own_arithmetic():
-            step = Step(starts, self._spans(starts, token_ids.shape[1], used_slots), self.cos, self.sin, used_slots)
-            hidden, added = F.embedding(token_ids, self.embedding.weight), None
+            step = Step(starts, self._spans(starts, token_ids.shape[1], used_slots), used_slots)
+            hidden, added = self.embedding(token_ids), None
             states = [hidden]
             for layer, cached in zip(self.layers, self.cache.layers, strict=True):
                 hidden, added = layer(hidden, added, cached.keys[rows], cached.values[rows], step)
                 if layers:
                     states.append(hidden + added)
-            hidden, _ = norm(self.norm, hidden, added)
+            hidden, _ = self.norm.of_sum(hidden, added)
             states[-1] = hidden
         return hidden, tuple(states[i] for i in layers)
 
