@@ -81,8 +81,8 @@ def ragged_attention(
             raise ValueError(
                 f"mask is {list(tree.mask.shape)} {tree.mask.dtype}; need contiguous [{rows}, {width}] int64"
             )
-        if tree.starts.shape != (rows,) or tree.starts.dtype != torch.int64:
-            raise ValueError(f"starts is {list(tree.starts.shape)} {tree.starts.dtype}; need [{rows}] int64")
+        if tree.starts.shape != (rows,) or tree.starts.dtype != torch.int64 or not tree.starts.is_contiguous():
+            raise ValueError(f"starts is {list(tree.starts.shape)} {tree.starts.dtype}; need contiguous [{rows}] int64")
     if not uses_triton(implementation, query):
         return ragged_attention_reference(query, key, value, spans, scaling, softcap, sinks, tree)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))

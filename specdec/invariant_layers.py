@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
 from specdec.invariant import rms_norm_arithmetic
+from specdec.invariant_step import Step
 from specdec.kernels.gated import gelu_tanh_mul, silu_mul
 from specdec.kernels.in_order_linear import in_order_linears
 from specdec.kernels.norms import add_rms_norm, rms_norm
@@ -29,18 +30,6 @@ GATED: dict[type, Callable[[Tensor], Tensor]] = {
     SiLUActivation: silu_mul,
     GELUTanh: gelu_tanh_mul,
 }
-
-
-class Step(NamedTuple):
-    """What the layers of one forward share.
-
-    starts: [rows] int64. spans: per sliding window (None = full attention), [rows, width, 3] int32, as
-    `ragged_attention` takes them. used_slots: slots that attention looks at.
-    """
-
-    starts: Tensor
-    spans: dict[int | None, Tensor]
-    used_slots: int
 
 
 class Rotation(NamedTuple):
@@ -79,11 +68,18 @@ class Layer:
         return hidden, self.mlp(normed)
 
     def attention(self, normed: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
-        query = rotary_write(self.qkv(normed), step.starts, *self.options.rotation, keys, values, self.head_norm)
+        query = rotary_write(
+            self.qkv(normed), step.starts, *self.options.rotation, keys, values, self.head_norm, step.places
+        )
         used_keys, used_values = (x[:, : step.used_slots].transpose(1, 2) for x in (keys, values))
-        spans = step.spans[self.window]
         attended = ragged_attention(
-            query.transpose(1, 2), used_keys, used_values, spans, self.scaling, self.options.softcap
+            query.transpose(1, 2),
+            used_keys,
+            used_values,
+            step.spans[self.window],
+            self.scaling,
+            self.options.softcap,
+            tree=step.trees.get(self.window),
         )
         return self.out(attended.flatten(2))
 

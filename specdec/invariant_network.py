@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,17 +20,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.branches import ExtraQueries
+from specdec.branches import Branches, ExtraQueries
 from specdec.cache import RaggedCache
 from specdec.invariant import is_batch_invariant, is_invariant_forward
 from specdec.invariant_guard import own_arithmetic
-from specdec.invariant_layers import Head, Norm, Step, layers_of
+from specdec.invariant_layers import Head, Norm, layers_of
+from specdec.invariant_step import Step, branch_step, text_step, tree_step
 from specdec.kernels import persistent_step
+from specdec.kernels.ragged_attention import TREE_SLOTS
 from specdec.known_classes import FAMILIES, is_known_class, is_plain
 from specdec.layout import Layout
 from specdec.network import CachePlan, Network, NetworkOutput
 from specdec.one_launch import one_launch_step
-from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket
+from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket, width_bucket
+
+# Behind the texts of a cache: what a step takes along with its text, and what pads a graph's rows and columns.
+SPARE_SLOTS = TREE_SLOTS
 
 
 def can_shorten(model: PreTrainedModel) -> bool:
@@ -50,8 +56,7 @@ class InvariantForward:
         """must_be_exact: whether steps have the bits of the model's own modules; a draft model's need not."""
         self.max_rows, self.num_slots = max_rows, num_slots
         self.weights = addresses(model)
-        # What pads a graph's rows and columns is written behind the texts.
-        num_cache_slots = num_slots + MAX_STEP_WIDTH
+        num_cache_slots = num_slots + SPARE_SLOTS
         self.layers = layers_of(model, num_cache_slots)
         self.windows = {layer.window for layer in self.layers}
         self.embedding, self.norm, self.head = model.model.embed_tokens, Norm(model.model.norm), Head(model)
@@ -61,6 +66,7 @@ class InvariantForward:
         for layer in self.cache.layers:
             layer.lazy_initialization(head, head)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
+        self.graphs_with_extra: dict[int, tuple[StepGraphs, ExtraQueries]] = {}  # by the number of extra queries
         self.one_launch = None
         if not must_be_exact:
             self.one_launch = one_launch_step(model, self.cache, *self.layers[0].options.rotation, num_slots)
@@ -74,17 +80,47 @@ class InvariantForward:
         if self.one_launch is not None and token_ids.numel() <= persistent_step.FASTER_UP_TO and set(layers) <= {-1}:
             logits, hidden = self.one_launch(token_ids, starts)
             return NetworkOutput(logits, (hidden,) * len(layers))
-        hidden, states = self.run(token_ids, starts, used_slots, slice(0, len(token_ids)), layers)
+        step = text_step(starts, token_ids.shape[1], used_slots, self.num_slots, self.windows)
+        hidden, states = self.run(self.embed(token_ids), step, slice(0, len(token_ids)), layers)
         return NetworkOutput(self.logits(hidden), states)
 
     @torch.no_grad()
+    def with_extra(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
+    ) -> NetworkOutput:
+        """The same with a branch behind each token. The last of the states are those of the branches, behind the final
+        norm: [rows, width, extra, hidden]."""
+        rows, width = token_ids.shape
+        columns = torch.arange(width, device=starts.device)
+        # A graph's padding starts so far behind the texts that there is room for tokens alone.
+        branches = Branches.behind(starts.clamp(max=self.num_slots), width, columns[None], extra.ahead)
+        text = self.embed(token_ids)
+        behind = extra.embeddings.to(text.dtype).repeat(width, 1).expand(rows, -1, -1)
+        step = tree_step(branches, used_slots, self.num_slots, self.windows)
+        hidden, states = self.run(torch.cat([text, behind], 1), step, slice(0, rows), layers)
+        behind = hidden[:, width:].unflatten(1, (width, -1))
+        return NetworkOutput(self.logits(hidden[:, :width]), (*(state[:, :width] for state in states), behind))
+
+    @torch.no_grad()
+    def behind(self, starts: Tensor, width: int, columns: Tensor, used_slots: int, extra: ExtraQueries) -> Tensor:
+        """Logits of a branch behind one column of each row, [rows, extra, vocab], in a forward of its own after that
+        of the step's [rows, width] text. columns: [rows] int64."""
+        branches = Branches.behind(starts, width, columns[:, None], extra.ahead)
+        inputs = extra.embeddings.to(self.embedding.weight.dtype).expand(len(starts), -1, -1)
+        step = branch_step(branches, used_slots, self.windows)
+        return self.logits(self.run(inputs, step, slice(0, len(starts)), ())[0])
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self.embedding(token_ids)
+
+    @torch.no_grad()
     def run(
-        self, token_ids: Tensor, starts: Tensor, used_slots: int, rows: slice, layers: tuple[int, ...]
+        self, inputs: Tensor, step: Step, rows: slice, layers: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The states behind the final norm, and those that were asked for, [rows, width, hidden] each."""
+        """The states behind the final norm, and those that were asked for, [rows, width, hidden] each, as `inputs`."""
         with own_arithmetic():
-            step = Step(starts, self._spans(starts, token_ids.shape[1], used_slots), used_slots)
-            hidden, added = self.embedding(token_ids), None
+            hidden, added = inputs, None
             states = [hidden]
             for layer, cached in zip(self.layers, self.cache.layers, strict=True):
                 hidden, added = layer(hidden, added, cached.keys[rows], cached.values[rows], step)
@@ -98,17 +134,6 @@ class InvariantForward:
     def logits(self, hidden: Tensor) -> Tensor:
         with own_arithmetic():
             return self.head(hidden)
-
-    def _spans(self, starts: Tensor, width: int, used_slots: int) -> dict[int | None, Tensor]:
-        position = starts[:, None] + torch.arange(width, device=starts.device)
-        end = (position + 1).clamp(max=used_slots).int()
-        spans = {}
-        for window in self.windows:
-            low = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
-            # Padding stands behind the texts and sees nothing.
-            low = torch.where(position < self.num_slots, low, end)
-            spans[window] = torch.stack([low, end, torch.zeros_like(end)], -1)
-        return spans
 
 
 # By whether the bits must be those of the model's modules: the target's must, a draft model's need not.
@@ -165,7 +190,7 @@ class InvariantNetwork(Network):
         if kept is not None and kept.serves(model, max_rows, num_slots):
             return CachePlan(0, 0)
         freed = 0 if kept is None else kept.cache.nbytes
-        return CachePlan(row_bucket(max_rows), rounded_up(num_slots) + MAX_STEP_WIDTH, freed)
+        return CachePlan(row_bucket(max_rows), rounded_up(num_slots) + SPARE_SLOTS, freed)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -190,7 +215,8 @@ class InvariantNetwork(Network):
         host_starts: np.ndarray | None = None,
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
-        assert extra_queries is None, "the kernels see one interval of slots; build_network chooses another network"
+        if extra_queries is not None:
+            return self._forward_with_extra(token_ids, starts, used_slots, layers, extra_queries)
         kept = self.kept
         if (kept.graphs is None and kept.one_launch is None) or token_ids.shape[1] > MAX_STEP_WIDTH:
             return super().forward(token_ids, starts, used_slots, layers, host_starts)
@@ -198,6 +224,41 @@ class InvariantNetwork(Network):
         if kept.graphs is None:
             return kept(token_ids, starts, used_slots, layers)
         return kept.graphs.replay(kept, token_ids, starts, used_slots, layers)
+
+    def _forward_with_extra(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
+    ) -> NetworkOutput:
+        """In one forward, if the text and its branches fit into a tree; else the one branch that is wanted in turn."""
+        kept, width = self.kept, token_ids.shape[1]
+        graphs_width = width_bucket(width) if kept.graphs is not None and width <= MAX_STEP_WIDTH else width
+        self.cache.num_filled = max(self.cache.num_filled, used_slots)
+        if graphs_width * (1 + extra.num) > TREE_SLOTS:
+            output = self.forward(token_ids, starts, used_slots, layers)
+            return output._replace(extra_logits=lambda columns: kept.behind(starts, width, columns, used_slots, extra))
+        if kept.graphs is None:
+            output = kept.with_extra(token_ids, starts, used_slots, layers, extra)
+        else:
+            output = self._replay_with_extra(token_ids, starts, used_slots, layers, extra)
+        *states, branches = output.hidden_states
+
+        def extra_logits(columns: Tensor) -> Tensor:
+            return kept.logits(branches[torch.arange(len(columns), device=columns.device), columns])
+
+        return NetworkOutput(output.logits, tuple(states), extra_logits)
+
+    def _replay_with_extra(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
+    ) -> NetworkOutput:
+        kept = self.kept
+        if extra.num not in kept.graphs_with_extra:
+            embeddings = extra.embeddings.to(kept.embedding.weight.dtype, copy=True)
+            kept.graphs_with_extra[extra.num] = StepGraphs(self.cache), ExtraQueries(embeddings, extra.ahead.clone())
+        graphs, inputs = kept.graphs_with_extra[extra.num]
+        inputs.embeddings.copy_(extra.embeddings)  # where the graphs read them
+        inputs.ahead.copy_(extra.ahead)
+        # The columns that fill a bucket move the branches behind them.
+        used_slots = min(used_slots + TREE_SLOTS, self.cache.num_slots)
+        return graphs.replay(partial(kept.with_extra, extra=inputs), token_ids, starts, used_slots, layers)
 
     def _run(
         self,
@@ -208,7 +269,8 @@ class InvariantNetwork(Network):
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         cache = self.cache
-        hidden, states = self.kept.run(token_ids, cache.starts, cache.used_slots, cache.rows, layers)
+        step = text_step(cache.starts, token_ids.shape[1], cache.used_slots, self.kept.num_slots, self.kept.windows)
+        hidden, states = self.kept.run(self.kept.embed(token_ids), step, cache.rows, layers)
         if logits_at is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at][:, None]
         return NetworkOutput(self.kept.logits(hidden), states)

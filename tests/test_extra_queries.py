@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM
 
-from specdec import batch_invariant, branches
+from specdec import batch_invariant, branches, invariant_network
 from specdec.branches import Branches, ExtraQueries
 from specdec.compatibility import build_network
 from specdec.errors import UnsupportedModelError
 from specdec.extra_queries import check_extra_queries, probe
 from specdec.fused import FusedNetwork
+from specdec.invariant_network import InvariantNetwork
 from specdec.layout import Ragged, Repad
 from specdec.rows import Rows
 from specdec.stock import StockNetwork
@@ -173,23 +174,79 @@ def test_the_text_sees_no_query(build, network_type):
     torch.testing.assert_close(text, alone, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_under_batch_invariance_the_text_keeps_its_bits():
-    model = tiny_llama(4)
+@pytest.fixture
+def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        with batch_invariant(model):
-            network = build_network(model, 2, 40, extra_queries=True)
-            assert isinstance(network, StockNetwork)
-            with_queries, queries = step(network, model, torch.randn(4, 32))
-            alone, _ = step(network, model, None)
-            shortened, _ = step(build_network(model, 2, 40), model, None)
-        _, expected = step(StockNetwork(model, 2, 40), model, torch.randn(4, 32, generator=None))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(with_queries, alone) and torch.equal(with_queries, shortened)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_gemma(family):
+    model = tiny_family(family, vocab_size=64, intermediate_size=64, tie_word_embeddings=True)
+    model.set_attn_implementation("eager")  # before transformers 5.18 the default leaves Gemma 2's soft-caps out
+    return model
+
+
+INVARIANT_MODELS = {
+    "llama": lambda: tiny_llama(4),
+    "mistral": tiny_mistral,
+    "gemma2": lambda: tiny_gemma("gemma2"),
+    "gemma3": lambda: tiny_gemma("gemma3_text"),
+}
+
+
+@pytest.mark.parametrize("name", INVARIANT_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tree_slots", [64, 14])
+@torch.no_grad()
+def test_under_batch_invariance_the_text_keeps_its_bits(name, dtype, tree_slots, one_thread, monkeypatch):
+    """Windows that end within text and branches; a step of 15 columns, in one forward and too wide for one."""
+    model = INVARIANT_MODELS[name]().to(dtype)
+    extra, ahead = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).to(dtype), torch.tensor([1, 2, 2, 3])
+    with batch_invariant(model):
+        network, stock = build_network(model, 2, 40, extra_queries=True), StockNetwork(model, 2, 40)
+        assert isinstance(network, InvariantNetwork)
+        monkeypatch.setattr(invariant_network, "TREE_SLOTS", tree_slots)
+        text, queries = step(network, model, extra, ahead=ahead)
+        alone, _ = step(build_network(model, 2, 40), model, None)
+        stock_text, expected = step(stock, model, extra, ahead=ahead)
+    assert torch.equal(text, alone) and torch.equal(text, stock_text)
     assert queries.shape == expected.shape and queries.isfinite().all()
+    if dtype == torch.float32:  # the stock forward's guesses take another attention
+        torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", INVARIANT_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 10, 14])
+@torch.no_grad()
+def test_captured_steps_with_extra_queries(name, dtype, width):
+    """Captured and replayed, with columns that fill a bucket (10), and too wide for one forward (14)."""
+    model = INVARIANT_MODELS[name]().to("cuda", dtype)
+    generator = torch.Generator().manual_seed(1)
+    with batch_invariant(model):
+        network, stock = build_network(model, 3, 100, extra_queries=True), StockNetwork(model, 3, 100)
+        ids = torch.randint(3, 60, (3, 9 + width), generator=generator)
+        lengths = torch.tensor([9, 7, 2])
+        rows = Rows([row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)], 60, 0, model.device)
+        used, results = 9 + width * 5, []
+        with network.running(), stock.running():
+            network.prefill(rows), stock.prefill(rows)
+            for _ in range(2):
+                extra = ExtraQueries(
+                    torch.randn(4, 32, generator=generator).to("cuda", dtype), torch.tensor([1, 2, 2, 3]).cuda()
+                )
+                tokens, starts = ids[:, 9:].cuda(), lengths.cuda()
+                outputs = [x.forward(tokens, starts, used, extra_queries=extra) for x in (network, stock)]
+                columns = torch.tensor([0, width - 1, 1]).cuda()
+                results.append([(x.logits.clone(), x.extra_logits(columns).clone()) for x in outputs])
+            alone = network.forward(tokens, starts, 9 + width).logits
+    for (text, queries), (stock_text, expected) in results:
+        assert torch.equal(text, alone) and torch.equal(text, stock_text)
+        if dtype == torch.float32:
+            torch.testing.assert_close(queries, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])

@@ -65,6 +65,25 @@ def test_reference_is_what_transformers_computes(shape, normed):
     assert torch.equal(values, before[1])
 
 
+def shuffled(starts, width):
+    """[rows, width] int64, places other than the slots."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(SLOTS, (len(starts), width), generator=generator).to(starts.device)
+
+
+def test_places_turn_and_slots_receive():
+    qkv, starts, cos, sin, keys, values, norm = operands((2, 3, 4, 2, 8), None)
+    places = shuffled(starts, 3)
+    out = rotary_write(qkv, starts, cos, sin, keys, values, norm, places)
+    for column in range(3):
+        alone = keys.clone(), values.clone()
+        turned = rotary_write(qkv[:, column : column + 1], places[:, column].contiguous(), cos, sin, *alone, norm)
+        assert torch.equal(out[:, column], turned[:, 0])
+        for row, (slot, place) in enumerate(zip(starts + column, places[:, column], strict=True)):
+            assert torch.equal(keys[row, slot], alone[0][row, place])
+            assert torch.equal(values[row, slot], alone[1][row, place])
+
+
 @interpreted
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normed", [None, *ARITHMETIC])
@@ -75,9 +94,11 @@ def test_kernel_in_the_interpreter_equals_the_reference(shape, normed, dtype, mo
     ours, reference = operands(shape, normed, dtype), operands(shape, normed, dtype)
     # The head norm's sum runs in another order.
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=4e-3, atol=4e-3)
-    torch.testing.assert_close(rotary_write(*ours, "triton"), rotary_write(*reference, "torch"), **tolerance)
-    torch.testing.assert_close(ours[4], reference[4], **tolerance)
-    assert torch.equal(ours[5], reference[5])
+    for places in (None, shuffled(ours[1], shape[1])):
+        out = rotary_write(*ours, places, "triton")
+        torch.testing.assert_close(out, rotary_write(*reference, places, "torch"), **tolerance)
+        torch.testing.assert_close(ours[4], reference[4], **tolerance)
+        assert torch.equal(ours[5], reference[5])
 
 
 def test_interpreter_run(run_in_subprocess):
