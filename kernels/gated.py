@@ -89,7 +89,7 @@ if triton is not None:
         up = tl.load(in_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
         if IS_GELU:
             # torch's compiler fuses this sum with its product; nothing else there can be fused.
-            inner = tl.fma(gate * gate * gate, 0.044715, gate) * 0.7978845608028654
+            inner = tl.fma(gate * gate * gate, tl.full([BLOCK], 0.044715, tl.float32), gate) * 0.7978845608028654
             active = 0.5 * gate * (1.0 + _tanh(inner))
         else:
             active = tl.math.div_rn(gate, 1.0 + _exp(-gate))

@@ -55,8 +55,8 @@ def build_network(
 ) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
     extra_queries: whether forwards may have them, which every network serves that is chosen here (whether the model
-    does, `specdec/extra_queries.py` finds out). must_be_exact: whether the output
-    depends on this model's bits. A target's always does; only a draft model may pass False.
+    does, `specdec/extra_queries.py` finds out). must_be_exact: whether the output depends on this model's bits. A
+    target's always does; only a draft model may pass False.
 
     Raises UnsupportedModelError if none does, naming the layout that would.
     """

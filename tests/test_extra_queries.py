@@ -19,7 +19,9 @@ from specdec.extra_queries import check_extra_queries, probe
 from specdec.fused import FusedNetwork
 from specdec.invariant_network import InvariantNetwork
 from specdec.layout import Ragged, Repad
+from specdec.network import NetworkOutput
 from specdec.rows import Rows
+from specdec.step_graphs import MAX_STEP_WIDTH, row_bucket, slot_bucket, width_bucket
 from specdec.stock import StockNetwork
 
 # Per-layer inputs looked up by token id, and ALiBi biases by slot: there is no such query.
@@ -215,6 +217,49 @@ def test_under_batch_invariance_the_text_keeps_its_bits(name, dtype, tree_slots,
     assert queries.shape == expected.shape and queries.isfinite().all()
     if dtype == torch.float32:  # the stock forward's guesses take another attention
         torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-4)
+
+
+class PaddedSteps:
+    """Steps padded as `StepGraphs` pads them, and not captured."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def replay(self, forward, token_ids, starts, used_slots, layers):
+        rows, width = token_ids.shape
+        padded = torch.zeros(row_bucket(rows), width_bucket(width), dtype=torch.long)
+        padded[:rows, :width] = token_ids
+        padded_starts = torch.full((len(padded),), self.cache.num_slots - MAX_STEP_WIDTH)
+        padded_starts[:rows] = starts
+        logits, states, _ = forward(padded, padded_starts, min(slot_bucket(used_slots), self.cache.num_slots), layers)
+        return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("width", [2, 10, 14])
+@torch.no_grad()
+def test_padding_of_steps_with_extra_queries(name, width, one_thread, monkeypatch):
+    """Rows and columns that fill a bucket, at the very end of the cache too; 14 is too wide for one forward."""
+    model = INVARIANT_MODELS[name]()
+    ids = torch.randint(3, 60, (3, 256), generator=torch.Generator().manual_seed(1))
+    extra = ExtraQueries(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 2, 2, 3]))
+    starts, columns = torch.tensor([256 - 5 * width, 7, 2]), torch.tensor([0, width - 1, 1])
+    results = []
+    monkeypatch.setattr(invariant_network, "StepGraphs", PaddedSteps)
+    with batch_invariant(model):
+        for is_padded in (False, True):
+            network = build_network(model, 3, 256)
+            with network.running():
+                network.kept.graphs = PaddedSteps(network.cache) if is_padded else None
+                network.prefill(Rows(list(ids[:, : 256 - width]), width, 0, model.device))
+                tokens = torch.stack([row[n : n + width] for row, n in zip(ids, starts, strict=True)])
+                out = network.forward(tokens, starts, 256, (1, -1), extra_queries=extra)
+                results.append((out.logits, *out.hidden_states, out.extra_logits(columns)))
+                text = network.forward(tokens, starts, 256, (1, -1))
+                results.append((text.logits, *text.hidden_states, results[0][-1]))
+    assert network.kept.num_slots == 256, "the first row ends where the texts do"
+    for result in results[1:]:
+        assert all(torch.equal(found, expected) for found, expected in zip(result, results[0], strict=True))
 
 
 @pytest.mark.gpu
