@@ -10,7 +10,7 @@ A draft model's bits do not matter, since what is accepted is the target's own. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -183,6 +183,7 @@ class InvariantNetwork(Network):
         layout: Layout | None = None,
     ):
         super().__init__(model, 0, max_rows, num_slots)
+        self._num_moves = 0
 
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
@@ -234,11 +235,12 @@ class InvariantNetwork(Network):
         self.cache.num_filled = max(self.cache.num_filled, used_slots)
         if graphs_width * (1 + extra.num) > TREE_SLOTS:
             output = self.forward(token_ids, starts, used_slots, layers)
-            return output._replace(extra_logits=lambda columns: kept.behind(starts, width, columns, used_slots, extra))
+            return output._replace(extra_logits=self._behind_cached(starts, width, used_slots, extra))
         if kept.graphs is None:
             output = kept.with_extra(token_ids, starts, used_slots, layers, extra)
         else:
-            output = self._replay_with_extra(token_ids, starts, used_slots, layers, extra)
+            most = TREE_SLOTS // graphs_width - 1
+            output = self._replay_with_extra(token_ids, starts, used_slots, layers, extra, most)
         *states, branches = output.hidden_states
 
         def extra_logits(columns: Tensor) -> Tensor:
@@ -246,19 +248,45 @@ class InvariantNetwork(Network):
 
         return NetworkOutput(output.logits, tuple(states), extra_logits)
 
+    def _behind_cached(
+        self, starts: Tensor, width: int, used_slots: int, extra: ExtraQueries
+    ) -> Callable[[Tensor], Tensor]:
+        kept, num_moves = self.kept, self._num_moves
+
+        def extra_logits(columns: Tensor) -> Tensor:
+            assert self._num_moves == num_moves, "rows have moved since the step; what is cached is another row's"
+            return kept.behind(starts, width, columns, used_slots, extra)
+
+        return extra_logits
+
+    def keep_rows(self, index: Tensor) -> None:
+        self._num_moves += 1
+        super().keep_rows(index)
+
     def _replay_with_extra(
-        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
+        self,
+        token_ids: Tensor,
+        starts: Tensor,
+        used_slots: int,
+        layers: tuple[int, ...],
+        extra: ExtraQueries,
+        most: int,
     ) -> NetworkOutput:
+        """By graphs of as many queries or more, at most `most`: the last, repeated, stands behind all that count."""
         kept = self.kept
-        if extra.num not in kept.graphs_with_extra:
+        num = min((num for num in kept.graphs_with_extra if extra.num <= num <= most), default=extra.num)
+        repeated = torch.arange(num, device=extra.ahead.device).clamp(max=extra.num - 1)
+        if num not in kept.graphs_with_extra:
             embeddings = extra.embeddings.to(kept.embedding.weight.dtype, copy=True)
-            kept.graphs_with_extra[extra.num] = StepGraphs(self.cache), ExtraQueries(embeddings, extra.ahead.clone())
-        graphs, inputs = kept.graphs_with_extra[extra.num]
-        inputs.embeddings.copy_(extra.embeddings)  # where the graphs read them
-        inputs.ahead.copy_(extra.ahead)
+            kept.graphs_with_extra[num] = StepGraphs(self.cache), ExtraQueries(embeddings, extra.ahead.clone())
+        graphs, inputs = kept.graphs_with_extra[num]
+        inputs.embeddings.copy_(extra.embeddings[repeated])  # where the graphs read them
+        inputs.ahead.copy_(extra.ahead[repeated])
         # The columns that fill a bucket move the branches behind them.
         used_slots = min(used_slots + TREE_SLOTS, self.cache.num_slots)
-        return graphs.replay(partial(kept.with_extra, extra=inputs), token_ids, starts, used_slots, layers)
+        output = graphs.replay(partial(kept.with_extra, extra=inputs), token_ids, starts, used_slots, layers)
+        *states, branches = output.hidden_states
+        return output._replace(hidden_states=(*states, branches[:, :, : extra.num]))
 
     def _run(
         self,

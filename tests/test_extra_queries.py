@@ -257,6 +257,11 @@ def test_padding_of_steps_with_extra_queries(name, width, one_thread, monkeypatc
                 results.append((out.logits, *out.hidden_states, out.extra_logits(columns)))
                 text = network.forward(tokens, starts, 256, (1, -1))
                 results.append((text.logits, *text.hidden_states, results[0][-1]))
+                fewer = ExtraQueries(extra.embeddings[:2], extra.ahead[:2])  # a graph of more serves them
+                out = network.forward(tokens, starts, 256, (1, -1), extra_queries=fewer)
+                behind = torch.cat([out.extra_logits(columns), results[0][-1][:, 2:]], 1)
+                results.append((out.logits, *out.hidden_states, behind))
+    assert set(network.kept.graphs_with_extra) == {2: {4}, 10: {4}, 14: {2}}[width]
     assert network.kept.num_slots == 256, "the first row ends where the texts do"
     for result in results[1:]:
         assert all(torch.equal(found, expected) for found, expected in zip(result, results[0], strict=True))
