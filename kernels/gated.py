@@ -1,4 +1,4 @@
-"""silu(gate) * up, the gated activation of llama-type layers, in one launch."""
+"""act(gate) * up, the gated activation of llama- (SiLU) and gemma-type layers (GELU by tanh), in one launch."""
 
 from __future__ import annotations
 
@@ -25,21 +25,36 @@ def silu_mul(gate_up: Tensor, implementation: str = "auto") -> Tensor:
 
     Bit for bit torch's two operations: silu in float32, rounded to the dtype before the product.
     """
+    return _gated(gate_up, False, implementation)
+
+
+def gelu_tanh_mul(gate_up: Tensor, implementation: str = "auto") -> Tensor:
+    """As `silu_mul` with gelu(gate) by its tanh approximation, as torch's `gelu(approximate="tanh")` computes it."""
+    return _gated(gate_up, True, implementation)
+
+
+def _gated(gate_up: Tensor, is_gelu: bool, implementation: str) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up {list(gate_up.shape)} has no two halves; its last dimension must be even")
     if not uses_triton(implementation, gate_up):
-        return silu_mul_reference(gate_up)
+        return gelu_tanh_mul_reference(gate_up) if is_gelu else silu_mul_reference(gate_up)
     rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
     size = rows.shape[1] // 2
     out = torch.empty(len(rows), size, dtype=rows.dtype, device=rows.device)
     if out.numel():
-        _silu_mul_kernel[(len(rows), triton.cdiv(size, BLOCK))](rows, out, size, BLOCK=BLOCK, **overlap_options(rows))
+        grid = len(rows), triton.cdiv(size, BLOCK)
+        _gated_kernel[grid](rows, out, size, IS_GELU=is_gelu, BLOCK=BLOCK, **overlap_options(rows))
     return out.view(*gate_up.shape[:-1], size)
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate.contiguous()) * up  # strided operands take another path on a CPU
+
+
+def gelu_tanh_mul_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate.contiguous(), approximate="tanh") * up
 
 
 if triton is not None:
@@ -49,6 +64,10 @@ if triton is not None:
         def _exp(x):
             return tl.exp(x)
 
+        @triton.jit
+        def _tanh(x):
+            return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
     else:
 
         @triton.jit
@@ -56,14 +75,23 @@ if triton is not None:
             # The exponential of CUDA's own library, as torch calls it; Triton's tl.exp is another approximation.
             return libdevice.exp(x)
 
+        @triton.jit
+        def _tanh(x):
+            return libdevice.tanh(x)
+
     @triton.jit
-    def _silu_mul_kernel(in_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    def _gated_kernel(in_ptr, out_ptr, size, IS_GELU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
         wait_for_previous_kernel(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < size
         gate = tl.load(in_ptr + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(in_ptr + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
-        silu = tl.math.div_rn(gate, 1.0 + _exp(-gate)).to(out_ptr.dtype.element_ty)
-        out = silu.to(tl.float32) * up
+        if IS_GELU:
+            # torch's compiler fuses this sum with its product; nothing else there can be fused.
+            inner = tl.fma(gate * gate * gate, tl.full([BLOCK], 0.044715, tl.float32), gate) * 0.7978845608028654
+            active = 0.5 * gate * (1.0 + _tanh(inner))
+        else:
+            active = tl.math.div_rn(gate, 1.0 + _exp(-gate))
+        out = active.to(out_ptr.dtype.element_ty).to(tl.float32) * up
         tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), mask=inside)

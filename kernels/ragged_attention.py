@@ -4,9 +4,15 @@ Every query sees an interval of its row's slots. Keys are walked in tiles of BLO
 whose boundaries are positions in the row's own text, counted from its first token, wherever that token is stored:
 neither left padding nor the length of other rows moves them. The splits of a query are merged in ascending order. A
 tile that a query sees nothing of changes none of its numbers, so its result depends on the query and its keys alone.
+
+In a tree a query sees some of the step's own slots and not others (`Tree`). A hidden key scores -inf: the maximum
+passes over it, its weight is exp(-inf) = 0, and 0 times its value adds 0, so no bit follows what it holds, as long as
+that is finite. A chain written as a tree has the bits of the chain, and so has every query that sees all of its span.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +30,20 @@ BLOCK_QUERIES = 64  # (query, head of the group) pairs per program
 BLOCK_KEYS = 64
 SPLIT_KEYS = 256
 NUM_WARPS = 4
+TREE_SLOTS = 64  # of a step: the bits of a mask
 MAX_WORKSPACE = 1 << 28  # bytes of partial results; wider forwards go through in pieces
+
+
+class Tree(NamedTuple):
+    """What hides some of a step's own slots.
+
+    starts: [rows] int64, the slot of each row's first own one; those before it are seen as the spans say. mask: [rows,
+    width] int64, contiguous: of its span's slots from starts[b] on, a query sees starts[b] + i where bit i is set, and
+    none from starts[b] + 64 on.
+    """
+
+    starts: Tensor
+    mask: Tensor
 
 
 def ragged_attention(
@@ -35,6 +54,7 @@ def ragged_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    tree: Tree | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """Softmax attention, [rows, width, heads, value_dim].
@@ -43,7 +63,7 @@ def ragged_attention(
     any strides but a dense last dimension. spans: [rows, width, 3] int32, contiguous: the first slot that a query sees,
     the slot behind the last, and the slot of the row's first token (negative if that was evicted), one per row. A query
     with an empty span gives zeros. softcap: scores become softcap * tanh(score / softcap). sinks: [heads], a score per
-    head that takes part in the softmax and has no value.
+    head that takes part in the softmax and has no value. tree: hides some of what the spans show.
     """
     rows, num_heads, width, dim = query.shape
     if key.shape[0] != rows or value.shape[:3] != key.shape[:3] or key.shape[3] != dim:
@@ -56,10 +76,17 @@ def ragged_attention(
         raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; cast them to one dtype")
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(f"sinks {list(sinks.shape)} does not fit {num_heads} heads")
+    if tree is not None:
+        if tree.mask.shape != (rows, width) or tree.mask.dtype != torch.int64 or not tree.mask.is_contiguous():
+            raise ValueError(
+                f"mask is {list(tree.mask.shape)} {tree.mask.dtype}; need contiguous [{rows}, {width}] int64"
+            )
+        if tree.starts.shape != (rows,) or tree.starts.dtype != torch.int64 or not tree.starts.is_contiguous():
+            raise ValueError(f"starts is {list(tree.starts.shape)} {tree.starts.dtype}; need contiguous [{rows}] int64")
     if not uses_triton(implementation, query):
-        return ragged_attention_reference(query, key, value, spans, scaling, softcap, sinks)
+        return ragged_attention_reference(query, key, value, spans, scaling, softcap, sinks, tree)
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    return _ragged_attention_triton(query, key, value, spans, scaling, softcap, sinks)
+    return _ragged_attention_triton(query, key, value, spans, scaling, softcap, sinks, tree)
 
 
 def ragged_attention_reference(
@@ -70,6 +97,7 @@ def ragged_attention_reference(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    tree: Tree | None = None,
 ) -> Tensor:
     """The same contract in plain torch: every query alone over a copy of what it sees."""
     rows, num_heads, width, dim = query.shape
@@ -78,18 +106,29 @@ def ragged_attention_reference(
     wide = torch.promote_types(query.dtype, torch.float32)
     for row, row_spans in enumerate(spans.tolist()):
         for column, (begin, end, _) in enumerate(row_spans):
-            if end <= begin:
+            slots = torch.arange(begin, max(begin, end), device=key.device)
+            if tree is not None:
+                slots = slots[is_shown(tree.mask[row, column], slots - tree.starts[row])]
+            if not len(slots):
                 continue
-            keys, values = (x[row, :, begin:end].to(wide, copy=True).contiguous() for x in (key, value))
+            keys, values = (x[row].index_select(1, slots).to(wide) for x in (key, value))
             queries = query[row, :, column].reshape(num_kv_heads, -1, dim).to(wide, copy=True)
-            scores = (queries @ keys.transpose(1, 2) * scaling).view(num_heads, end - begin)
+            scores = (queries @ keys.transpose(1, 2) * scaling).view(num_heads, len(slots))
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             if sinks is not None:
                 scores = torch.cat([scores, sinks.to(wide)[:, None]], 1)
-            weights = torch.softmax(scores, 1)[:, : end - begin].reshape(num_kv_heads, -1, end - begin)
+            weights = torch.softmax(scores, 1)[:, : len(slots)].reshape(num_kv_heads, -1, len(slots))
             out[row, column] = (weights @ values).view(num_heads, -1).to(out.dtype)
     return out
+
+
+def is_shown(mask: Tensor, own: Tensor) -> Tensor:
+    """Whether slots are shown by masks, by their distances `own` from the first own slot (negative: before it).
+
+    Shapes broadcast, int64 both.
+    """
+    return (own < 0) | ((own < TREE_SLOTS) & (mask >> own.clamp(0, TREE_SLOTS - 1) & 1).bool())
 
 
 def _ragged_attention_triton(
@@ -100,6 +139,7 @@ def _ragged_attention_triton(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    tree: Tree | None,
 ) -> Tensor:
     rows, num_heads, width, dim = query.shape
     num_kv_heads, num_slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -124,6 +164,8 @@ def _ragged_attention_triton(
             key,
             value,
             spans,
+            None if tree is None else tree.starts,
+            None if tree is None else tree.mask,
             partial,
             begin,
             count,
@@ -141,6 +183,8 @@ def _ragged_attention_triton(
             BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
             BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
             HAS_SOFTCAP=softcap is not None,
+            IS_TREE=tree is not None,
+            TREE_SLOTS=TREE_SLOTS,
             BLOCK_QUERIES=BLOCK_QUERIES,
             BLOCK_KEYS=BLOCK_KEYS,
             SPLIT_KEYS=SPLIT_KEYS,
@@ -162,6 +206,7 @@ def _ragged_attention_triton(
             VALUE_DIM=value_dim,
             BLOCK_VALUE=triton.next_power_of_2(value_dim),
             HAS_SINKS=sinks is not None,
+            IS_TREE=tree is not None,
             SPLIT_KEYS=SPLIT_KEYS,
             num_warps=1,
             **overlap_options(query),
@@ -177,6 +222,8 @@ if triton is not None:
         key_ptr,
         value_ptr,
         spans_ptr,
+        tree_starts_ptr,
+        tree_mask_ptr,
         partial_ptr,
         begin,
         count,
@@ -200,6 +247,8 @@ if triton is not None:
         BLOCK_DIM: tl.constexpr,
         BLOCK_VALUE: tl.constexpr,
         HAS_SOFTCAP: tl.constexpr,
+        IS_TREE: tl.constexpr,
+        TREE_SLOTS: tl.constexpr,
         BLOCK_QUERIES: tl.constexpr,
         BLOCK_KEYS: tl.constexpr,
         SPLIT_KEYS: tl.constexpr,
@@ -233,6 +282,9 @@ if triton is not None:
             query = tl.load(
                 query_ptr + query_at[:, None] + dim[None, :], mask=pair_ok[:, None] & dim_ok[None, :], other=0.0
             )
+            if IS_TREE:
+                own_begin = tl.load(tree_starts_ptr + row)
+                own_mask = tl.load(tree_mask_ptr + row * width + begin + column, mask=pair_ok, other=0)
             highest_score = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_QUERIES], tl.float32)
             values = tl.zeros([BLOCK_QUERIES, BLOCK_VALUE], tl.float32)
@@ -247,6 +299,11 @@ if triton is not None:
                 if HAS_SOFTCAP:
                     score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
                 visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
+                if IS_TREE:
+                    own = slot.to(tl.int64) - own_begin
+                    bit = tl.minimum(tl.maximum(own, 0), TREE_SLOTS - 1)
+                    is_set = ((own_mask[:, None] >> bit[None, :]) & 1) != 0
+                    visible = visible & ((own < 0)[None, :] | ((own < TREE_SLOTS)[None, :] & is_set))
                 score = tl.where(visible, score, float("-inf"))
                 new_highest = tl.maximum(highest_score, tl.max(score, 1))
                 # While a query has seen nothing its maximum stays -inf; 0 in its place keeps NaN out.
@@ -286,6 +343,7 @@ if triton is not None:
         VALUE_DIM: tl.constexpr,
         BLOCK_VALUE: tl.constexpr,
         HAS_SINKS: tl.constexpr,
+        IS_TREE: tl.constexpr,
         SPLIT_KEYS: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
@@ -315,8 +373,11 @@ if triton is not None:
             at = partial_ptr + (place + split) * (VALUE_DIM + 2)
             split_highest = tl.load(at + VALUE_DIM)
             new_highest = tl.maximum(highest_score, split_highest)
-            scale = tl.exp(highest_score - new_highest)
-            split_scale = tl.exp(split_highest - new_highest)
+            finite = new_highest
+            if IS_TREE:  # every slot of a split may be hidden
+                finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            scale = tl.exp(highest_score - finite)
+            split_scale = tl.exp(split_highest - finite)
             total = total * scale + tl.load(at + VALUE_DIM + 1) * split_scale
             values = values * scale + tl.load(at + value_dim, mask=value_ok, other=0.0) * split_scale
             highest_score = new_highest

@@ -18,11 +18,13 @@ if triton is not None:
 
 
 class HeadNorm(NamedTuple):
-    """RMSNorm over each query and key head, before the rotation. Weights: [head_dim]."""
+    """RMSNorm over each query and key head, before the rotation. Weights: [head_dim]; the rest as for `rms_norm`."""
 
     query_weight: Tensor
     key_weight: Tensor
     eps: float
+    unit_offset: bool = False
+    round_first: bool = True
 
 
 def rotary_write(
@@ -33,16 +35,18 @@ def rotary_write(
     keys: Tensor,
     values: Tensor,
     head_norm: HeadNorm | None = None,
+    places: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """Rotate a step's queries and keys, and write its keys and values behind each row's cached ones.
 
-    qkv: [rows, width, (heads + 2 kv_heads) * head_dim]. starts: [rows] int64, column j of row b stands at position
-    starts[b] + j. cos, sin: [positions, head_dim], in qkv's dtype. keys, values: [rows, slots, kv_heads, head_dim],
-    contiguous but for the row; written in place at slots starts[b] .. starts[b] + width - 1.
+    qkv: [rows, width, (heads + 2 kv_heads) * head_dim]. starts: [rows] int64; column j of row b is written to slot
+    starts[b] + j. places: [rows, width] int64, contiguous, the columns' positions; None if these are their slots.
+    cos, sin: [positions, head_dim], in qkv's dtype. keys, values: [rows, slots, kv_heads, head_dim], contiguous but for
+    the row; written in place.
 
     Returns the queries, [rows, width, heads, head_dim]. Bit for bit what transformers' modules compute one by one:
-    the normalised head rounded before its weight; both products and their sum rounded to the dtype.
+    the normalised head rounded where its norm rounds it; both products and their sum rounded to the dtype.
     """
     rows, width, _ = qkv.shape
     num_kv_heads, dim = keys.shape[2:]
@@ -52,16 +56,19 @@ def rotary_write(
         raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} do not fit {rows} rows")
     if starts.shape != (rows,) or cos.shape != sin.shape or cos.shape[1] != dim:
         raise ValueError(f"starts {list(starts.shape)} or cos {list(cos.shape)} does not fit {rows} rows of {dim}")
+    if places is not None and (places.shape != (rows, width) or not places.is_contiguous()):
+        raise ValueError(f"places is {list(places.shape)}; need contiguous [{rows}, {width}]")
     if not qkv.dtype == keys.dtype == values.dtype == cos.dtype == sin.dtype:
         raise ValueError(f"qkv is {qkv.dtype}, keys {keys.dtype}, cos {cos.dtype}; cast them to one dtype")
     if not uses_triton(implementation, qkv):
-        return rotary_write_reference(qkv, starts, cos, sin, keys, values, head_norm)
+        return rotary_write_reference(qkv, starts, cos, sin, keys, values, head_norm, places)
     num_heads = qkv.shape[2] // dim - 2 * num_kv_heads
     out = torch.empty(rows, width, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     block = triton.next_power_of_2(dim)
     _rotary_write_kernel[(rows * width, num_heads + 2 * num_kv_heads)](
         qkv.contiguous(),
         starts,
+        places,
         cos,
         sin,
         keys,
@@ -78,7 +85,10 @@ def rotary_write(
         NUM_KV_HEADS=num_kv_heads,
         DIM=dim,
         BLOCK=block,
+        HAS_PLACES=places is not None,
         HAS_NORM=head_norm is not None,
+        UNIT_OFFSET=head_norm is not None and head_norm.unit_offset,
+        ROUND_FIRST=head_norm is None or head_norm.round_first,
         num_warps=1,  # as the RMSNorm of so short a row has: the order of its sum follows the number of warps
         enable_fp_fusion=False,  # a fused multiply-add would skip a rounding
         **overlap_options(qkv),
@@ -94,6 +104,7 @@ def rotary_write_reference(
     keys: Tensor,
     values: Tensor,
     head_norm: HeadNorm | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     rows, width, _ = qkv.shape
     num_kv_heads, dim = keys.shape[2:]
@@ -101,13 +112,14 @@ def rotary_write_reference(
     num_heads = heads.shape[2] - 2 * num_kv_heads
     query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], 2)
     if head_norm is not None:
-        query = rms_norm_reference(query, head_norm.query_weight, head_norm.eps)
-        key = rms_norm_reference(key, head_norm.key_weight, head_norm.eps)
-    positions = starts[:, None] + torch.arange(width, device=starts.device)
+        query = rms_norm_reference(query, head_norm.query_weight, *head_norm[2:])
+        key = rms_norm_reference(key, head_norm.key_weight, *head_norm[2:])
+    slots = starts[:, None] + torch.arange(width, device=starts.device)
+    places = slots if places is None else places
     row = torch.arange(rows, device=starts.device)[:, None]
-    keys[row, positions] = _rotate(key, cos[positions, None], sin[positions, None])
-    values[row, positions] = value
-    return _rotate(query, cos[positions, None], sin[positions, None])
+    keys[row, slots] = _rotate(key, cos[places, None], sin[places, None])
+    values[row, slots] = value
+    return _rotate(query, cos[places, None], sin[places, None])
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -118,9 +130,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
+    def _weighted(x, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROUND_FIRST: tl.constexpr):
+        """A normalised head times its weight, float32 that holds values of `dtype`."""
+        if ROUND_FIRST:
+            x = x.to(dtype).to(tl.float32)
+            if UNIT_OFFSET:
+                weight = (1.0 + weight).to(dtype).to(tl.float32)
+        elif UNIT_OFFSET:
+            weight = 1.0 + weight
+        return (x * weight).to(dtype).to(tl.float32)
+
+    @triton.jit
     def _rotary_write_kernel(
         qkv_ptr,
         starts_ptr,
+        places_ptr,
         cos_ptr,
         sin_ptr,
         keys_ptr,
@@ -137,7 +161,10 @@ if triton is not None:
         NUM_KV_HEADS: tl.constexpr,
         DIM: tl.constexpr,
         BLOCK: tl.constexpr,
+        HAS_PLACES: tl.constexpr,
         HAS_NORM: tl.constexpr,
+        UNIT_OFFSET: tl.constexpr,
+        ROUND_FIRST: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
         """One program per token and head; heads are queries, keys, values in this order."""
@@ -146,14 +173,17 @@ if triton is not None:
         head = tl.program_id(1)
         dtype: tl.constexpr = out_ptr.dtype.element_ty
         row = token // width
-        position = tl.load(starts_ptr + row) + token % width
+        slot = tl.load(starts_ptr + row) + token % width
+        place = slot
+        if HAS_PLACES:
+            place = tl.load(places_ptr + token)
         column = tl.arange(0, BLOCK)
         inside = column < DIM
         here = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * DIM
         head_values = tl.load(here + column, mask=inside, other=0.0)
         if head >= NUM_HEADS + NUM_KV_HEADS:
-            place = values_ptr + row * values_row + position * slot_stride + (head - NUM_HEADS - NUM_KV_HEADS) * DIM
-            tl.store(place + column, head_values, mask=inside)
+            here = values_ptr + row * values_row + slot * slot_stride + (head - NUM_HEADS - NUM_KV_HEADS) * DIM
+            tl.store(here + column, head_values, mask=inside)
         else:
             partner = (column + DIM // 2) % DIM
             sign = tl.where(column < DIM // 2, -1.0, 1.0)
@@ -164,15 +194,15 @@ if triton is not None:
                 weight_ptr = query_weight_ptr if head < NUM_HEADS else key_weight_ptr
                 weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
                 turned_weight = tl.load(weight_ptr + partner, mask=inside, other=0.0).to(tl.float32)
-                x = ((x * scale).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-                turned = ((turned * scale).to(dtype).to(tl.float32) * turned_weight).to(dtype).to(tl.float32)
-            cos = tl.load(cos_ptr + position * DIM + column, mask=inside, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + position * DIM + column, mask=inside, other=0.0).to(tl.float32)
+                x = _weighted(x * scale, weight, dtype, UNIT_OFFSET, ROUND_FIRST)
+                turned = _weighted(turned * scale, turned_weight, dtype, UNIT_OFFSET, ROUND_FIRST)
+            cos = tl.load(cos_ptr + place * DIM + column, mask=inside, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + place * DIM + column, mask=inside, other=0.0).to(tl.float32)
             straight = (x * cos).to(dtype).to(tl.float32)
             crossed = (sign * turned * sin).to(dtype).to(tl.float32)
             rotated = (straight + crossed).to(dtype)
             if head < NUM_HEADS:
                 tl.store(out_ptr + (token * NUM_HEADS + head) * DIM + column, rotated, mask=inside)
             else:
-                place = keys_ptr + row * keys_row + position * slot_stride + (head - NUM_HEADS) * DIM
-                tl.store(place + column, rotated, mask=inside)
+                here = keys_ptr + row * keys_row + slot * slot_stride + (head - NUM_HEADS) * DIM
+                tl.store(here + column, rotated, mask=inside)

@@ -54,8 +54,9 @@ def build_network(
     must_be_exact: bool = True,
 ) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
-    extra_queries: whether forwards may have them; see `specdec/extra_queries.py`. must_be_exact: whether the output
-    depends on this model's bits. A target's always does; only a draft model may pass False.
+    extra_queries: whether forwards may have them, which every network serves that is chosen here (whether the model
+    does, `specdec/extra_queries.py` finds out). must_be_exact: whether the output depends on this model's bits. A
+    target's always does; only a draft model may pass False.
 
     Raises UnsupportedModelError if none does, naming the layout that would.
     """
@@ -66,18 +67,14 @@ def build_network(
             f"prompt, new tokens and drafts make {num_slots} tokens, but {type(model).__name__} has masks for "
             f"{model.config.max_position_embeddings}; shorten the prompt or lower max_new_tokens"
         )
-    network_type = choose_network(model, layout, extra_queries, must_be_exact)
+    network_type = choose_network(model, layout, must_be_exact)
     return network_type(model, max_rows, num_slots, max_length, layout)
 
 
-def choose_network(
-    model: PreTrainedModel, layout: Layout, extra_queries: bool = False, must_be_exact: bool = True
-) -> NetworkType:
+def choose_network(model: PreTrainedModel, layout: Layout, must_be_exact: bool = True) -> NetworkType:
     """The fastest that serves `model`; raises UnsupportedModelError if none does. See `build_network`."""
     for can_serve, network_type in ((can_fuse, FusedNetwork), (can_shorten, InvariantNetwork)):
-        if autocast_dtype(model) is not None or (
-            network_type is InvariantNetwork and (layout.one_length or extra_queries)
-        ):
+        if autocast_dtype(model) is not None or (network_type is InvariantNetwork and layout.one_length):
             continue  # autocast is for a model's own modules
         if can_serve(model):
             try:

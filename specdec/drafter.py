@@ -70,7 +70,8 @@ class Verified:
     hidden_states: one [rows, k + 1, hidden] tensor per layer in `Drafter.target_layers`; position j holds the state
         from which the target predicted the token after draft token j.
     extra_logits: the target's logits at the draft's extra queries, if it has any: from the number of draft tokens
-        before the end that is meant, [rows] int64, to [rows, extra, vocab]. Valid until the next step.
+        before the end that is meant, [rows] int64, to [rows, extra, vocab]. To be asked in `observe`: afterwards
+        rows may move or leave.
     """
 
     draft: Draft

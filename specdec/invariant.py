@@ -140,6 +140,14 @@ def is_invariant_forward(forward: Callable | None) -> bool:
     return isinstance(forward, partial) and forward.func in (_linear, _layer_norm, _rms_norm)
 
 
+def rms_norm_arithmetic(module: nn.Module) -> tuple[float, bool, bool]:
+    """eps, unit_offset and round_first of an RMSNorm as it runs when it is swapped."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, partial) and forward.func is _rms_norm:
+        return forward.args[1:]
+    return rms_norm_variant(type(module).__name__, module)
+
+
 @torch.no_grad()
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     with own_arithmetic():

@@ -1,4 +1,4 @@
-"""The short forward of a batch-invariant llama-, qwen2-, qwen3- or mistral-type model: nine launches a layer.
+"""The short forward of a batch-invariant llama-, qwen2-, qwen3-, mistral- or gemma-type model: few launches a layer.
 
 Its bits are those of the model's own modules with the kernels swapped in (`batch_invariant`), so transformers' own
 `generate` on that model stays the oracle. Weights are read where they lie. On a GPU the steps are replayed as CUDA
@@ -10,103 +10,43 @@ A draft model's bits do not matter, since what is accepted is the target's own. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.branches import ExtraQueries
+from specdec.branches import Branches, ExtraQueries
 from specdec.cache import RaggedCache
-from specdec.fused import is_known_class, is_plain, windows
 from specdec.invariant import is_batch_invariant, is_invariant_forward
 from specdec.invariant_guard import own_arithmetic
+from specdec.invariant_layers import Head, Norm, layers_of
+from specdec.invariant_step import Step, branch_step, text_step, tree_step
 from specdec.kernels import persistent_step
-from specdec.kernels.gated import silu_mul
-from specdec.kernels.in_order_linear import in_order_linears
-from specdec.kernels.norms import add_rms_norm, rms_norm
-from specdec.kernels.ragged_attention import ragged_attention
-from specdec.kernels.rotary_write import HeadNorm, rotary_write
+from specdec.kernels.ragged_attention import TREE_SLOTS
+from specdec.known_classes import FAMILIES, is_known_class, is_plain
 from specdec.layout import Layout
 from specdec.network import CachePlan, Network, NetworkOutput
 from specdec.one_launch import one_launch_step
-from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket
+from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket, width_bucket
+
+# Behind the texts of a cache: what a step takes along with its text, and what pads a graph's rows and columns.
+SPARE_SLOTS = TREE_SLOTS
 
 
 def can_shorten(model: PreTrainedModel) -> bool:
     """Whether `model` is batch-invariant and exactly one of the known classes, with nothing else attached."""
-    return is_batch_invariant(model) and is_known_class(model) and all(map(is_plain_or_swapped, model.modules()))
+    return (
+        is_batch_invariant(model) and is_known_class(model, FAMILIES) and all(map(is_plain_or_swapped, model.modules()))
+    )
 
 
 def is_plain_or_swapped(module: nn.Module) -> bool:
     return is_plain(module, may_be_replaced=is_invariant_forward(module.__dict__.get("forward")))
-
-
-class Step(NamedTuple):
-    """What the layers of one forward share.
-
-    starts: [rows] int64. spans: per sliding window (None = full attention), [rows, width, 3] int32, as
-    `ragged_attention` takes them. cos, sin: [slots, head_dim]. used_slots: slots that attention looks at.
-    """
-
-    starts: Tensor
-    spans: dict[int | None, Tensor]
-    cos: Tensor
-    sin: Tensor
-    used_slots: int
-
-
-class InvariantLayer:
-    """One decoder layer."""
-
-    def __init__(self, layer: Any, window: int | None):
-        block, mlp = layer.self_attn, layer.mlp
-        self.window, self.scaling = window, block.scaling
-        self.qkv = SharedInput(block.q_proj, block.k_proj, block.v_proj)
-        self.out, self.gate_up = SharedInput(block.o_proj), SharedInput(mlp.gate_proj, mlp.up_proj)
-        self.down = SharedInput(mlp.down_proj)
-        self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.head_norm: HeadNorm | None = None
-        if hasattr(block, "q_norm"):
-            self.head_norm = HeadNorm(block.q_norm.weight, block.k_norm.weight, block.q_norm.variance_epsilon)
-
-    def __call__(self, hidden: Tensor, added: Tensor | None, keys: Tensor, values: Tensor, step: Step):
-        """[rows, width, hidden] -> the residual stream without, and apart from it, what this layer's MLP adds."""
-        normed, hidden = norm(self.attention_norm, hidden, added)
-        query = rotary_write(self.qkv(normed), step.starts, step.cos, step.sin, keys, values, self.head_norm)
-        used_keys, used_values = (x[:, : step.used_slots].transpose(1, 2) for x in (keys, values))
-        spans = step.spans[self.window]
-        attended = ragged_attention(query.transpose(1, 2), used_keys, used_values, spans, self.scaling)
-        normed, hidden = norm(self.mlp_norm, hidden, self.out(attended.flatten(2)))
-        return hidden, self.down(silu_mul(self.gate_up(normed)))
-
-
-class SharedInput:
-    """Linear layers of one input, computed together: [..., out1 + out2 + ...]."""
-
-    def __init__(self, *linears: nn.Linear):
-        self.weights = [linear.weight.detach() for linear in linears]
-        biases: list[Tensor | None] = [linear.bias for linear in linears]
-        if any(bias is not None for bias in biases):
-            # The others get zeros, which change no bit but the sign of a zero.
-            zeros = (weight.new_zeros(len(weight)) for weight in self.weights)
-            biases = [zero if bias is None else bias.detach() for zero, bias in zip(zeros, biases, strict=True)]
-        self.biases = biases
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return in_order_linears(x, self.weights, self.biases)
-
-
-def norm(module: Any, hidden: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The normalised sum and the sum; `added` is None before the first layer."""
-    if added is None:
-        return rms_norm(hidden, module.weight, module.variance_epsilon), hidden
-    return add_rms_norm(added, hidden, module.weight, module.variance_epsilon)
 
 
 class InvariantForward:
@@ -116,24 +56,20 @@ class InvariantForward:
         """must_be_exact: whether steps have the bits of the model's own modules; a draft model's need not."""
         self.max_rows, self.num_slots = max_rows, num_slots
         self.weights = addresses(model)
-        self.layers = [
-            InvariantLayer(layer, window) for layer, window in zip(model.model.layers, windows(model), strict=True)
-        ]
+        num_cache_slots = num_slots + SPARE_SLOTS
+        self.layers = layers_of(model, num_cache_slots)
         self.windows = {layer.window for layer in self.layers}
-        self.embedding, self.norm, self.head = model.model.embed_tokens, model.model.norm, SharedInput(model.lm_head)
-        # What pads a graph's rows and columns is written behind the texts.
-        self.cache = RaggedCache(len(self.layers), max_rows, num_slots + MAX_STEP_WIDTH, model.device)
-        with torch.no_grad():
-            positions = torch.arange(self.cache.num_slots, device=model.device)[None]
-            cos, sin = model.model.rotary_emb(self.embedding.weight[:1], positions)
-            self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
-            head = self.cos.new_empty(1, model.config.num_key_value_heads, 0, model.model.layers[0].self_attn.head_dim)
-            for layer in self.cache.layers:
-                layer.lazy_initialization(head, head)
+        self.embedding, self.norm, self.head = model.model.embed_tokens, Norm(model.model.norm), Head(model)
+        self.cache = RaggedCache(len(self.layers), max_rows, num_cache_slots, model.device)
+        head_dim = model.model.layers[0].self_attn.head_dim
+        head = self.embedding.weight.detach().new_empty(1, model.config.num_key_value_heads, 0, head_dim)
+        for layer in self.cache.layers:
+            layer.lazy_initialization(head, head)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
+        self.graphs_with_extra: dict[int, tuple[StepGraphs, ExtraQueries]] = {}  # by the number of extra queries
         self.one_launch = None
         if not must_be_exact:
-            self.one_launch = one_launch_step(model, self.cache, self.cos, self.sin, num_slots)
+            self.one_launch = one_launch_step(model, self.cache, *self.layers[0].options.rotation, num_slots)
 
     def serves(self, model: PreTrainedModel, max_rows: int, num_slots: int) -> bool:
         """Whether it is large enough and of the same weights."""
@@ -144,23 +80,53 @@ class InvariantForward:
         if self.one_launch is not None and token_ids.numel() <= persistent_step.FASTER_UP_TO and set(layers) <= {-1}:
             logits, hidden = self.one_launch(token_ids, starts)
             return NetworkOutput(logits, (hidden,) * len(layers))
-        hidden, states = self.run(token_ids, starts, used_slots, slice(0, len(token_ids)), layers)
+        step = text_step(starts, token_ids.shape[1], used_slots, self.num_slots, self.windows)
+        hidden, states = self.run(self.embed(token_ids), step, slice(0, len(token_ids)), layers)
         return NetworkOutput(self.logits(hidden), states)
 
     @torch.no_grad()
+    def with_extra(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
+    ) -> NetworkOutput:
+        """The same with a branch behind each token. The last of the states are those of the branches, behind the final
+        norm: [rows, width, extra, hidden]."""
+        rows, width = token_ids.shape
+        columns = torch.arange(width, device=starts.device)
+        # A graph's padding starts so far behind the texts that there is room for tokens alone.
+        branches = Branches.behind(starts.clamp(max=self.num_slots), width, columns[None], extra.ahead)
+        text = self.embed(token_ids)
+        behind = extra.embeddings.to(text.dtype).repeat(width, 1).expand(rows, -1, -1)
+        step = tree_step(branches, used_slots, self.num_slots, self.windows)
+        hidden, states = self.run(torch.cat([text, behind], 1), step, slice(0, rows), layers)
+        behind = hidden[:, width:].unflatten(1, (width, -1))
+        return NetworkOutput(self.logits(hidden[:, :width]), (*(state[:, :width] for state in states), behind))
+
+    @torch.no_grad()
+    def behind(self, starts: Tensor, width: int, columns: Tensor, used_slots: int, extra: ExtraQueries) -> Tensor:
+        """Logits of a branch behind one column of each row, [rows, extra, vocab], in a forward of its own after that
+        of the step's [rows, width] text. columns: [rows] int64."""
+        branches = Branches.behind(starts, width, columns[:, None], extra.ahead)
+        inputs = extra.embeddings.to(self.embedding.weight.dtype).expand(len(starts), -1, -1)
+        step = branch_step(branches, used_slots, self.windows)
+        return self.logits(self.run(inputs, step, slice(0, len(starts)), ())[0])
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self.embedding(token_ids)
+
+    @torch.no_grad()
     def run(
-        self, token_ids: Tensor, starts: Tensor, used_slots: int, rows: slice, layers: tuple[int, ...]
+        self, inputs: Tensor, step: Step, rows: slice, layers: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The states behind the final norm, and those that were asked for, [rows, width, hidden] each."""
+        """The states behind the final norm, and those that were asked for, [rows, width, hidden] each, as `inputs`."""
         with own_arithmetic():
-            step = Step(starts, self._spans(starts, token_ids.shape[1], used_slots), self.cos, self.sin, used_slots)
-            hidden, added = F.embedding(token_ids, self.embedding.weight), None
+            hidden, added = inputs, None
             states = [hidden]
             for layer, cached in zip(self.layers, self.cache.layers, strict=True):
                 hidden, added = layer(hidden, added, cached.keys[rows], cached.values[rows], step)
                 if layers:
                     states.append(hidden + added)
-            hidden, _ = norm(self.norm, hidden, added)
+            hidden, _ = self.norm.of_sum(hidden, added)
             states[-1] = hidden
         return hidden, tuple(states[i] for i in layers)
 
@@ -168,17 +134,6 @@ class InvariantForward:
     def logits(self, hidden: Tensor) -> Tensor:
         with own_arithmetic():
             return self.head(hidden)
-
-    def _spans(self, starts: Tensor, width: int, used_slots: int) -> dict[int | None, Tensor]:
-        position = starts[:, None] + torch.arange(width, device=starts.device)
-        end = (position + 1).clamp(max=used_slots).int()
-        spans = {}
-        for window in self.windows:
-            low = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
-            # Padding stands behind the texts and sees nothing.
-            low = torch.where(position < self.num_slots, low, end)
-            spans[window] = torch.stack([low, end, torch.zeros_like(end)], -1)
-        return spans
 
 
 # By whether the bits must be those of the model's modules: the target's must, a draft model's need not.
@@ -228,6 +183,7 @@ class InvariantNetwork(Network):
         layout: Layout | None = None,
     ):
         super().__init__(model, 0, max_rows, num_slots)
+        self._num_moves = 0
 
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
@@ -235,7 +191,7 @@ class InvariantNetwork(Network):
         if kept is not None and kept.serves(model, max_rows, num_slots):
             return CachePlan(0, 0)
         freed = 0 if kept is None else kept.cache.nbytes
-        return CachePlan(row_bucket(max_rows), rounded_up(num_slots) + MAX_STEP_WIDTH, freed)
+        return CachePlan(row_bucket(max_rows), rounded_up(num_slots) + SPARE_SLOTS, freed)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -260,7 +216,8 @@ class InvariantNetwork(Network):
         host_starts: np.ndarray | None = None,
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
-        assert extra_queries is None, "the kernels see one interval of slots; build_network chooses another network"
+        if extra_queries is not None:
+            return self._forward_with_extra(token_ids, starts, used_slots, layers, extra_queries)
         kept = self.kept
         if (kept.graphs is None and kept.one_launch is None) or token_ids.shape[1] > MAX_STEP_WIDTH:
             return super().forward(token_ids, starts, used_slots, layers, host_starts)
@@ -268,6 +225,68 @@ class InvariantNetwork(Network):
         if kept.graphs is None:
             return kept(token_ids, starts, used_slots, layers)
         return kept.graphs.replay(kept, token_ids, starts, used_slots, layers)
+
+    def _forward_with_extra(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
+    ) -> NetworkOutput:
+        """In one forward, if the text and its branches fit into a tree; else the one branch that is wanted in turn."""
+        kept, width = self.kept, token_ids.shape[1]
+        graphs_width = width_bucket(width) if kept.graphs is not None and width <= MAX_STEP_WIDTH else width
+        self.cache.num_filled = max(self.cache.num_filled, used_slots)
+        if graphs_width * (1 + extra.num) > TREE_SLOTS:
+            output = self.forward(token_ids, starts, used_slots, layers)
+            return output._replace(extra_logits=self._behind_cached(starts, width, used_slots, extra))
+        if kept.graphs is None:
+            output = kept.with_extra(token_ids, starts, used_slots, layers, extra)
+        else:
+            most = TREE_SLOTS // graphs_width - 1
+            output = self._replay_with_extra(token_ids, starts, used_slots, layers, extra, most)
+        *states, branches = output.hidden_states
+
+        def extra_logits(columns: Tensor) -> Tensor:
+            return kept.logits(branches[torch.arange(len(columns), device=columns.device), columns])
+
+        return NetworkOutput(output.logits, tuple(states), extra_logits)
+
+    def _behind_cached(
+        self, starts: Tensor, width: int, used_slots: int, extra: ExtraQueries
+    ) -> Callable[[Tensor], Tensor]:
+        kept, num_moves = self.kept, self._num_moves
+
+        def extra_logits(columns: Tensor) -> Tensor:
+            assert self._num_moves == num_moves, "rows have moved since the step; what is cached is another row's"
+            return kept.behind(starts, width, columns, used_slots, extra)
+
+        return extra_logits
+
+    def keep_rows(self, index: Tensor) -> None:
+        self._num_moves += 1
+        super().keep_rows(index)
+
+    def _replay_with_extra(
+        self,
+        token_ids: Tensor,
+        starts: Tensor,
+        used_slots: int,
+        layers: tuple[int, ...],
+        extra: ExtraQueries,
+        most: int,
+    ) -> NetworkOutput:
+        """By graphs of as many queries or more, at most `most`: the last, repeated, stands behind all that count."""
+        kept = self.kept
+        num = min((num for num in kept.graphs_with_extra if extra.num <= num <= most), default=extra.num)
+        repeated = torch.arange(num, device=extra.ahead.device).clamp(max=extra.num - 1)
+        if num not in kept.graphs_with_extra:
+            embeddings = extra.embeddings.to(kept.embedding.weight.dtype, copy=True)
+            kept.graphs_with_extra[num] = StepGraphs(self.cache), ExtraQueries(embeddings, extra.ahead.clone())
+        graphs, inputs = kept.graphs_with_extra[num]
+        inputs.embeddings.copy_(extra.embeddings[repeated])  # where the graphs read them
+        inputs.ahead.copy_(extra.ahead[repeated])
+        # The columns that fill a bucket move the branches behind them.
+        used_slots = min(used_slots + TREE_SLOTS, self.cache.num_slots)
+        output = graphs.replay(partial(kept.with_extra, extra=inputs), token_ids, starts, used_slots, layers)
+        *states, branches = output.hidden_states
+        return output._replace(hidden_states=(*states, branches[:, :, : extra.num]))
 
     def _run(
         self,
@@ -278,7 +297,8 @@ class InvariantNetwork(Network):
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         cache = self.cache
-        hidden, states = self.kept.run(token_ids, cache.starts, cache.used_slots, cache.rows, layers)
+        step = text_step(cache.starts, token_ids.shape[1], cache.used_slots, self.kept.num_slots, self.kept.windows)
+        hidden, states = self.kept.run(self.kept.embed(token_ids), step, cache.rows, layers)
         if logits_at is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at][:, None]
         return NetworkOutput(self.kept.logits(hidden), states)

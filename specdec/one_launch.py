@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.cache import RaggedCache
-from specdec.fused import windows
 from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent_step import LayerTensors, PersistentStep, StepTensors, refusal
 from specdec.kernels.rotary_write import HeadNorm
+from specdec.known_classes import LLAMA_LIKE, is_known_class, windows
 
 ROOMY_DEVICES = ((9, 0), (10, 0), (10, 3))  # 227 KB a program; most others have 99
 
@@ -22,11 +22,11 @@ ROOMY_DEVICES = ((9, 0), (10, 0), (10, 3))  # 227 KB a program; most others have
 def one_launch_step(
     model: PreTrainedModel, cache: RaggedCache, cos: Tensor, sin: Tensor, num_text_slots: int
 ) -> PersistentStep | None:
-    """The step of a model of a known class over the cache's first rows, None where only the longer way serves.
+    """The step of a llama-like model over the cache's first rows, None where only the longer way serves.
 
     cos, sin: [slots, head_dim]. num_text_slots: no text is longer; rows that start there or behind are padding.
     """
-    if triton is None or not can_persist(model.device):
+    if triton is None or not can_persist(model.device) or not is_known_class(model, LLAMA_LIKE):
         return None
     tensors = step_tensors(model, cache, cos, sin, num_text_slots)
     return PersistentStep(tensors) if tensors is not None and refusal(tensors) is None else None

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM
 
-from specdec import batch_invariant, branches
+from specdec import batch_invariant, branches, invariant_network
 from specdec.branches import Branches, ExtraQueries
 from specdec.compatibility import build_network
 from specdec.errors import UnsupportedModelError
 from specdec.extra_queries import check_extra_queries, probe
 from specdec.fused import FusedNetwork
+from specdec.invariant_network import InvariantNetwork
 from specdec.layout import Ragged, Repad
+from specdec.network import NetworkOutput
 from specdec.rows import Rows
+from specdec.step_graphs import MAX_STEP_WIDTH, row_bucket, slot_bucket, width_bucket
 from specdec.stock import StockNetwork
 
 # Per-layer inputs looked up by token id, and ALiBi biases by slot: there is no such query.
@@ -173,23 +176,127 @@ def test_the_text_sees_no_query(build, network_type):
     torch.testing.assert_close(text, alone, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_under_batch_invariance_the_text_keeps_its_bits():
-    model = tiny_llama(4)
+@pytest.fixture
+def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        with batch_invariant(model):
-            network = build_network(model, 2, 40, extra_queries=True)
-            assert isinstance(network, StockNetwork)
-            with_queries, queries = step(network, model, torch.randn(4, 32))
-            alone, _ = step(network, model, None)
-            shortened, _ = step(build_network(model, 2, 40), model, None)
-        _, expected = step(StockNetwork(model, 2, 40), model, torch.randn(4, 32, generator=None))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(with_queries, alone) and torch.equal(with_queries, shortened)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_gemma(family):
+    model = tiny_family(family, vocab_size=64, intermediate_size=64, tie_word_embeddings=True)
+    model.set_attn_implementation("eager")  # before transformers 5.18 the default leaves Gemma 2's soft-caps out
+    return model
+
+
+INVARIANT_MODELS = {
+    "llama": lambda: tiny_llama(4),
+    "mistral": tiny_mistral,
+    "gemma2": lambda: tiny_gemma("gemma2"),
+    "gemma3": lambda: tiny_gemma("gemma3_text"),
+}
+
+
+@pytest.mark.parametrize("name", INVARIANT_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tree_slots", [64, 14])
+@torch.no_grad()
+def test_under_batch_invariance_the_text_keeps_its_bits(name, dtype, tree_slots, one_thread, monkeypatch):
+    """Windows that end within text and branches; a step of 15 columns, in one forward and too wide for one."""
+    model = INVARIANT_MODELS[name]().to(dtype)
+    extra, ahead = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).to(dtype), torch.tensor([1, 2, 2, 3])
+    with batch_invariant(model):
+        network, stock = build_network(model, 2, 40, extra_queries=True), StockNetwork(model, 2, 40)
+        assert isinstance(network, InvariantNetwork)
+        monkeypatch.setattr(invariant_network, "TREE_SLOTS", tree_slots)
+        text, queries = step(network, model, extra, ahead=ahead)
+        alone, _ = step(build_network(model, 2, 40), model, None)
+        stock_text, expected = step(stock, model, extra, ahead=ahead)
+    assert torch.equal(text, alone) and torch.equal(text, stock_text)
     assert queries.shape == expected.shape and queries.isfinite().all()
+    if dtype == torch.float32:  # the stock forward's guesses take another attention
+        torch.testing.assert_close(queries, expected, rtol=1e-4, atol=1e-4)
+
+
+class PaddedSteps:
+    """Steps padded as `StepGraphs` pads them, and not captured."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def replay(self, forward, token_ids, starts, used_slots, layers):
+        rows, width = token_ids.shape
+        padded = torch.zeros(row_bucket(rows), width_bucket(width), dtype=torch.long)
+        padded[:rows, :width] = token_ids
+        padded_starts = torch.full((len(padded),), self.cache.num_slots - MAX_STEP_WIDTH)
+        padded_starts[:rows] = starts
+        logits, states, _ = forward(padded, padded_starts, min(slot_bucket(used_slots), self.cache.num_slots), layers)
+        return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("width", [2, 10, 14])
+@torch.no_grad()
+def test_padding_of_steps_with_extra_queries(name, width, one_thread, monkeypatch):
+    """Rows and columns that fill a bucket, at the very end of the cache too; 14 is too wide for one forward."""
+    model = INVARIANT_MODELS[name]()
+    ids = torch.randint(3, 60, (3, 256), generator=torch.Generator().manual_seed(1))
+    extra = ExtraQueries(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 2, 2, 3]))
+    starts, columns = torch.tensor([256 - 5 * width, 7, 2]), torch.tensor([0, width - 1, 1])
+    results = []
+    monkeypatch.setattr(invariant_network, "StepGraphs", PaddedSteps)
+    with batch_invariant(model):
+        for is_padded in (False, True):
+            network = build_network(model, 3, 256)
+            with network.running():
+                network.kept.graphs = PaddedSteps(network.cache) if is_padded else None
+                network.prefill(Rows(list(ids[:, : 256 - width]), width, 0, model.device))
+                tokens = torch.stack([row[n : n + width] for row, n in zip(ids, starts, strict=True)])
+                out = network.forward(tokens, starts, 256, (1, -1), extra_queries=extra)
+                results.append((out.logits, *out.hidden_states, out.extra_logits(columns)))
+                text = network.forward(tokens, starts, 256, (1, -1))
+                results.append((text.logits, *text.hidden_states, results[0][-1]))
+                fewer = ExtraQueries(extra.embeddings[:2], extra.ahead[:2])  # a graph of more serves them
+                out = network.forward(tokens, starts, 256, (1, -1), extra_queries=fewer)
+                behind = torch.cat([out.extra_logits(columns), results[0][-1][:, 2:]], 1)
+                results.append((out.logits, *out.hidden_states, behind))
+    assert set(network.kept.graphs_with_extra) == {2: {4}, 10: {4}, 14: {2}}[width]
+    assert network.kept.num_slots == 256, "the first row ends where the texts do"
+    for result in results[1:]:
+        assert all(torch.equal(found, expected) for found, expected in zip(result, results[0], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", INVARIANT_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 10, 14])
+@torch.no_grad()
+def test_captured_steps_with_extra_queries(name, dtype, width):
+    """Captured and replayed, with columns that fill a bucket (10), and too wide for one forward (14)."""
+    model = INVARIANT_MODELS[name]().to("cuda", dtype)
+    generator = torch.Generator().manual_seed(1)
+    with batch_invariant(model):
+        network, stock = build_network(model, 3, 100, extra_queries=True), StockNetwork(model, 3, 100)
+        ids = torch.randint(3, 60, (3, 9 + width), generator=generator)
+        lengths = torch.tensor([9, 7, 2])
+        rows = Rows([row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)], 60, 0, model.device)
+        used, results = 9 + width * 5, []
+        with network.running(), stock.running():
+            network.prefill(rows), stock.prefill(rows)
+            for _ in range(2):
+                extra = ExtraQueries(
+                    torch.randn(4, 32, generator=generator).to("cuda", dtype), torch.tensor([1, 2, 2, 3]).cuda()
+                )
+                tokens, starts = ids[:, 9:].cuda(), lengths.cuda()
+                outputs = [x.forward(tokens, starts, used, extra_queries=extra) for x in (network, stock)]
+                columns = torch.tensor([0, width - 1, 1]).cuda()
+                results.append([(x.logits.clone(), x.extra_logits(columns).clone()) for x in outputs])
+            alone = network.forward(tokens, starts, 9 + width).logits
+    for (text, queries), (stock_text, expected) in results:
+        assert torch.equal(text, alone) and torch.equal(text, stock_text)
+        if dtype == torch.float32:
+            torch.testing.assert_close(queries, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import tiny
 from tiny import continuations, left_pad, plain_greedy, tiny_llama
 from transformers import (
     MistralConfig,
@@ -30,9 +31,27 @@ MODELS = {
     "llama with biases": lambda: tiny_llama(attention_bias=True),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=12, **SIZES)),
+    "gemma": lambda: tiny_gemma("gemma"),
+    "gemma2": lambda: tiny_gemma("gemma2"),
+    "gemma3": lambda: tiny_gemma("gemma3_text", final_logit_softcapping=9.0, rope_parameters=LOCAL_AND_GLOBAL),
     "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(sliding_window=7, **SIZES)),
 }
+LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+}
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 7, 5, 9, 7, 5, 9], [11, 4, 8], [6, 13, 21, 34, 6, 13, 3, 8, 6, 13, 40])]
+
+
+def tiny_gemma(family, **changes):
+    """Norms that are not 1, windows shorter than the texts, a scale of the scores other than the head's."""
+    if family != "gemma":
+        changes["query_pre_attn_scalar"] = 20
+    # Sizes that fill a CPU's vector registers: the rest of a row would be rounded otherwise (tests/test_invariant.py).
+    sizes = dict(vocab_size=64, intermediate_size=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    model = tiny(family, 3, **sizes, **changes)
+    model.set_attn_implementation("eager")  # before 5.18 the default leaves Gemma 2's soft-caps out
+    return model
 
 
 def build(name):
@@ -40,10 +59,11 @@ def build(name):
     return MODELS[name]().eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_bits_of_the_models_own_modules(name):
+def test_bits_of_the_models_own_modules(name, dtype):
     """Ragged prefill, a step of four tokens at different places, one of a single token; all hidden states."""
-    model = build(name)
+    model = build(name).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with batch_invariant(model), torch.no_grad():
         results = []
@@ -63,9 +83,22 @@ def test_bits_of_the_models_own_modules(name):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3"])
+def test_a_gemma_that_is_not_what_its_class_says_takes_its_own_modules(name):
+    model = build(name)
+    with batch_invariant(model):
+        assert isinstance(build_network(model, 1, 32), InvariantNetwork)
+        model.config.use_bidirectional_attention = True
+        assert not invariant_network.can_shorten(model)
+        model.config.use_bidirectional_attention = False
+        model.model.layers[1].mlp.act_fn = torch.nn.SiLU()
+        assert not invariant_network.can_shorten(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_generate_equals_transformers_on_the_same_model(name):
-    model, draft = build(name), tiny_llama(1)
+def test_generate_equals_transformers_on_the_same_model(name, dtype):
+    model, draft = build(name).to(dtype), tiny_llama(1, vocab_size=build(name).config.vocab_size)
     ids, mask = left_pad(PROMPTS)
     with batch_invariant(model), batch_invariant(draft):
         expected = [plain_greedy(model, prompt, max_new_tokens=16) for prompt in PROMPTS]
@@ -152,7 +185,8 @@ def test_captured_steps_give_the_bits_of_transformers(name, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_generate_on_a_gpu_equals_transformers(name):
-    model, draft = build(name).to("cuda", torch.bfloat16), tiny_llama(1).to("cuda", torch.bfloat16)
+    model = build(name).to("cuda", torch.bfloat16)
+    draft = tiny_llama(1, vocab_size=model.config.vocab_size).to("cuda", torch.bfloat16)
     ids, mask = (x.cuda() for x in left_pad(PROMPTS))
     with batch_invariant(model), batch_invariant(draft):
         expected = [plain_greedy(model, prompt.cuda(), max_new_tokens=40) for prompt in PROMPTS]

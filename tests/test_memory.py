@@ -16,7 +16,7 @@ from specdec.cache import RaggedLayer
 from specdec.compatibility import choose_network
 from specdec.footprint import PROBE_SLOTS
 from specdec.fused import FusedNetwork
-from specdec.invariant_network import InvariantNetwork, kept_forward
+from specdec.invariant_network import SPARE_SLOTS, InvariantNetwork, kept_forward
 from specdec.layout import Ragged, Repad
 from specdec.stock import StockNetwork
 
@@ -52,7 +52,7 @@ def test_bytes_of_the_invariant_forward(dtype):
         assert network_type is InvariantNetwork
         invariant_network._kept[True].pop(model)  # the probe's
         foretold, freed = memory.cache_bytes(network_type, model, 5, 300, layout)
-        assert freed == 0 and foretold == 8 * (512 + 33) * 2 * 3 * 2 * 12 * dtype.itemsize
+        assert freed == 0 and foretold == 8 * (512 + SPARE_SLOTS) * 2 * 3 * 2 * 12 * dtype.itemsize
         with kept_forward(model, 5, 300) as kept:
             assert kept.cache.nbytes == foretold
         assert memory.cache_bytes(network_type, model, 8, 512, layout) == (0, 0)
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(device_with, 
         expected = generate(model, **options)  # probes, which need little, are behind us
         invariant_network._kept[True].clear()
         per_slot = 2 * 2 * 8 * 4  # keys and values of a layer
-        slots = 2 * (256 + 33) if invariant else SLOTS
+        slots = 2 * (256 + SPARE_SLOTS) if invariant else SLOTS
         needed = (slots * 2 + SLOTS) * per_slot
         device_with(needed - 1)
         with monkeypatch.context() as patch:

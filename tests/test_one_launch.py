@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny
 from tiny import continuations, left_pad, plain_greedy, tiny_llama
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -86,6 +87,18 @@ def test_a_network_is_exact_unless_the_caller_says_otherwise(steps):
             with network.running():
                 network.forward(ids, torch.tensor([0]), 2)
             assert len(steps) == num_steps
+
+
+def test_a_gemma_has_no_one_launch_step(steps):
+    """Its parts have the names of llama's, but other norms, activations and embeddings."""
+    model = tiny("gemma", vocab_size=64, intermediate_size=64)
+    with batch_invariant(model):
+        network = build_network(model, 3, 40, must_be_exact=False)
+        assert isinstance(network, InvariantNetwork)
+        with network.running():
+            assert network.kept.one_launch is None
+            network.forward(torch.tensor([[5, 9]]), torch.tensor([0]), 2)
+        assert not steps
 
 
 def test_many_tokens_and_other_layers_take_the_longer_way(steps):

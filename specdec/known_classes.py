@@ -1,0 +1,139 @@
+"""The classes of transformers whose forward is written out here a second time, and how an instance shows that it is one
+of them: by its type and the types of its parts, with nothing replaced, hooked or attached.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GemmaForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+# Rotations that depend on the position alone; "dynamic" and "longrope" also depend on the longest sequence.
+STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
+SILU, GELU_TANH = (nn.SiLU, SiLUActivation), (GELUTanh,)
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+class Family(NamedTuple):
+    """What the models of a class are made of.
+
+    modeling, prefix: the file of its parts and how their names begin. activations: of the gated MLP. norms: of a
+    layer, apart from those of the heads; four of them normalise what attention and MLP add, too. caps_scores,
+    caps_logits: whether the class heeds the config's soft-caps of attention scores and logits, where these are set.
+    """
+
+    modeling: ModuleType
+    prefix: str
+    activations: tuple[type[nn.Module], ...] = SILU
+    norms: tuple[str, ...] = PRE_NORMS
+    caps_scores: bool = False
+    caps_logits: bool = False
+
+
+LLAMA_LIKE: dict[type, Family] = {
+    LlamaForCausalLM: Family(modeling_llama, "Llama"),
+    MistralForCausalLM: Family(modeling_mistral, "Mistral"),
+    Qwen2ForCausalLM: Family(modeling_qwen2, "Qwen2"),
+    Qwen3ForCausalLM: Family(modeling_qwen3, "Qwen3"),
+}
+# Scaled embeddings, norms whose factor is 1 + weight.
+GEMMA_LIKE: dict[type, Family] = {
+    GemmaForCausalLM: Family(modeling_gemma, "Gemma", GELU_TANH),
+    Gemma2ForCausalLM: Family(modeling_gemma2, "Gemma2", GELU_TANH, SANDWICH_NORMS, caps_scores=True, caps_logits=True),
+    Gemma3ForCausalLM: Family(modeling_gemma3, "Gemma3", GELU_TANH, SANDWICH_NORMS, caps_logits=True),
+}
+FAMILIES = {**LLAMA_LIKE, **GEMMA_LIKE}
+EMBEDDINGS = (
+    nn.Embedding,
+    *(getattr(family.modeling, f"{family.prefix}TextScaledWordEmbedding") for family in GEMMA_LIKE.values()),
+)
+# What the modules computed when this was imported: a class whose forward is patched later is known no more.
+FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, GELUTanh, *(
+        kind for family in FAMILIES.values() for kind in vars(family.modeling).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module)
+    ))
+}  # fmt: skip
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_known_class(model: PreTrainedModel, families: dict[type, Family]) -> bool:
+    """Whether `model` is of one of these and has the parts that its class gives it."""
+    if type(model) not in families or getattr(model.config, "use_bidirectional_attention", False):
+        return False
+    rope_type = model.model.rotary_emb.rope_type
+    if not set(rope_type.values() if isinstance(rope_type, dict) else [rope_type]) <= set(STATIC_ROTATIONS):
+        return False
+    return isinstance(model.lm_head, nn.Linear) and all(is_known_layer(model, layer) for layer in model.model.layers)
+
+
+def is_known_layer(model: PreTrainedModel, layer: Any) -> bool:
+    """Whether a layer has the parts that it was built with, by their types."""
+    family = FAMILIES[type(model)]
+    module, prefix = family.modeling, family.prefix
+    parts = {"self_attn": "Attention", "mlp": "MLP", **dict.fromkeys(family.norms, "RMSNorm")}
+    if type(layer) is not getattr(module, f"{prefix}DecoderLayer"):
+        return False
+    if any(type(getattr(layer, part)) is not getattr(module, prefix + kind) for part, kind in parts.items()):
+        return False
+    block, mlp = layer.self_attn, layer.mlp
+    linears = (block.q_proj, block.k_proj, block.v_proj, block.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if not all(isinstance(linear, nn.Linear) for linear in linears):
+        return False
+    return isinstance(mlp.act_fn, family.activations) and len(set(head_norm_eps(block))) <= 1
+
+
+def head_norm_eps(block: Any) -> list[float]:
+    """Of the norms of queries and keys, where there are such."""
+    norms = [block.q_norm, block.k_norm] if hasattr(block, "q_norm") else []
+    return [norm.eps if hasattr(norm, "eps") else norm.variance_epsilon for norm in norms]
+
+
+def is_plain(module: nn.Module, may_be_replaced: bool = False) -> bool:
+    """No hooks, its own or all modules', no replaced forward (accelerate, PEFT, compile; patched classes), no
+    parametrisation, no Linear of another kind."""
+    if any(getattr(module, hooks) or getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS):
+        return False
+    if FORWARDS.get(type(module), type(module).forward) is not type(module).forward or (
+        "forward" in module.__dict__ and not may_be_replaced
+    ):
+        return False
+    if module._compiled_call_impl is not None or hasattr(module, "parametrizations"):
+        return False
+    if isinstance(module, nn.Linear | nn.Embedding):
+        # Quantisers replace the module by a subclass (bitsandbytes) or its weight by one of Tensor (torchao).
+        return type(module) in (nn.Linear, *EMBEDDINGS) and type(module.weight) is nn.Parameter
+    # Anything that is not transformers' or torch's own may do what this forward does not.
+    return type(module).__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
+
+
+def windows(model: PreTrainedModel) -> list[int | None]:
+    """Each layer's sliding window, None for full attention."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    if type(model) is MistralForCausalLM:
+        return [window] * config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in types]
