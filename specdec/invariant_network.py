@@ -127,9 +127,9 @@ class InvariantForward:
             positions = torch.arange(self.cache.num_slots, device=model.device)[None]
             cos, sin = model.model.rotary_emb(self.embedding.weight[:1], positions)
             self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
-            head = self.cos.new_empty(1, model.config.num_key_value_heads, 0, model.model.layers[0].self_attn.head_dim)
-            for layer in self.cache.layers:
-                layer.lazy_initialization(head, head)
+            self.cache.allocate(
+                model.config.num_key_value_heads, model.model.layers[0].self_attn.head_dim, self.cos.dtype
+            )
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
         self.one_launch = None
         if not must_be_exact:
@@ -242,6 +242,7 @@ class InvariantNetwork(Network):
         size = self.cache.max_rows, self.cache.num_slots
         with kept_forward(self.model, *size, self.must_be_exact) as self.kept:
             self.cache = self.kept.cache
+            self.cache.num_filled = 0  # of an earlier generation nothing is left
             yield
 
     def resize(self, max_rows: int, num_slots: int) -> None:

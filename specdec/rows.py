@@ -165,15 +165,16 @@ class Rows:
         )
 
     def retire(self, finished: np.ndarray) -> Tensor:
-        """Take finished rows out of their slots and return the index that `keep_rows` calls need, [kept slots] int64.
+        """Take finished rows out of their slots and return the index that `keep_rows` calls need, [kept slots] int64 on
+        the host.
 
         finished: [rows] bool. All residents that are left take part afterwards.
         """
         done = np.flatnonzero(finished)
         if self.keeps_outputs:
             done_ids = self.row_ids[finished]
-            place = torch.from_numpy(done_ids).to(self.device)
-            self.output_ids[place] = self.token_ids[torch.from_numpy(done).to(self.device)]
+            place, slot = torch.from_numpy(np.stack([done_ids, done])).to(self.device)
+            self.output_ids[place] = self.token_ids[slot]
             self.output_lengths[done_ids] = self.host_lengths[finished]
         index = self.slots.remove(done + self.first)
         self.take(max(self.slots.num_residents - self.first, 0))
