@@ -119,7 +119,7 @@ class RaggedCache(Cache):
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
     def allocate(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Allocate layers that are all alike before the first write, in one piece: then one launch moves rows in all."""
+        """Allocate layers that are all alike before the first write, in one piece: one launch moves rows in all."""
         shape = (len(self.layers), 2, self.max_rows, self.num_slots, num_heads, head_dim)
         with torch.inference_mode(False):  # rows are moved later, outside any inference mode
             buffers = torch.zeros(shape, dtype=dtype, device=self.device)

@@ -67,14 +67,14 @@ def test_a_swap_is_not_sequential_and_still_served():
     """A kernel that moves one row after the other would lose one of them."""
     swap = moves_of(np.array([1, 0]))
     assert not is_sequential(torch.from_numpy(swap))
-    check_cache = RaggedCache(2, 2, 4, torch.device("cpu"))
-    check_cache.allocate(1, 3, torch.float32)
-    check_cache.num_filled = 4
+    cache = RaggedCache(2, 2, 4, torch.device("cpu"))
+    cache.allocate(1, 3, torch.float32)
+    cache.num_filled = 4
     before = torch.randn(2, 4, 1, 3)
-    for layer in check_cache.layers:
+    for layer in cache.layers:
         layer.keys.copy_(before)
-    check_cache.keep_rows(torch.tensor([1, 0]))
-    assert all(torch.equal(layer.keys, before.flip(0)) for layer in check_cache.layers)
+    cache.keep_rows(torch.tensor([1, 0]))
+    assert all(torch.equal(layer.keys, before.flip(0)) for layer in cache.layers)
 
 
 def test_layers_allocated_in_one_piece_are_apart():
