@@ -19,6 +19,8 @@ from specdec.branches import Branches
 from specdec.kernels.move_rows import is_sequential, move_rows
 from specdec.slots import moves_of
 
+ALIGNMENT = 64  # elements: kernels read whole words where an address is a multiple of one
+
 
 class RaggedLayer(CacheLayerMixin):
     """One layer's keys and values, [rows, slots, heads, head_dim] each, allocated at the first write."""
@@ -120,12 +122,15 @@ class RaggedCache(Cache):
 
     def allocate(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Allocate layers that are all alike before the first write, in one piece: one launch moves rows in all."""
-        shape = (len(self.layers), 2, self.max_rows, self.num_slots, num_heads, head_dim)
+        width = num_heads * head_dim
+        size = self.max_rows * self.num_slots * width
+        shape = 2 * len(self.layers), -(-size // ALIGNMENT) * ALIGNMENT
         with torch.inference_mode(False):  # rows are moved later, outside any inference mode
-            buffers = torch.zeros(shape, dtype=dtype, device=self.device)
-        for layer, (keys, values) in zip(self.layers, buffers, strict=True):
-            layer.hold(keys, values)
-        self._buffers = buffers.view(-1, self.max_rows, self.num_slots, num_heads * head_dim)
+            memory = torch.zeros(shape, dtype=dtype, device=self.device)[:, :size]
+            self._buffers = memory.view(-1, self.max_rows, self.num_slots, width)
+            buffers = self._buffers.unflatten(3, (num_heads, head_dim))
+            for layer, keys, values in zip(self.layers, buffers[::2], buffers[1::2], strict=True):
+                layer.hold(keys, values)
 
     def begin(
         self,

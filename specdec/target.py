@@ -101,7 +101,7 @@ class Target:
             )
         self._keep_emitted(rows, report, logits, scores)
         drafted = report.num_drafted
-        all_accepted = bool(((report.num_accepted == drafted) & (drafted > 0)).any())
+        all_accepted = draft.token_ids.shape[1] > 0 and bool(((report.num_accepted == drafted) & (drafted > 0)).any())
         return report, Verified(draft, done.num_accepted, done.num_committed, all_accepted, hidden_states)
 
     def _keep_emitted(self, rows: Rows, report: StepReport, logits: Tensor, scores: Tensor) -> None:

@@ -86,7 +86,8 @@ def test_layers_allocated_in_one_piece_are_apart():
         layer.keys[2], layer.values[2] = 20 + i, 30 + i
     cache.keep_rows(torch.tensor([0, 2]))
     for i, layer in enumerate(cache.layers):
-        assert layer.keys.shape == (3, 4, 2, 5) and layer.keys[0].is_contiguous()
+        assert layer.keys.shape == (3, 4, 2, 5) and layer.keys.is_contiguous()
+        assert layer.keys.data_ptr() % 16 == layer.values.data_ptr() % 16 == 0
         assert layer.keys[1, :2].eq(20 + i).all() and layer.values[1, :2].eq(30 + i).all()
         assert layer.keys[1, 2:].eq(i).all() and layer.values[0].eq(10 + i).all()
     assert cache.nbytes == 2 * 2 * 3 * 4 * 2 * 5 * 4
