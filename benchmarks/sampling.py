@@ -168,7 +168,7 @@ def kernel_times(
     room, ends = torch.empty(batch_size, vocab, device=device), torch.empty(0, dtype=torch.long, device=device)
 
     def greedy() -> None:
-        greedy_commit(scores.max(-1)[1], draft, ends, tokens, start.clone(), limits)
+        greedy_commit(scores, draft, ends, tokens, start.clone(), limits)
 
     timed: dict[str, Callable[[], Any]] = {
         "greedy: argmax of one draft token": lambda: scores[:, 0].argmax(-1),

@@ -117,7 +117,7 @@ class DraftModel(Drafter):
     def keep_rows(self, index: Tensor) -> None:
         assert self._network is not None
         self._network.keep_rows(index)
-        self._cached[: len(index)] = self._cached[index.cpu().numpy()]
+        self._cached[: len(index)] = self._cached[index.numpy()]
 
     def join(self, rows: Rows, begin: int, end: int) -> None:
         assert self._network is not None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from specdec.kernels.dispatch import uses_triton
 from specdec.kernels.distribution import REFERENCE_ELEMENTS, Distribution
-from specdec.kernels.greedy_commit import NO_TOKEN, Committed, commit
+from specdec.kernels.greedy_commit import BAD_SCORES, NO_TOKEN, Committed, commit, nan_within
 from specdec.kernels.sample import sample_tokens
 from specdec.kernels.sampled_commit_triton import sampled_commit_triton
 
@@ -118,7 +118,9 @@ def sampled_commit_reference(
     # The final token also fills the places behind it: they are written too, and no -1 may reach an embedding.
     drafts = torch.cat([draft_ids, final[:, None]], 1)
     candidates = torch.where(column < num_accepted[:, None], drafts, final[:, None])
-    return commit(candidates, num_accepted, eos_ids, token_ids, lengths, limits)
+    done = commit(candidates, num_accepted, draft_ids, eos_ids, token_ids, lengths, limits)
+    done.fault.copy_(nan_within(target.mass.isnan(), done.num_accepted) * BAD_SCORES)
+    return done
 
 
 def _decide(

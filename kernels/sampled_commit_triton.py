@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.kernels.block_statistics import kernel_scores, tiles_of
 from specdec.kernels.dispatch import triton
-from specdec.kernels.greedy_commit import Committed, empty_committed
+from specdec.kernels.greedy_commit import Committed, empty_report
 
 if TYPE_CHECKING:
     from specdec.kernels.distribution import Distribution
@@ -44,7 +44,7 @@ def sampled_commit_triton(
     by_block = verification == "block" and draft_probs is not None
     num_sums = k + 1 if by_block else 1
     sums = torch.empty(num_rows, num_sums, 2, tiles.num_blocks, dtype=torch.float64, device=scores.device)
-    out = empty_committed(num_rows, k + 1, lengths.device)
+    report = empty_report(num_rows, k + 1, lengths.device)
     q = scores if draft_probs is None else draft_probs
     if q.stride(2) != 1:
         q = q.contiguous()
@@ -59,10 +59,10 @@ def sampled_commit_triton(
     }  # fmt: skip
     _sums_kernel[(num_rows, tiles.num_blocks, num_sums)](*given, **options)
     _commit_kernel[(num_rows,)](
-        *given, tiles.num_blocks, eos_ids, token_ids, lengths, limits, *out, eos_ids.numel(), token_ids.stride(0),
+        *given, tiles.num_blocks, eos_ids, token_ids, lengths, limits, report, eos_ids.numel(), token_ids.stride(0),
         NUM_BLOCKS=tiles.padded, **options,
     )  # fmt: skip
-    return out
+    return Committed(report)
 
 
 if triton is not None:
@@ -179,7 +179,7 @@ if triton is not None:
     def _commit_kernel(
         target_ptr, cutoff_ptr, top_ptr, mass_ptr, draft_ptr, draft_probs_ptr, uniforms_ptr, k, vocab,
         p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature, token_scale, sums_ptr, num_blocks,
-        eos_ptr, tokens_ptr, lengths_ptr, limits_ptr, out_ptr, num_committed_ptr, num_accepted_ptr, finished_ptr,
+        eos_ptr, tokens_ptr, lengths_ptr, limits_ptr, report_ptr,
         num_eos, tokens_stride,
         BY_BLOCK: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
         NUM_BLOCKS: tl.constexpr,
@@ -215,7 +215,9 @@ if triton is not None:
             tl.load(top_ptr + place), tl.load(mass_ptr + place), scale, drafted, SAMPLED, VOCAB_BLOCK,
         )  # fmt: skip
         final = chosen * VOCAB_BLOCK + first_above(mass, before + tl.cumsum(mass, 0), threshold, inner, VOCAB_BLOCK)
+        masses = tl.load(mass_ptr + column, mask=column <= place, other=1.0)
+        mass_is_nan = masses != masses
         commit_row(
-            tl.where(column < place, draft, final.to(tl.int64)), place, column, row, eos_ptr, tokens_ptr, lengths_ptr,
-            limits_ptr, out_ptr, num_committed_ptr, num_accepted_ptr, finished_ptr, k + 1, num_eos, tokens_stride,
+            tl.where(column < place, draft, final.to(tl.int64)), place, num_drafted, mass_is_nan, column, row, eos_ptr,
+            tokens_ptr, lengths_ptr, limits_ptr, report_ptr, k + 1, num_eos, tokens_stride,
         )  # fmt: skip

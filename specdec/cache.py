@@ -16,6 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.branches import Branches
+from specdec.kernels.move_rows import is_sequential, move_rows
+from specdec.slots import moves_of
+
+ALIGNMENT = 64  # elements: kernels read whole words where an address is a multiple of one
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -30,13 +34,17 @@ class RaggedLayer(CacheLayerMixin):
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros, because a masked slot's probability of 0 times an uninitialised NaN would still be NaN.
         shape = (self.owner.max_rows, self.owner.num_slots)
         with torch.inference_mode(False):  # rows are moved later, outside any inference mode the forward may use
-            self.keys = key_states.new_zeros(*shape, key_states.shape[1], key_states.shape[3])
-            self.values = value_states.new_zeros(*shape, value_states.shape[1], value_states.shape[3])
-        self.is_initialized = True
+            keys = key_states.new_zeros(*shape, key_states.shape[1], key_states.shape[3])
+            values = value_states.new_zeros(*shape, value_states.shape[1], value_states.shape[3])
+        self.hold(keys, values)
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """[rows, slots, heads, head_dim] each."""
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write [rows, heads, width, head_dim] and return all slots in use, [rows, heads, slots, head_dim] views."""
@@ -52,12 +60,6 @@ class RaggedLayer(CacheLayerMixin):
             flat.index_copy_(0, owner.write_index, new.reshape(-1, flat.shape[1]))
         used = (owner.rows, slice(0, owner.used_slots))
         return self.keys[used].transpose(1, 2), self.values[used].transpose(1, 2)
-
-    def move_rows(self, moved_from: Tensor, moved_to: Tensor) -> None:
-        if self.is_initialized and moved_to.numel():
-            filled = self.owner.num_filled
-            self.keys[moved_to, :filled] = self.keys[moved_from, :filled]
-            self.values[moved_to, :filled] = self.values[moved_from, :filled]
 
     def resize(self) -> None:
         """To the owner's new size; what fits is kept."""
@@ -105,7 +107,7 @@ class RaggedCache(Cache):
     pads: [rows] int64, unused slots before each row's first token, None where there are none, as in this class.
     query_slots: [rows, width] int64, where the tokens of the forward are written.
     branches: where they stand in a forward with extra queries, None in all others.
-    num_realignments: forwards that had to move rows first. num_filled: no slot from here on has ever been written.
+    num_realignments: forwards that had to move rows first. num_filled: no slot from here on holds anything.
     """
 
     def __init__(self, num_layers: int, max_rows: int, num_slots: int, device: torch.device):
@@ -115,7 +117,20 @@ class RaggedCache(Cache):
         self.branches: Branches | None = None
         self.num_realignments = self.num_filled = 0
         self._row_offsets = torch.arange(max_rows, device=device)[:, None] * num_slots
+        self._buffers: Tensor | None = None
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+
+    def allocate(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Allocate layers that are all alike before the first write, in one piece: one launch moves rows in all."""
+        width = num_heads * head_dim
+        size = self.max_rows * self.num_slots * width
+        shape = 2 * len(self.layers), -(-size // ALIGNMENT) * ALIGNMENT
+        with torch.inference_mode(False):  # rows are moved later, outside any inference mode
+            memory = torch.zeros(shape, dtype=dtype, device=self.device)[:, :size]
+            self._buffers = memory.view(-1, self.max_rows, self.num_slots, width)
+            buffers = self._buffers.unflatten(3, (num_heads, head_dim))
+            for layer, keys, values in zip(self.layers, buffers[::2], buffers[1::2], strict=True):
+                layer.hold(keys, values)
 
     def begin(
         self,
@@ -151,7 +166,7 @@ class RaggedCache(Cache):
 
     def resize(self, max_rows: int, num_slots: int) -> None:
         """Room for other numbers of rows and tokens; what still fits stays."""
-        self.max_rows, self.num_slots = max_rows, num_slots
+        self.max_rows, self.num_slots, self._buffers = max_rows, num_slots, None
         self._row_offsets = torch.arange(max_rows, device=self.device)[:, None] * num_slots
         for layer in self.layers:
             layer.resize()
@@ -165,11 +180,22 @@ class RaggedCache(Cache):
         self.num_filled = max(self.num_filled, other.num_filled)
 
     def keep_rows(self, index: Tensor) -> None:
-        """The new row i is the old row index[i]; only rows that change their place are copied."""
-        moved_to = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
-        moved_from = index[moved_to]
-        for layer in self.layers:
-            layer.move_rows(moved_from, moved_to)
+        """The new row i is the old row index[i] ([rows] int64 on the host); only what is filled of rows that change
+        their place is copied."""
+        moves = torch.from_numpy(moves_of(index.numpy()))
+        if not moves.numel():
+            return
+        implementation = "auto" if is_sequential(moves) else "torch"
+        moves = moves.to(self.device)
+        for buffers in self._all_buffers():
+            move_rows(buffers, moves, self.num_filled, implementation)
+
+    def _all_buffers(self) -> list[Tensor]:
+        """[buffers, rows, slots, heads * head_dim] each, together all that is allocated."""
+        if self._buffers is not None:
+            return [self._buffers]
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        return [buffer[None].flatten(3) for layer in layers for buffer in (layer.keys, layer.values)]
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:
         """The slot of each row's first query; transformers' mask code accepts one per row, [rows] int64."""

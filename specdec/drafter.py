@@ -135,7 +135,7 @@ class Drafter(ABC):
         """See what became of the last draft; `rows` given to the next `propose` already contains the result."""
 
     def keep_rows(self, index: Tensor) -> None:  # noqa: B027 - optional hook
-        """Rows moved or left: the row in slot i is now the one that was in slot index[i] (int64, [slots]).
+        """Rows moved or left: the row in slot i is now the one that was in slot index[i] (int64, [slots], on the host).
 
         Without turns and newcomers these are all the rows that are left. With them (`shares_slots`), rows behind the
         index stay where they are, and those behind `rows` wait for their turn.

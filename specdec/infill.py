@@ -130,8 +130,8 @@ def fill(rows: Rows, filling: Filling) -> Speculation:
         density = scores[:, :, 0]
         if first is not None:  # the same to the last bit: then the first draft token is certain to be accepted
             density[:, 0] = first
-        done, fault = filling.verification(within_step(rows, draft, filling.bonus_token), draft, density, no_ends)
-        report = rows.read(done.num_committed, done.num_accepted, done.finished, fault, draft.token_ids, done.token_ids)
+        done = filling.verification(within_step(rows, draft, filling.bonus_token), draft, density, no_ends)
+        report = rows.read(done)
         check_report(report)
         speculation.add(report)
         if drafter is not None:

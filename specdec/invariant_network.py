@@ -62,9 +62,7 @@ class InvariantForward:
         self.embedding, self.norm, self.head = model.model.embed_tokens, Norm(model.model.norm), Head(model)
         self.cache = RaggedCache(len(self.layers), max_rows, num_cache_slots, model.device)
         head_dim = model.model.layers[0].self_attn.head_dim
-        head = self.embedding.weight.detach().new_empty(1, model.config.num_key_value_heads, 0, head_dim)
-        for layer in self.cache.layers:
-            layer.lazy_initialization(head, head)
+        self.cache.allocate(model.config.num_key_value_heads, head_dim, self.embedding.weight.dtype)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
         self.graphs_with_extra: dict[int, tuple[StepGraphs, ExtraQueries]] = {}  # by the number of extra queries
         self.one_launch = None
@@ -198,6 +196,7 @@ class InvariantNetwork(Network):
         size = self.cache.max_rows, self.cache.num_slots
         with kept_forward(self.model, *size, self.must_be_exact) as self.kept:
             self.cache = self.kept.cache
+            self.cache.num_filled = 0  # of an earlier generation nothing is left
             yield
 
     def resize(self, max_rows: int, num_slots: int) -> None:

@@ -94,19 +94,28 @@ class Speculation:
         self.num_new_tokens += int(report.num_committed.sum())
         if report.is_prefill:
             return
-        width = report.token_ids.shape[1]
-        accepted = np.bincount(report.num_accepted, minlength=width)
-        place = np.arange(width - 1)[:, None]
-        tried = ((report.num_drafted > place) & (report.num_accepted >= place)).sum(1)
         self.num_target_calls += 1
         self.num_spec_steps += len(report.num_committed)
-        self.num_draft_tokens += int(report.num_drafted.sum())
-        self.num_accepted_draft_tokens += int(report.num_accepted.sum())
-        self.acceptance_histogram = _add(self.acceptance_histogram, accepted)
-        self.tried_histogram = _add(self.tried_histogram, tried)
-        self.drafted_histogram = _add(self.drafted_histogram, np.bincount(report.num_drafted, minlength=width))
+        if report.token_ids.shape[1] > 1:
+            self._add_drafts(report)
+        else:  # without the arithmetic, for which a device would wait
+            self.acceptance_histogram = _add(self.acceptance_histogram, [len(report.num_committed)])
+            self.drafted_histogram = _add(self.drafted_histogram, [len(report.num_committed)])
         if report.predicted is not None:
             self._add_predictions(report.predicted, *decided(report, report.predicted.shape[1]))
+
+    def _add_drafts(self, report: StepReport) -> None:
+        width = report.token_ids.shape[1]
+        place = np.arange(width - 1)[:, None]
+        tried = ((report.num_drafted > place) & (report.num_accepted >= place)).sum(1)
+        accepted, drafted = (
+            np.bincount(counts, minlength=width) for counts in (report.num_accepted, report.num_drafted)
+        )
+        self.num_draft_tokens += int(report.num_drafted.sum())
+        self.num_accepted_draft_tokens += int(report.num_accepted.sum())
+        self.acceptance_histogram = _add(self.acceptance_histogram, accepted.tolist())
+        self.tried_histogram = _add(self.tried_histogram, tried.tolist())
+        self.drafted_histogram = _add(self.drafted_histogram, drafted.tolist())
 
     def _add_predictions(self, predicted: np.ndarray, is_decided: np.ndarray, is_accepted: np.ndarray) -> None:
         """[rows, places] each."""
@@ -114,8 +123,8 @@ class Speculation:
         values, hits = predicted[counted], is_accepted[counted]
         bins = np.minimum((values * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         counts, sums, accepted = (np.bincount(bins, weights, NUM_BINS) for weights in (None, values, hits))
-        self.predicted_histogram = _add(self.predicted_histogram, counts)
-        self.predicted_accepted = _add(self.predicted_accepted, accepted.astype(np.int64))
+        self.predicted_histogram = _add(self.predicted_histogram, counts.tolist())
+        self.predicted_accepted = _add(self.predicted_accepted, accepted.astype(np.int64).tolist())
         known = self.predicted_sums or [0.0] * NUM_BINS
         self.predicted_sums = [a + float(b) for a, b in zip(known, sums, strict=True)]
 
@@ -141,7 +150,7 @@ def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray
     return (accepted | first_rejected) & (place < report.num_drafted[:, None]), accepted
 
 
-def _add(total: list[int], counts: np.ndarray) -> list[int]:
+def _add(total: list[int], counts: list[int]) -> list[int]:
     """Entry by entry, the shorter one extended by zeros; a step waits for this, and numpy's padding takes 20 times as
     long as these few numbers."""
-    return [a + b for a, b in zip_longest(total, counts.tolist(), fillvalue=0)]
+    return [a + b for a, b in zip_longest(total, counts, fillvalue=0)]

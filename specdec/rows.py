@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 
 from specdec.drafter import NO_TOKEN
+from specdec.kernels.greedy_commit import (
+    FAULT,
+    FINISHED,
+    FIRST_TOKEN,
+    NUM_ACCEPTED,
+    NUM_COMMITTED,
+    NUM_DRAFTED,
+    Committed,
+)
 from specdec.slots import ON_DEVICE, ON_HOST, Slots
 
 
@@ -58,6 +67,7 @@ class Rows:
     host_lengths: np.ndarray
     host_prompt_lengths: np.ndarray
     host_limits: np.ndarray
+    _taken: Tensor | None = None  # the slots' tokens when the views were made, which stay what they are till a resize
 
     def __init__(
         self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
@@ -87,7 +97,10 @@ class Rows:
         return rows
 
     def take(self, count: int) -> None:
-        """Let the rows in `count` slots from `first` on take part; to be called anew when rows have moved."""
+        """Let the rows in `count` slots from `first` on take part; to be called anew when slots were resized."""
+        if self._taken is self.slots.token_ids and count == len(self):
+            return
+        self._taken = self.slots.token_ids
         for name in (*ON_DEVICE, *ON_HOST):
             setattr(self, name, getattr(self.slots, name)[self.first : self.first + count])
 
@@ -128,28 +141,18 @@ class Rows:
         index = self.lengths[:, None] + torch.arange(-count, 0, device=self.device)
         return self.token_ids.gather(1, index)
 
-    def read(
-        self,
-        num_committed: Tensor,
-        num_accepted: Tensor,
-        finished: Tensor,
-        fault: Tensor,
-        draft: Tensor,
-        committed: Tensor,
-    ) -> StepReport:
+    def read(self, done: Committed) -> StepReport:
         """Bring one step to the host in one copy and advance the host's lengths."""
-        num_drafted = (draft != NO_TOKEN).sum(1)
-        columns = [num_committed, num_accepted, num_drafted, finished.long(), fault]
-        packed = torch.cat([torch.stack(columns, 1), committed], 1).cpu().numpy()
-        self.host_lengths += packed[:, 0]
+        report = done.report.cpu().numpy()
+        self.host_lengths += report[:, NUM_COMMITTED]
         return StepReport(
             self.row_ids.copy(),  # its rows may move
-            packed[:, 0],
-            packed[:, 1],
-            packed[:, 2],
-            packed[:, 3].astype(bool),
-            packed[:, 4],
-            packed[:, 5:],
+            report[:, NUM_COMMITTED],
+            report[:, NUM_ACCEPTED],
+            report[:, NUM_DRAFTED],
+            report[:, FINISHED].astype(bool),
+            report[:, FAULT],
+            report[:, FIRST_TOKEN:],
         )
 
     def cut(self, report: StepReport, num_committed: np.ndarray) -> StepReport:
@@ -165,15 +168,16 @@ class Rows:
         )
 
     def retire(self, finished: np.ndarray) -> Tensor:
-        """Take finished rows out of their slots and return the index that `keep_rows` calls need, [kept slots] int64.
+        """Take finished rows out of their slots and return the index that `keep_rows` calls need, [kept slots] int64 on
+        the host.
 
         finished: [rows] bool. All residents that are left take part afterwards.
         """
         done = np.flatnonzero(finished)
         if self.keeps_outputs:
             done_ids = self.row_ids[finished]
-            place = torch.from_numpy(done_ids).to(self.device)
-            self.output_ids[place] = self.token_ids[torch.from_numpy(done).to(self.device)]
+            place, slot = torch.from_numpy(np.stack([done_ids, done])).to(self.device)
+            self.output_ids[place] = self.token_ids[slot]
             self.output_lengths[done_ids] = self.host_lengths[finished]
         index = self.slots.remove(done + self.first)
         self.take(max(self.slots.num_residents - self.first, 0))

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ON_DEVICE = ("token_ids", "lengths", "prompt_lengths", "limits")
+NUMBERS = ("lengths", "prompt_lengths", "limits")
+ON_DEVICE = ("token_ids", *NUMBERS)
 ON_HOST = ("row_ids", "host_lengths", "host_prompt_lengths", "host_limits")
 
 
@@ -22,10 +23,15 @@ class Slots:
         self.device = device
         self.num_residents = self.num_newcomers = 0
         self.token_ids = torch.zeros(num_slots, capacity, dtype=torch.long, device=device)
-        self.lengths, self.prompt_lengths, self.limits = torch.zeros(3, num_slots, dtype=torch.long, device=device)
+        self._hold(torch.zeros(len(NUMBERS), num_slots, dtype=torch.long, device=device))
         self.row_ids, self.host_lengths, self.host_prompt_lengths, self.host_limits = (
             np.zeros(num_slots, dtype=np.int64) for _ in ON_HOST
         )
+
+    def _hold(self, numbers: Tensor) -> None:
+        """numbers: [3, slots] int64, one tensor so that rows move all of theirs at once."""
+        self._numbers = numbers
+        self.lengths, self.prompt_lengths, self.limits = numbers
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -48,25 +54,27 @@ class Slots:
             padded[slot, : len(row)] = row
         taken = slice(first, first + count)
         self.token_ids[taken, : padded.shape[1]] = padded.to(self.device)
-        for name, values in zip(ON_DEVICE[1:], (lengths, prompt_lengths, limits), strict=True):
+        numbers = np.stack([lengths, prompt_lengths, limits])
+        self._numbers[:, taken] = torch.from_numpy(numbers).to(self.device)
+        for name, values in zip(NUMBERS, numbers, strict=True):
             getattr(self, f"host_{name}")[taken] = values
-            getattr(self, name)[taken] = torch.from_numpy(values).to(self.device)
         self.row_ids[taken] = row_ids
         self.num_newcomers += count
 
     def arrange(self, order: np.ndarray) -> Tensor:
-        """Slot i becomes what slot order[i] is ([kept slots] int64); returns the same index on the device.
+        """Slot i becomes what slot order[i] is ([kept slots] int64); returns the same index, on the host.
 
         Slots from len(order) on keep what they hold; whoever removes rows says who is left.
         """
-        index = torch.from_numpy(order).to(self.device)
-        for name in ON_DEVICE:
-            tensor = getattr(self, name)
-            tensor[: len(order)] = tensor[index]
-        for name in ON_HOST:
-            array = getattr(self, name)
-            array[: len(order)] = array[order]
-        return index
+        moves = moves_of(order)
+        if moves.size:
+            moved_from, moved_to = torch.from_numpy(moves).to(self.device)
+            self.token_ids[moved_to] = self.token_ids[moved_from]
+            self._numbers[:, moved_to] = self._numbers[:, moved_from]
+            for name in ON_HOST:
+                array = getattr(self, name)
+                array[moves[1]] = array[moves[0]]
+        return torch.from_numpy(order)
 
     def remove(self, leaving: np.ndarray) -> Tensor:
         """Take rows out of their slots ([leaving] int64); returns the index that caches need to follow.
@@ -88,17 +96,24 @@ class Slots:
     def resize(self, num_slots: int, capacity: int) -> None:
         """Other numbers of slots and tokens; occupied slots keep what they hold."""
         kept, columns = min(num_slots, len(self)), min(capacity, self.capacity)
-        for name in ON_DEVICE:
-            old = getattr(self, name)
-            new = old.new_zeros(num_slots, *([capacity] if old.dim() > 1 else []))
-            if old.dim() > 1:
-                new[:kept, :columns] = old[:kept, :columns]
-            else:
-                new[:kept] = old[:kept]
-            setattr(self, name, new)
+        token_ids, numbers = self.token_ids, self._numbers
+        self.token_ids = token_ids.new_zeros(num_slots, capacity)
+        self.token_ids[:kept, :columns] = token_ids[:kept, :columns]
+        self._hold(numbers.new_zeros(len(NUMBERS), num_slots))
+        self._numbers[:, :kept] = numbers[:, :kept]
         for name in ON_HOST:
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old[:kept], np.zeros(num_slots - kept, dtype=np.int64)]))
+
+
+def moves_of(order: np.ndarray) -> np.ndarray:
+    """What `order` moves: (from, to), [2, moves] int64.
+
+    >>> moves_of(np.array([0, 3, 2])).tolist()
+    [[3], [1]]
+    """
+    moved_to = np.flatnonzero(order != np.arange(len(order)))
+    return np.stack([order[moved_to], moved_to])
 
 
 def fill_holes(finished: np.ndarray) -> np.ndarray:

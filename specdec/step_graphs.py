@@ -8,7 +8,7 @@ go to slots behind the texts, and no other row's bits depend on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,13 +25,18 @@ FEWEST_SLOTS = 1024
 Forward = Callable[[Tensor, Tensor, int, tuple[int, ...]], NetworkOutput]
 
 
-class CapturedStep(NamedTuple):
-    """token_ids: [rows, width] int64 and starts: [rows] int64, to be filled; output: overwritten by each replay."""
+@dataclass
+class CapturedStep:
+    """token_ids: [rows, width] int64 and starts: [rows] int64, to be filled; output: overwritten by each replay.
+
+    num_starts: how many of the starts may lie in a text; the others are those of padding.
+    """
 
     graph: torch.cuda.CUDAGraph
     token_ids: Tensor
     starts: Tensor
     output: NetworkOutput
+    num_starts: int = 0
 
 
 class StepGraphs:
@@ -58,7 +63,9 @@ class StepGraphs:
         step = self.captured.get(key) or self._capture(forward, *key)
         step.token_ids[:rows, :width] = token_ids
         step.starts[:rows] = starts
-        step.starts[rows:] = self.cache.num_slots - MAX_STEP_WIDTH
+        if rows < step.num_starts:
+            step.starts[rows : step.num_starts] = self.cache.num_slots - MAX_STEP_WIDTH
+        step.num_starts = rows
         step.graph.replay()
         logits, states, _ = step.output
         return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))

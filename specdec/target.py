@@ -61,14 +61,14 @@ class Target:
 
     def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
         """One forward over each row's last token and its draft, then the commit."""
-        inputs = rows.last_tokens(1)
+        starts = rows.lengths - 1  # the last committed token has no keys yet
+        inputs = rows.token_ids.gather(1, starts[:, None])
         if draft.token_ids.shape[1]:
             inputs = torch.cat([inputs, draft.token_ids.clamp(min=0)], 1)
         extra = draft.extra_queries
         width = inputs.shape[1] * (1 if extra is None else 1 + extra.num)
-        # The last committed token has no keys yet, so a row's cache is one shorter than the row.
         used_slots = rows.max_length - 1 + width
-        output = self.network.forward(inputs, rows.lengths - 1, used_slots, self.layers, rows.host_lengths - 1, extra)
+        output = self.network.forward(inputs, starts, used_slots, self.layers, rows.host_lengths - 1, extra)
         report, verified = self._commit(rows, draft, output.logits, output.hidden_states)
         return report, verified if extra is None else replace(verified, extra_logits=output.extra_logits)
 
@@ -80,8 +80,8 @@ class Target:
     ) -> tuple[StepReport, Verified]:
         """logits: [rows, k + 1, vocab]"""
         scores = self.processors(rows, draft.token_ids, logits)
-        done, fault = self.verification(rows, draft, scores, self.eos_ids)
-        report = rows.read(done.num_committed, done.num_accepted, done.finished, fault, draft.token_ids, done.token_ids)
+        done = self.verification(rows, draft, scores, self.eos_ids)
+        report = rows.read(done)
         if report.fault.any():
             slot = int((report.fault > 0).argmax())
             row = int(report.row_ids[slot])
@@ -101,7 +101,7 @@ class Target:
             )
         self._keep_emitted(rows, report, logits, scores)
         drafted = report.num_drafted
-        all_accepted = bool(((report.num_accepted == drafted) & (drafted > 0)).any())
+        all_accepted = draft.token_ids.shape[1] > 0 and bool(((report.num_accepted == drafted) & (drafted > 0)).any())
         return report, Verified(draft, done.num_accepted, done.num_committed, all_accepted, hidden_states)
 
     def _keep_emitted(self, rows: Rows, report: StepReport, logits: Tensor, scores: Tensor) -> None:

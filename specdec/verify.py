@@ -11,14 +11,13 @@ from torch import Tensor
 
 from specdec.drafter import NO_TOKEN, Draft
 from specdec.kernels.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
-from specdec.kernels.greedy_commit import Committed, greedy_commit
+from specdec.kernels.greedy_commit import BAD_SCORES, Committed, greedy_commit
 from specdec.kernels.sampled_commit import sampled_commit
 from specdec.lossy import Lenient, Lossy, TopBeta, Typical
 from specdec.random_streams import Purpose, RowStreams
 from specdec.rows import Rows
 
-BAD_SCORES = 1  # the target's scores hold a NaN
-BAD_DRAFT = 2  # the drafter's probabilities are no distribution
+BAD_DRAFT = 2 * BAD_SCORES  # a fault: the drafter's probabilities are no distribution
 
 
 class Verification(Protocol):
@@ -30,11 +29,10 @@ class Verification(Protocol):
     @property
     def is_lossless(self) -> bool: ...
 
-    def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
+    def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> Committed:
         """scores: [rows, k + 1, vocab], processed logits. Appends to `rows`.
 
-        Returns what was committed, and [rows] int64: 0, or BAD_SCORES + BAD_DRAFT where these hold and what the row
-        committed means nothing.
+        Faults are BAD_SCORES, of the target, and BAD_DRAFT, of the drafter, or their sum.
         """
 
 
@@ -52,13 +50,11 @@ class GreedyVerification:
     def is_lossless(self) -> bool:
         return self.rule is None
 
-    def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
-        best, target_ids = scores.max(-1)  # a NaN anywhere is the maximum
+    def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> Committed:
+        passes = None
         if self.rule is not None and draft.token_ids.shape[1]:
-            passes = lets_pass(self.rule, draft.token_ids, scores[:, :-1], best[:, :-1])
-            target_ids[:, :-1] = torch.where(passes, draft.token_ids, target_ids[:, :-1])
-        done = greedy_commit(target_ids, draft.token_ids, eos_ids, rows.token_ids, rows.lengths, rows.limits)
-        return done, nan_within(torch.isnan(best), done) * BAD_SCORES
+            passes = lets_pass(self.rule, draft.token_ids, scores[:, :-1])
+        return greedy_commit(scores, draft.token_ids, eos_ids, rows.token_ids, rows.lengths, rows.limits, passes)
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class SampledVerification:
     def is_lossless(self) -> bool:
         return isinstance(self.method, str)
 
-    def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> tuple[Committed, Tensor]:
+    def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> Committed:
         target = distribution_of(scores, self.truncation)
         uniforms = self.streams.uniforms(rows.row_ids, rows.host_lengths, scores.shape[1], Purpose.VERIFY)
         draft_ids, draft_probs = draft.token_ids, draft.probs
@@ -100,12 +96,11 @@ class SampledVerification:
             self.method if isinstance(self.method, str) else "token",
             lenience=self.method.lenience if isinstance(self.method, Lenient) else 1.0,
         )
-        fault = nan_within(target.mass.isnan(), done) * BAD_SCORES
         if not draft.is_normalised and draft.probs is not None:
             # Half precision sums to 1 within a percent; NaN compares false.
             sums_to_one = (draft.probs.sum(-1, dtype=torch.float32) - 1).abs() < 0.02
-            fault = fault + ((draft.token_ids >= 0) & ~sums_to_one).any(1) * BAD_DRAFT
-        return done, fault
+            done.fault.add_(((draft.token_ids >= 0) & ~sums_to_one).any(1) * BAD_DRAFT)
+        return done
 
 
 def verification_of(
@@ -119,14 +114,14 @@ def verification_of(
     return GreedyVerification(None if isinstance(method, str) else method)
 
 
-def lets_pass(rule: Lenient | TopBeta, draft_ids: Tensor, scores: Tensor, best: Tensor) -> Tensor:
+def lets_pass(rule: Lenient | TopBeta, draft_ids: Tensor, scores: Tensor) -> Tensor:
     """Which drafts a greedy rule accepts beside the argmax, [rows, k] bool.
 
-    draft_ids: [rows, k] int64. scores: [rows, k, vocab]. best: [rows, k], the largest of each place.
+    draft_ids: [rows, k] int64. scores: [rows, k, vocab].
     """
     index = draft_ids.clamp(min=0)[..., None]
     drafted = scores.gather(2, index)
-    gap = (best.double() - drafted[..., 0].double()).masked_fill(draft_ids == NO_TOKEN, torch.inf)
+    gap = (scores.amax(-1).double() - drafted[..., 0].double()).masked_fill(draft_ids == NO_TOKEN, torch.inf)
     if isinstance(rule, Lenient):
         return gap <= -math.log(rule.lenience)
     # As argmax does, a tie ranks behind those of lower index, so that the first rank is greedy decoding.
@@ -143,9 +138,3 @@ def typical_prefix(rule: Typical, target: Distribution, draft_ids: Tensor) -> Te
         threshold[:, place] = (rule.delta * (-torch.special.entr(probs).sum(1)).exp()).clamp(max=rule.epsilon)
     is_typical = (p >= threshold) & (p > 0) & (draft_ids != NO_TOKEN)
     return draft_ids.masked_fill(is_typical.long().cumprod(1) == 0, NO_TOKEN)
-
-
-def nan_within(is_nan: Tensor, done: Committed) -> Tensor:
-    """[rows] bool: a NaN at a place that counts. Behind a rejected draft anything may stand. is_nan: [rows, k + 1]."""
-    column = torch.arange(is_nan.shape[1], device=is_nan.device)
-    return (is_nan & (column <= done.num_accepted[:, None])).any(1)

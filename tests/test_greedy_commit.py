@@ -9,18 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.kernels.greedy_commit import NO_TOKEN, greedy_commit, triton
+from specdec.kernels.greedy_commit import NO_TOKEN, NUM_DRAFTED, greedy_commit, triton
 
+VOCAB = 10
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def run(target, draft, eos=(), lengths=(3,), limits=(99,), implementation="torch", device="cpu"):
-    target, draft = torch.tensor(target, device=device), torch.tensor(draft, dtype=torch.long, device=device)
+def run(target, draft, eos=(), lengths=(3,), limits=(99,), implementation="torch", device="cpu", passes=None):
+    """target: the argmax of each place."""
+    target, draft = torch.tensor(target), torch.tensor(draft, dtype=torch.long, device=device)
+    scores = torch.nn.functional.one_hot(target, VOCAB).float().to(device)
     tokens = torch.full((len(target), 120), 77, device=device)
     lengths = torch.tensor(lengths, device=device)
     out = greedy_commit(
-        target, draft.reshape(len(target), -1), torch.tensor(eos, dtype=torch.long, device=device), tokens, lengths,
-        torch.tensor(limits, device=device), implementation,
+        scores, draft.reshape(len(target), -1), torch.tensor(eos, dtype=torch.long, device=device), tokens, lengths,
+        torch.tensor(limits, device=device), passes, implementation,
     )  # fmt: skip
     return out, tokens, lengths
 
@@ -100,6 +103,8 @@ def check_batch(batch, implementation, device="cpu"):
         assert out.num_committed[row].item() == len(committed)
         assert out.num_accepted[row].item() == accepted
         assert out.finished[row].item() == finished
+        assert out.report[row, NUM_DRAFTED] == sum(token != NO_TOKEN for token in draft[row])
+        assert out.fault[row] == 0
         assert new_lengths[row].item() == lengths[row] + len(committed)
         assert tokens[row, lengths[row] : lengths[row] + len(committed)].tolist() == committed
         assert tokens[row, : lengths[row]].eq(77).all()
@@ -125,13 +130,64 @@ def test_kernel_on_a_gpu_equals_row_by_row(batch):
     check_batch(batch, "triton", "cuda")
 
 
+def check_scores(implementation, device="cpu", dtype=torch.float32):
+    """Vocabularies of one block and of several; ties within and across blocks, infinities, NaN at places that count and
+    at others, scores of which the places are a part of a larger tensor, a lossy rule."""
+    generator = torch.Generator().manual_seed(0)
+    for vocab in (1, 7, 4096, 9001):
+        for k in (0, 1, 4):
+            rows = 6
+            whole = torch.randint(-3, 3, (rows, k + 2, vocab), generator=generator).to(dtype)
+            whole[0, 0] = -torch.inf
+            whole[1, k, vocab // 2] = torch.inf
+            whole[2, 0, vocab - 1] = torch.nan
+            whole[3, k, -1:] = torch.nan
+            scores = whole.to(device)[:, : k + 1]
+            target = whole[:, : k + 1].float().nan_to_num(nan=9.0, posinf=8.0).numpy().argmax(-1)
+            draft = torch.from_numpy(target[:, :k].copy())
+            draft[3:4, :1] = (draft[3:4, :1] + 1) % max(vocab, 2)
+            draft[4, k // 2 :] = NO_TOKEN
+            passes = torch.zeros(rows, k, dtype=torch.bool)
+            passes[5] = True
+            draft[5] = 0
+            given = [t.to(device) for t in (draft, torch.empty(0, dtype=torch.long))]
+            tokens, lengths = torch.zeros(rows, 20, dtype=torch.long, device=device), torch.arange(1, 7, device=device)
+            limits = lengths + 10
+            done = greedy_commit(scores, *given, tokens, lengths, limits, passes.to(device), implementation)
+            for row in range(rows):
+                chosen = [*draft[5].tolist(), target[5, k]] if row == 5 else target[row].tolist()
+                committed, accepted, _ = commit_one(chosen, [t for t in draft[row].tolist() if t >= 0], (), 0, 99)
+                assert done.token_ids[row].tolist() == committed + [NO_TOKEN] * (k + 1 - len(committed)), (vocab, k)
+                assert done.num_accepted[row].item() == accepted
+            # The NaN of row 3 stands behind a rejected draft, where there is one.
+            assert done.fault.tolist() == [0, 0, 1, int(k == 0), 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_takes_the_lowest_of_the_largest(dtype):
+    check_scores("torch", dtype=dtype)
+
+
+@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_argmax_in_the_interpreter_equals_numpys(dtype):
+    check_scores("triton", dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bfloat16])
+def test_argmax_on_a_gpu_equals_numpys(dtype):
+    check_scores("triton", "cuda", dtype)
+    check_scores("torch", "cuda", dtype)
+
+
 def test_interpreter_run(run_in_subprocess):
     """The interpreter must be chosen before triton is imported, hence another process."""
-    run_in_subprocess("tests/test_greedy_commit.py", "-k", "interpreter_equals", TRITON_INTERPRET="1")
+    run_in_subprocess("tests/test_greedy_commit.py", "-k", "in_the_interpreter", TRITON_INTERPRET="1")
 
 
 def test_wrong_shapes_and_implementations_are_named():
-    with pytest.raises(ValueError, match="3 columns; 1 drafts"):
+    with pytest.raises(ValueError, match="need 2 places"):
         run([[5, 6, 7]], [[5]])
     with pytest.raises(ValueError, match="choose 'auto'"):
         run([[5]], [[]], implementation="cuda")

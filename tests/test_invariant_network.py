@@ -162,6 +162,31 @@ def test_a_model_is_not_kept_alive():
     assert gone() is None
 
 
+def check_rows_that_leave(device):
+    """At other steps each: rows of the target's cache and of the draft's close up, and others take their places."""
+    model, draft = build("qwen3").to(device), tiny_llama(1).to(device)
+    prompts, limits = [PROMPTS[i % 3] + i // 3 for i in range(9)], [3, 17, 9, 5, 12, 2, 8, 20, 4]
+    with batch_invariant(model), batch_invariant(draft):
+        expected = [
+            plain_greedy(model, prompt.to(device), max_new_tokens=limit)
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
+        for drafter in (None, draft):
+            done = specdec.generate_many(
+                model, prompts, drafter=drafter, max_new_tokens=limits, max_rows=5, in_order=True, pad_token_id=0
+            )
+            assert [one.token_ids for one in done] == expected
+
+
+def test_rows_that_leave():
+    check_rows_that_leave("cpu")
+
+
+@pytest.mark.gpu
+def test_rows_that_leave_on_a_gpu():
+    check_rows_that_leave("cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", MODELS)

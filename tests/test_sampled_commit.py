@@ -153,7 +153,7 @@ def compare(target, ids, draft, numbers, lengths, limits):
             out, kernel_tokens, kernel_ends = run(target, ids, probs, numbers, implementation="triton", **options)
         finally:
             torch.use_deterministic_algorithms(False)
-        for a, b in zip((*out, kernel_ends), (*expected, ends), strict=True):
+        for a, b in zip((out.report, kernel_ends), (expected.report, ends), strict=True):
             assert torch.equal(a, b)
         committed = torch.arange(60, device=device) < ends[:, None]
         assert torch.equal(kernel_tokens[committed], tokens[committed])

@@ -65,5 +65,5 @@ class RepadCache(RaggedCache):
         super().resize(max_rows, num_slots)
 
     def keep_rows(self, index: Tensor) -> None:
-        self.host_pads[: len(index)] = self.host_pads[index.cpu().numpy()]
+        self.host_pads[: len(index)] = self.host_pads[index.numpy()]
         super().keep_rows(index)
