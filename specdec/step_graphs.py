@@ -58,7 +58,8 @@ class StepGraphs:
         step = self.captured.get(key) or self._capture(forward, *key)
         step.token_ids[:rows, :width] = token_ids
         step.starts[:rows] = starts
-        step.starts[rows:] = self.cache.num_slots - MAX_STEP_WIDTH
+        if rows < len(step.starts):
+            step.starts[rows:] = self.cache.num_slots - MAX_STEP_WIDTH
         step.graph.replay()
         logits, states, _ = step.output
         return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))
