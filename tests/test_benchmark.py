@@ -208,10 +208,18 @@ def test_a_stand_ins_hidden_states_are_the_small_models(load, demo_pair):
     torch.testing.assert_close(found, head.log_acceptance(expected, log_q[0]).exp(), rtol=0, atol=1e-4)
 
 
-def test_policies_are_compared_on_stand_ins(load, tmp_path, capsys):
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is batch-invariant on a CPU needs it
+    yield
+    torch.set_num_threads(before)
+
+
+def test_policies_are_compared_on_stand_ins(load, tmp_path, one_thread):
     """The shipped pair's own head on a pair of another shape, and a record that says so."""
     out = tmp_path / "out.json"
-    options = "--target-shape tiny --draft-shape tiny --num-prompts 2 --max-new-tokens 5 --repeats 3 --seconds 0"
+    options = "--target-shape tiny --draft-shape tiny --num-prompts 2 --max-new-tokens 4 --repeats 3 --seconds 0"
     options += " --num-speculative-tokens 3 --kinds fixed,acceptance_head --thresholds acceptance_head=0.6"
     assert load("policies").main([*options.split(), "--exclude-prefill", "--json", str(out)]) == 0
     record = json.loads(out.read_text())
