@@ -16,6 +16,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,36 @@ class Shape:
 
 
 SHAPES = {
+    "32B": Shape(5120, 64, 64, 8, 128, 25600, 151936),
+    "14B": Shape(5120, 40, 40, 8, 128, 17408, 151936),
     "8B": Shape(4096, 36, 32, 8, 128, 12288, 151936),
     "1.7B": Shape(2048, 28, 16, 8, 128, 6144, 151936),
     "0.6B": Shape(1024, 28, 16, 8, 128, 3072, 151936),
-    "tiny": Shape(448, 10, 10, 5, 128, 1100, 2304),
+    # 32 divides all sizes, as a batch-invariant float32 model on a CPU needs.
+    "tiny": Shape(448, 10, 10, 5, 128, 1120, 2304),
 }
 
 
-@torch.no_grad()
+class StandIn(NamedTuple):
+    """to_small_hidden: [hidden, small hidden] float32; the states behind the final norm, multiplied by it, are the
+    small model's up to rounding."""
+
+    model: Qwen3ForCausalLM
+    to_small_hidden: Tensor
+
+
 def inflate(
     small: Qwen3ForCausalLM, shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> Qwen3ForCausalLM:
-    """A model of `shape` whose logits over the small vocabulary are `small`'s up to rounding.
+    """The model of `stand_in`."""
+    return stand_in(small, shape, dtype, device, seed).model
+
+
+@torch.no_grad()
+def stand_in(
+    small: Qwen3ForCausalLM, shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> StandIn:
+    """A model of `shape` whose logits over the small vocabulary are `small`'s up to rounding; moves `small` there.
 
     Raises ValueError if the small model does not fit into the shape.
     """
@@ -87,7 +106,7 @@ def inflate(
         for name in ("q_norm", "k_norm"):
             known = getattr(big.model.layers[places[0]].self_attn, name).variance_epsilon
             getattr(big.model.layers[place].self_attn, name).variance_epsilon = known
-    return big
+    return StandIn(big, writer.to_small_hidden(small.model.norm.weight))
 
 
 def check_fits(old: Qwen3Config, shape: Shape) -> None:
@@ -170,6 +189,10 @@ class Inflation:
         dims = torch.arange(old.head_dim, device=device).repeat(times)
         columns = (queries[:, None] * old.head_dim + dims).flatten()
         big.o_proj.weight.copy_(self.basis @ (small.o_proj.weight[:, columns] * self._shares(columns)))
+
+    def to_small_hidden(self, norm: Tensor) -> Tensor:
+        """From the large final norm, whose weights are ones, to the small one, whose weights are `norm`."""
+        return self.basis * self.norm_scale * norm
 
     def _reading(self, weight: Tensor, norm: Tensor) -> Tensor:
         """A linear behind an RMSNorm, [out, hidden]."""

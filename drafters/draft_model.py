@@ -80,31 +80,33 @@ class DraftModel(Drafter):
         self._cached[: len(rows)] = rows.host_lengths
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
-        inputs = self._not_cached(rows)
-        drafted = inputs.new_empty(len(rows), 0)
+        tokens = self._known(self._not_cached(rows))
+        drafted = tokens.new_empty(len(rows), max_tokens)
+        # What a policy looks at is waited for at each token, so what can be done before is not done behind them.
+        later_starts = rows.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
         sampler, policy = self.sampler, self.length_policy
         probs = None if sampler is None else sampler.probs(rows, max_tokens)
         uniforms: Tensor | None = None
         goes_on, num_drafted = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
         for place in range(max_tokens):
-            end = rows.lengths + place
-            width = inputs.shape[1]
-            host_starts = rows.host_lengths + place - width
-            output = self._forward(inputs, end - width, rows.max_length + place, host_starts)
-            logits = output.logits[:, -1, : self._shared_vocab]
+            width = tokens.shape[1]
+            starts = rows.lengths - width if place == 0 else later_starts[place - 1]
+            output = self._forward(tokens, starts, rows.max_length + place, rows.host_lengths + (place - width))
+            logits, newest = output.logits[:, -1, : self._shared_vocab], drafted[:, place : place + 1]
             if sampler is None or probs is None:
-                inputs = logits.argmax(-1, keepdim=True)
+                tokens = torch.argmax(logits, -1, keepdim=True, out=newest)
             else:
                 if uniforms is None:  # computed on the host while the device is busy with the first forward
                     uniforms = sampler.draw(rows, max_tokens)
-                inputs = sampler.sample(rows, drafted, logits, uniforms[:, place], probs[:, place])[:, None]
-            drafted = torch.cat([drafted, inputs], 1)
+                newest[:, 0] = sampler.sample(rows, drafted[:, :place], logits, uniforms[:, place], probs[:, place])
+                tokens = self._known(newest)
             num_drafted += goes_on
             if policy is not None and place + 1 < max_tokens:
                 hidden = output.hidden_states[0][:, -1] if output.hidden_states else None
-                goes_on &= policy.goes_on(rows, Shown(place, inputs[:, 0], logits, hidden))
+                goes_on &= policy.goes_on(rows, Shown(place, newest[:, 0], logits, hidden))
                 if not goes_on.any():
                     break
+        drafted = drafted[:, : place + 1]
         self._cached[: len(rows)] = rows.host_lengths + drafted.shape[1] - 1
         if (num_drafted < drafted.shape[1]).any():
             behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
@@ -161,7 +163,7 @@ class DraftModel(Drafter):
         self.num_calls += 1
         policy = self.length_policy
         layers = (-1,) if policy is not None and "hidden_states" in policy.sees else ()
-        return self._network.forward(self._known(token_ids), starts, used_slots, layers, host_starts)
+        return self._network.forward(token_ids, starts, used_slots, layers, host_starts)
 
     def _known(self, token_ids: Tensor) -> Tensor:
         """What is no token of the draft model enters as token 0: a poor draft, never a wrong output."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
@@ -21,19 +22,21 @@ from specdec.disco import Disco
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
 from specdec.heads import Head
+from specdec.kernels.log_prob import log_prob as log_prob_of
 
 if TYPE_CHECKING:
     from specdec.length import Shown
 
 Estimate = Callable[["Shown"], np.ndarray]  # [rows] float64 in 0 .. 1
 AnyHead = TypeVar("AnyHead", bound=Head)
+# Of each draft model and kind of estimate the last one, with all that it was made from: looking at a large pair's
+# weights takes longer than drafting many tokens.
+_kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
 
 
 def log_prob(shown: Shown) -> Tensor:
     """log q of each row's token, [rows] float32; of NO_TOKEN something finite."""
-    # One kernel; logsumexp is five, and takes more than twice the time.
-    log_probs = shown.logits.float().log_softmax(1)
-    return log_probs.gather(1, shown.token_ids.clamp(0, log_probs.shape[1] - 1)[:, None])[:, 0]
+    return log_prob_of(shown.logits, shown.token_ids)
 
 
 def on_host(probabilities: Tensor) -> np.ndarray:
@@ -75,14 +78,38 @@ class OfHead(Generic[AnyHead]):
                 f"length_policy {policy!r} needs a head trained for a draft model, and drafter {drafter.name!r} has "
                 "no model; choose another policy"
             )
-        if isinstance(head, str | Path) or head is None:
-            head = cls.kind.load(model.config._name_or_path if head is None else head)
+        folder = model.config._name_or_path if head is None else head
+        source: Any = stamp(Path(folder) / cls.kind.kind) if isinstance(folder, str | Path) else state(folder)
+        made_from = source, state(target), state(model)
+        kept = _kept.setdefault(model, {}).get(cls)
+        if kept is not None and kept[0] == made_from:
+            return kept[1]
+        if isinstance(folder, str | Path):
+            head = cls.kind.load(folder)
         if not isinstance(head, cls.kind):
             raise ConfigError(
                 f"length_policy {policy!r}: head is a {type(head).__name__}; pass a {cls.kind.__name__} or its folder"
             )
         head.check(target, model)
-        return cls(head.to(model.device, torch.float32).eval())
+        estimate = cls(head.to(model.device, torch.float32).eval())
+        if head is folder:
+            source = state(head)  # it may have moved to the device
+        _kept[model][cls] = (source, *made_from[1:]), estimate
+        return estimate
+
+
+def state(module: object) -> tuple:
+    """Differs once a module is another one or its weights were moved or changed, other than through `.data`."""
+    if not isinstance(module, nn.Module):
+        return (module,)
+    weights = ((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in module.parameters())
+    return ref(module), *weights
+
+
+def stamp(path: Path) -> tuple:
+    """Of a trained part's files."""
+    files = [path.with_suffix(suffix) for suffix in (".json", ".safetensors")]
+    return path.resolve(), *(file.stat().st_mtime_ns if file.is_file() else None for file in files)
 
 
 class HeadEstimate(OfHead[AcceptanceHead]):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec import Speculation, StepReport
+from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.measure import Result
 from specdec.bench.methods import Batch, Method, Pair
 from specdec.drafters.look_ahead import LookAheadEmbeddings
@@ -112,19 +113,18 @@ def test_policies_are_compared_with_the_best_fixed_k(compared, folder):
 
 
 def test_an_oracle_drafts_what_will_be_accepted(load):
-    assert load("policies").run_lengths(np.array([True, True, False, True])) == [2, 1, 0, 1]
-    assert load("policies").run_lengths(np.array([], dtype=bool)) == []
+    assert load("policy_ways").run_lengths(np.array([True, True, False, True])) == [2, 1, 0, 1]
+    assert load("policy_ways").run_lengths(np.array([], dtype=bool)) == []
 
 
 def test_settings_are_chosen_on_other_prompts_than_they_are_judged_on(load):
-    policies = load("policies")
-    ways = [policies.Way("fixed", k, k, None) for k in (2, 4)]
+    ways = [load("policy_ways").Way("fixed", k, k, None) for k in (2, 4)]
     seconds = {2: [1.0, 9.0, 1.0, 9.0], 4: [2.0, 1.0, 2.0, 1.0]}  # 2 is faster on prompts 0 and 2, 4 on the others
     results = [
         Result(Method(way.name, 1, True, None, None), [[7] * 6] * 4, 4, Speculation(), [seconds[way.most]])
         for way in ways
     ]
-    (entry,) = policies.judged(ways, results)
+    (entry,) = load("policy_table").judged(ways, results)
     assert entry["setting"] == 2 and entry["tokens_per_second"]["median"] == 12 / 18
 
 
@@ -204,3 +204,46 @@ def test_look_ahead_is_measured_by_number_of_tokens(load, folder, tmp_path, caps
     assert "| 2 | specdec look_ahead | 3 | 2/2 |" in capsys.readouterr().out
     with pytest.raises(specdec.ConfigError, match="tokens 4 exceeds the 3 look-ahead"):
         load("look_ahead").main([*options, "--num-speculative-tokens", "2,4"])
+
+
+@torch.no_grad()
+def test_a_stand_ins_hidden_states_are_the_small_models(load, demo_pair):
+    """Behind the map; and the head that reads them says the same."""
+    stand_in = load("stand_in")
+    draft, head = demo_pair.draft, AcceptanceHead.load(load("pairs").DEMO_PAIR / "draft")
+    big, to_small_hidden = stand_in.stand_in(draft, stand_in.SHAPES["tiny"], torch.float32, "cpu")
+    ids = torch.randint(3, 2000, (2, 40), generator=torch.Generator().manual_seed(0))
+    small, large = (model(input_ids=ids, output_hidden_states=True) for model in (draft, big))
+    expected, mapped = small.hidden_states[-1], large.hidden_states[-1] @ to_small_hidden
+    torch.testing.assert_close(mapped, expected, rtol=0, atol=1e-4)  # of a float32 sum over 448
+    log_q = [out.logits.log_softmax(-1).amax(-1) for out in (small, large)]
+    found = head.log_acceptance(mapped, log_q[1]).exp()
+    torch.testing.assert_close(found, head.log_acceptance(expected, log_q[0]).exp(), rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is batch-invariant on a CPU needs it
+    yield
+    torch.set_num_threads(before)
+
+
+def test_policies_are_compared_on_stand_ins(load, tmp_path, one_thread):
+    """The shipped pair's own head on a pair of another shape, and a record that says so."""
+    out = tmp_path / "out.json"
+    options = "--target-shape tiny --draft-shape tiny --num-prompts 2 --max-new-tokens 4 --repeats 3 --seconds 0"
+    options += " --num-speculative-tokens 3 --kinds fixed,acceptance_head --thresholds acceptance_head=0.6"
+    assert load("policies").main([*options.split(), "--exclude-prefill", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["stand_ins"] == "tiny and tiny of Qwen3 from demo_pair" and record["prefill"] == "excluded"
+    assert [entry["way"] for entry in record["every_way"]] == ["fixed 3", "acceptance_head 0.6"]
+    assert [entry["kind"] for entry in record["policies"]] == ["fixed", "acceptance_head"]
+    assert all(len(entry["tokens_per_second"]["repeats"]) == 1 for entry in record["every_way"])  # of 0 seconds
+
+
+@pytest.mark.parametrize("wrong", ["--target-shape 14B", "--kinds slow", "--thresholds fixed=0.5"])
+def test_policies_refuses_what_it_cannot_compare(load, folder, wrong):
+    with pytest.raises(SystemExit) as refused:
+        load("policies").main(["--models", str(folder), *wrong.split()])
+    assert refused.value.code == 2

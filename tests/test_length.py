@@ -521,3 +521,51 @@ def test_the_head_written_out_is_the_head(rows):
     assert estimate(shown) == pytest.approx(found, abs=1e-5)
     logits[0, 0] = torch.nan
     assert estimate(shown)[0] == 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_on_a_gpu_is_the_head(rows, dtype):
+    from specdec.acceptance import HeadEstimate, draft_probability
+    from specdec.length import Shown
+
+    head = random_head(AcceptanceHead, hidden_size=HIDDEN, num_blocks=3, rejection_weight=6.0)
+    logits, hidden = (4 * torch.randn(rows, 9001)).to(dtype), torch.randn(rows, HIDDEN).to(dtype)
+    tokens = torch.randint(0, 9001, (rows,))
+    log_q = logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    expected = head.log_acceptance(hidden, log_q).exp().detach()
+    shown = Shown(0, tokens.cuda(), logits.cuda(), hidden.cuda())
+    assert draft_probability(shown) == pytest.approx(log_q.exp().double().numpy(), abs=1e-5)
+    assert HeadEstimate(head.cuda())(shown) == pytest.approx(expected.double().numpy(), abs=1e-4)
+
+
+def test_a_pair_is_looked_at_once(tmp_path, monkeypatch):
+    """Until the head, a model or the file is another."""
+    checks = []
+    monkeypatch.setattr(AcceptanceHead, "check", lambda self, *models: checks.append(self))
+    target, draft = tiny_llama(0), DraftModel(tiny_llama(1))
+    one, other = (random_head(AcceptanceHead, hidden_size=HIDDEN) for _ in range(2))
+
+    def looked(head, target=target):
+        before = len(checks)
+        policy = ByAcceptanceHead(head=head)
+        policy.check(target, draft)
+        return len(checks) > before, policy._estimate.head
+
+    assert looked(one) == (True, one) and looked(one) == (False, one)
+    assert looked(other) == (True, other) and looked(one) == (True, one)
+    with torch.no_grad():
+        one.out.bias.add_(1)
+    assert looked(one)[0] and not looked(one)[0]
+    assert looked(one, tiny_llama(0))[0] and looked(one)[0]
+    with torch.no_grad():
+        draft.model.lm_head.weight[0].zero_()
+    assert looked(one)[0] and not looked(one)[0]
+    one.trained_for(target, draft.model, {}).save(tmp_path)
+    assert looked(tmp_path)[0] and not looked(str(tmp_path))[0]
+    other.trained_for(target, draft.model, {}).save(tmp_path)
+    found = looked(tmp_path)
+    assert found[0] and torch.equal(found[1].out.weight, other.out.weight)
+    with pytest.raises(ConfigError, match="head is a Disco"):
+        looked(DISCO)

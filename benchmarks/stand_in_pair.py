@@ -1,0 +1,76 @@
+"""A trained pair in the shape of a large one, and its trained heads on it.
+
+The heads read the small draft's hidden state. A stand-in's state is mapped back to it before a head sees it, which
+costs one small product a drafted token that a head of the large shape would not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from stand_in import SHAPES, stand_in
+from torch import Tensor
+
+import specdec
+from specdec.bench.methods import Pair
+from specdec.cost_model import CostModel
+from specdec.heads import Head
+from specdec.length import ByAcceptanceHead, LengthPolicy, Shown
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """pair: of the large shapes. small: what they were made of. to_small_hidden: the draft's, see `StandIn`."""
+
+    pair: Pair
+    small: Pair
+    to_small_hidden: Tensor
+
+    def adopt(self, head: Head) -> Head:
+        """The head, checked against the small pair that it was trained for, as the large pair's own."""
+        head.check(self.small.target, self.small.draft)
+        return head.trained_for(self.pair.target, self.pair.draft, head.recipe)
+
+
+@contextmanager
+def stand_ins(
+    small: Pair, target_shape: str, draft_shape: str, dtype: torch.dtype, device: torch.device
+) -> Iterator[StandIns]:
+    """Batch-invariant ones. Raises ValueError where the pair does not fit into the shapes."""
+    target = stand_in(small.target, SHAPES[target_shape], dtype, device).model
+    draft = stand_in(small.draft, SHAPES[draft_shape], dtype, device)
+    name = f"{target_shape} and {draft_shape} of Qwen3 from {small.name}"
+    with specdec.batch_invariant(target), specdec.batch_invariant(draft.model):
+        yield StandIns(replace(small, name=name, target=target, draft=draft.model), small, draft.to_small_hidden)
+
+
+if TYPE_CHECKING:
+    Policy = LengthPolicy
+else:
+    Policy = object
+
+
+class OnStandIn(Policy):
+    """Of a policy with a head: it sees the small draft's hidden states."""
+
+    def __init__(self, *arguments: Any, to_small_hidden: Tensor, **options: Any):
+        super().__init__(*arguments, **options)
+        self.to_small_hidden = to_small_hidden
+
+    def goes_on(self, rows: specdec.Rows, shown: Shown) -> np.ndarray:
+        if shown.hidden_states is not None:
+            shown = replace(shown, hidden_states=shown.hidden_states.float() @ self.to_small_hidden)
+        return super().goes_on(rows, shown)
+
+
+class ByAcceptanceHeadOnStandIn(OnStandIn, ByAcceptanceHead):
+    pass
+
+
+class CostModelOnStandIn(OnStandIn, CostModel):
+    pass
