@@ -33,7 +33,7 @@ from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specdec
-from specdec import invariant_network
+from specdec import invariant_layers
 from specdec.environment import environment
 from specdec.invariant_network import InvariantForward
 from specdec.kernels.persistent_step import FASTER_UP_TO
@@ -57,8 +57,8 @@ def step_times(
     """cells: (rows, width). Of a draft model also with its step of one launch, where it takes that."""
     ways = ("in order", "library") if name == "target" else ("in order", "library", "one launch")
     for arithmetic in ways:
-        replaced = library_linears if arithmetic == "library" else invariant_network.in_order_linears
-        with mock.patch.object(invariant_network, "in_order_linears", replaced):
+        replaced = library_linears if arithmetic == "library" else invariant_layers.in_order_linears
+        with mock.patch.object(invariant_layers, "in_order_linears", replaced):
             most, is_exact = row_bucket(max(rows for rows, _ in cells)), arithmetic != "one launch"
             forward = InvariantForward(model, most, context + 256, must_be_exact=is_exact)
             for rows, width in cells if is_exact else [cell for cell in cells if math.prod(cell) <= FASTER_UP_TO]:

@@ -72,4 +72,5 @@ class Fingerprint:
 def sample(weight: torch.Tensor) -> list[float]:
     flat = weight.flatten()
     place = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device).long()
+    place = place.clamp(max=len(flat) - 1)  # of a large weight float32 rounds it up
     return flat[place].double().tolist()
