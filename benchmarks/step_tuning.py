@@ -40,9 +40,10 @@ from stand_in import SHAPES, Shape
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from specdec import invariant_network
+from specdec import invariant_layers
 from specdec.environment import environment
-from specdec.invariant_network import InvariantForward, norm
+from specdec.invariant_network import InvariantForward
+from specdec.invariant_step import text_step
 from specdec.kernels import in_order_linear, overlap
 from specdec.kernels.linear_tiles import BUCKETS as BUCKETS_TODAY
 from specdec.kernels.linear_tiles import DEFAULTS, TUNED, Tile, choose_tile
@@ -369,11 +370,13 @@ class Steps:
         self.hidden = torch.randn(rows, width, hidden_size, device=model.device, dtype=model.dtype)
 
     def layers(self, ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
-        return NetworkOutput(self.forward.run(ids, starts, used_slots, slice(0, len(ids)), layers)[0], ())
+        forward = self.forward
+        step = text_step(starts, ids.shape[1], used_slots, forward.num_slots, forward.windows)
+        return NetworkOutput(forward.run(forward.embed(ids), step, slice(0, len(ids)), layers)[0], ())
 
     def head(self, ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         with torch.no_grad():
-            return NetworkOutput(self.forward.logits(norm(self.forward.norm, self.hidden, None)[0]), ())
+            return NetworkOutput(self.forward.logits(self.forward.norm(self.hidden)), ())
 
     def measure(self, part: str, products: dict[str, Product], setting: Setting) -> tuple[float, Tensor] | None:
         """part: "layers", "head", or "forward" for both."""
@@ -438,7 +441,7 @@ def tune_cell(
     for which, setting in (("table", table_setting(both, rows)), ("best", ours)):
         found = steps.measure("forward", both, setting)
         timed[which] = found and round(found[0], 5)
-    with mock.patch.object(invariant_network, "in_order_linears", library_linears):
+    with mock.patch.object(invariant_layers, "in_order_linears", library_linears):
         found = steps.measure("forward", both, ours)
         timed["library"] = found and round(found[0], 5)
     return entry

@@ -11,7 +11,7 @@ from tiny import tiny_llama
 from specdec.acceptance_head import AcceptanceHead
 from specdec.disco import Disco
 from specdec.errors import ConfigError, InputError
-from specdec.fingerprint import Fingerprint
+from specdec.fingerprint import SAMPLES, Fingerprint, sample
 
 HEADS = {"acceptance_head": lambda: AcceptanceHead(32, 2, 6.0), "disco": lambda: Disco(5, 16)}
 
@@ -101,3 +101,8 @@ def test_features_of_disco():
     assert torch.allclose(features[:, :2], q.topk(2).values)
     assert torch.allclose(features[:, 2], torch.distributions.Categorical(q).entropy())
     assert features[:, 3].tolist() == [0.25, 1.0]
+
+
+def test_the_fingerprint_of_a_large_weight_stays_within_it():
+    """Its last place is no float32."""
+    assert sample(torch.ones(()).expand(152_000 * 5_120 - 1)) == [1.0] * SAMPLES

@@ -139,7 +139,7 @@ def test_a_cell_on_the_interpreter(tuning, compiler, monkeypatch):
     """All of a cell but the capture: the kernel runs with the tiles under trial, and the record holds the choice."""
     shape, launched = tiny(tuning), []
     monkeypatch.setattr(
-        tuning.invariant_network, "in_order_linears",
+        tuning.invariant_layers, "in_order_linears",
         lambda x, weights, biases: in_order_linear.in_order_linears(x, weights, biases, "triton"),
     )  # fmt: skip
     launch = in_order_linear._in_order_linears_triton
