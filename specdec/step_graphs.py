@@ -7,6 +7,8 @@ go to slots behind the texts, and no other row's bits depend on them.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 ROWS_BEYOND = 32  # larger batches are rounded up to a multiple of it
 WIDTH_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, MAX_STEP_WIDTH)
 FEWEST_SLOTS = 1024
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Tensor, int, tuple[int, ...]], NetworkOutput]
 
@@ -71,6 +75,9 @@ class StepGraphs:
         return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))
 
     def _capture(self, forward: Forward, rows: int, width: int, slots: int, layers: tuple[int, ...]) -> CapturedStep:
+        shape = f"{rows} rows x {width} tokens over {slots} slots"
+        logger.info("capturing step %d: %s; new kernels are compiled first", len(self.captured) + 1, shape)
+        begin = time.perf_counter()
         token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
         # The last slots of every row are behind any text, so trying the step out leaves no trace.
         starts = torch.full((rows,), self.cache.num_slots - MAX_STEP_WIDTH, dtype=torch.long, device=self.cache.device)
@@ -83,6 +90,7 @@ class StepGraphs:
         with torch.cuda.graph(graph, pool=self.pool):
             output = forward(token_ids, starts, slots, layers)
         self.captured[rows, width, slots, layers] = CapturedStep(graph, token_ids, starts, output)
+        logger.info("captured in %.1f s", time.perf_counter() - begin)
         return self.captured[rows, width, slots, layers]
 
 
