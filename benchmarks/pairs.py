@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import specdec
 from specdec.bench.methods import Pair
 from specdec.bench.suite import Asked, Suite
-from specdec.cost_model import HostClock
+from specdec.costs import HostClock
 from specdec.oracle import run_plain
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -14,7 +14,8 @@ from stand_in_pair import ByAcceptanceHeadOnStandIn, CostModelOnStandIn, StandIn
 import specdec
 from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.methods import Pair
-from specdec.cost_model import CostModel, HostClock
+from specdec.cost_model import CostModel
+from specdec.costs import HostClock
 from specdec.disco import Disco
 from specdec.heads import Head
 from specdec.length import ByAcceptanceHead, ByDisco, Confidence, Fixed, LengthPolicy

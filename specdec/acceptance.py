@@ -161,6 +161,17 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         return without_nan(0.5 + 0.5 * np.tanh(half))
 
 
+def estimate_beside(policy: str, target: PreTrainedModel, drafter: Drafter) -> HeadEstimate | None:
+    """By the acceptance head in the draft model's folder; None where there is none for this pair."""
+    folder = None if drafter.model is None else Path(drafter.model.config._name_or_path)
+    if folder is None or not (folder / f"{AcceptanceHead.kind}.json").is_file():
+        return None
+    try:
+        return HeadEstimate.of(policy, None, target, drafter)
+    except ConfigError:  # it is of another pair
+        return None
+
+
 class DiscoEstimate(OfHead[Disco]):
     """DISCO's classifier."""
 

@@ -17,20 +17,17 @@ taken in runs that are neither thought about nor timed. Not booked are the few s
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from specdec.acceptance import DiscoEstimate, Estimate, HeadEstimate, draft_probability
+from specdec.acceptance import DiscoEstimate, Estimate, HeadEstimate, draft_probability, estimate_beside
 from specdec.acceptance_head import AcceptanceHead
-from specdec.costs import MAX_TOKENS, CostTable, Curve, Recalibrated, Survival
+from specdec.costs import MAX_TOKENS, Clock, CostTable, CudaClock, Curve, HostClock, Recalibrated, Survival
 from specdec.disco import Disco
 from specdec.drafter import Draft, Drafter
 from specdec.length import LengthPolicy, Shown, with_predictions
@@ -51,37 +48,6 @@ PLAIN_IS_OLD = 8  # steps after which plain decoding is timed again, if that los
 SHARE_OF_PLAIN = 0.01  # of the time of drafts: what timing plain decoding may lose
 ROWS_ALIKE = 1.5  # a plain step of so many times more or fewer rows says enough about these
 KNOWN_LAG = 2  # tokens that every draft feeds anyway
-
-
-class Clock(Protocol):
-    """mark: this moment of the device's work. seconds: between two marks of the past."""
-
-    def mark(self) -> Any: ...
-
-    def seconds(self, begin: Any, end: Any) -> float: ...
-
-
-@dataclass(frozen=True)
-class HostClock:
-    """mark: seconds, of the wall's clock or any other."""
-
-    mark: Callable[[], float] = time.perf_counter
-
-    def seconds(self, begin: float, end: float) -> float:
-        return end - begin
-
-
-class CudaClock:
-    """Events in the stream; nothing waits but for the last, when the step's copy to the host has already waited."""
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
 
 
 class Knowledge:
@@ -112,15 +78,6 @@ def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate |
     return _known.setdefault(target, {}).setdefault(key, Knowledge())
 
 
-def head_beside(target: PreTrainedModel, drafter: Drafter) -> AcceptanceHead | None:
-    """The one in the draft model's folder, if it was trained for this pair."""
-    folder = None if drafter.model is None else Path(drafter.model.config._name_or_path)
-    if folder is None or not (folder / f"{AcceptanceHead.kind}.json").is_file():
-        return None
-    head = AcceptanceHead.load(folder)
-    return head if head.fits(target, drafter.model) else None
-
-
 class CostModel(LengthPolicy):
     """Works with every drafter; the output of greedy decoding does not depend on what it picks."""
 
@@ -145,9 +102,11 @@ class CostModel(LengthPolicy):
         super().check(target, drafter)
 
     def _find_estimate(self, target: PreTrainedModel, drafter: Drafter) -> tuple[Estimate | None, frozenset[str]]:
-        head = head_beside(target, drafter) if self.head == "beside" else self.head
         if not drafter.shows:
             return None, frozenset()
+        if self.head == "beside" and (estimate := estimate_beside(self.name, target, drafter)):
+            return estimate, estimate.sees
+        head = None if self.head == "beside" else self.head
         if head is None:
             return draft_probability, frozenset({"logits"})
         kind = DiscoEstimate if isinstance(head, Disco) else HeadEstimate

@@ -4,16 +4,50 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 MAX_TOKENS = 33  # of a step: the newest and 32 draft tokens
 NUM_SAMPLES = 11  # of each time the last ones, of which the lower median counts
 SHORTEST_CONTEXT = 128
 NUMBERS = np.arange(MAX_TOKENS + 1)
+
+
+class Clock(Protocol):
+    """mark: this moment of the device's work. seconds: between two marks of the past."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, begin: Any, end: Any) -> float: ...
+
+
+@dataclass(frozen=True)
+class HostClock:
+    """mark: seconds, of the wall's clock or any other."""
+
+    mark: Callable[[], float] = time.perf_counter
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+class CudaClock:
+    """Events in the stream; nothing waits but for the last, when the step's copy to the host has already waited."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
 
 
 @dataclass
