@@ -242,6 +242,28 @@ def test_policies_are_compared_on_stand_ins(load, tmp_path, one_thread):
     assert all(len(entry["tokens_per_second"]["repeats"]) == 1 for entry in record["every_way"])  # of 0 seconds
 
 
+def test_what_stopping_rules_can_gain(load, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    script = load("stopping")
+    script.main(["--num-prompts", "4", "--max-new-tokens", "12", "--draft-costs", "0.1", "--json", str(out)])
+    (found,) = json.loads(out.read_text())["gain_by_draft_cost"].values()
+    assert set(script.SETS) == {name.removeprefix("fitted: ") for name in found if name.startswith("fitted")}
+    assert found["oracle"] >= max(found.values()) and "| 0.1 | oracle |" in capsys.readouterr().out
+
+
+def test_refitted_predictions_learn_what_decides_acceptance(load):
+    script, random = load("stopping"), np.random.default_rng(0)
+    found = []
+    for _ in range(8):
+        accepted = random.random(80) < 0.6
+        features = np.stack([random.normal(size=80), np.where(accepted, 2.0, -2.0) + random.normal(size=80)], 1)
+        found.append(script.Replay(script.Trace(accepted, np.full(80, 0.6), np.full(80, 0.6)), features))
+    told, untold = (script.refitted(found, [column]) for column in (1, 0))
+    right = [np.mean((trace.acceptance > 0.5) == trace.accepted) for traces in (told, untold) for trace in traces[1::2]]
+    assert min(right[:4]) > 0.9 > max(right[4:])
+    assert told[0].acceptance.min() >= 0 and told[0].acceptance.max() <= 1
+
+
 @pytest.mark.parametrize("wrong", ["--target-shape 14B", "--kinds slow", "--thresholds fixed=0.5"])
 def test_policies_refuses_what_it_cannot_compare(load, folder, wrong):
     with pytest.raises(SystemExit) as refused:
