@@ -127,13 +127,18 @@ def ragged_attention(
     Returns [rows, width, heads, value_dim]. Soft-capping, attention sinks (`s_aux`, [heads]) and additive position
     biases take the explicit path; everything else is one SDPA call with the queries of a key head packed together.
     """
-    if attention_mask is None:
+    is_plain = softcap is None and s_aux is None and position_bias is None
+    if attention_mask is None and is_plain:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     rows, num_heads, width, _ = query.shape
+    if attention_mask is None:  # a call of the user's meanwhile, without a ragged cache
+        attention_mask = query.new_ones(1, 1, width, key.shape[2], dtype=torch.bool)
+        if kwargs.get("is_causal", getattr(module, "is_causal", True)):
+            attention_mask = attention_mask.tril(key.shape[2] - width)
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
     packed = query.reshape(rows, num_kv_heads, group * width, query.shape[-1])
-    if softcap is None and s_aux is None and position_bias is None:
+    if is_plain:
         # One mask for all heads, or, where the model adds something of its own, one for each.
         mask_heads = 1 if attention_mask.shape[1] == 1 else num_kv_heads
         mask = attention_mask.expand(rows, mask_heads * group, width, -1).reshape(rows, mask_heads, group * width, -1)

@@ -272,6 +272,26 @@ def test_transformers_can_be_called_from_a_callback():
     assert seen and all(torch.equal(out, expected) for out in seen)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "vaultgemma", "gpt_oss", "llama"])
+def test_the_target_can_be_called_and_draft_for_itself_meanwhile(name):
+    """Without a ragged cache its attention keeps its soft-caps and sinks."""
+    model = families.tiny(name, 0)
+    model.set_attn_implementation("eager")
+    options = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+    ids, during = torch.tensor([[5, 9, 7, 12]]), []
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+
+    def look(report):
+        with torch.no_grad():
+            during.append(model(ids, use_cache=False).logits)
+
+    expected = plain_greedy(model, ids[0], max_new_tokens=8)
+    out = specdec.generate(model, ids, drafter=model, num_speculative_tokens=3, on_commit=look, **options)
+    assert out[0, 4:].tolist() == expected
+    assert during and all(torch.allclose(logits, before, atol=1e-4) for logits in during)
+
+
 def test_a_drafter_at_work_is_not_used_twice():
     drafter = DraftModel(DRAFT)
     ids = PROMPTS[0][None]
