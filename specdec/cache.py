@@ -55,9 +55,10 @@ class RaggedLayer(CacheLayerMixin):
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The same from [rows, width, heads, head_dim]."""
         owner = self.owner
+        index = owner.write_index.to(self.device)  # layers of a model may lie on several devices
         for buffer, new in ((self.keys, keys), (self.values, values)):
             flat = buffer.view(-1, buffer.shape[2] * buffer.shape[3])
-            flat.index_copy_(0, owner.write_index, new.reshape(-1, flat.shape[1]))
+            flat.index_copy_(0, index, new.reshape(-1, flat.shape[1]))
         used = (owner.rows, slice(0, owner.used_slots))
         return self.keys[used].transpose(1, 2), self.values[used].transpose(1, 2)
 
@@ -76,6 +77,7 @@ class RaggedLayer(CacheLayerMixin):
     def move_slots(self, moved_from: Tensor, moved_to: Tensor) -> None:
         """Tokens of any rows, as [tokens] int64 indices into [rows * slots]."""
         if self.is_initialized:
+            moved_from, moved_to = moved_from.to(self.device), moved_to.to(self.device)
             for buffer in (self.keys, self.values):
                 flat = buffer.view(-1, buffer.shape[2] * buffer.shape[3])
                 flat.index_copy_(0, moved_to, flat.index_select(0, moved_from))
@@ -188,7 +190,7 @@ class RaggedCache(Cache):
         implementation = "auto" if is_sequential(moves) else "torch"
         moves = moves.to(self.device)
         for buffers in self._all_buffers():
-            move_rows(buffers, moves, self.num_filled, implementation)
+            move_rows(buffers, moves.to(buffers.device), self.num_filled, implementation)
 
     def _all_buffers(self) -> list[Tensor]:
         """[buffers, rows, slots, heads * head_dim] each, together all that is allocated."""

@@ -343,3 +343,22 @@ def test_stock_modules_give_the_same(monkeypatch):
     monkeypatch.setattr("specdec.compatibility.can_fuse", lambda model: False)
     check_equal(some_prompts(6, 3, 8, 1), "draft_model", 4, max_new_tokens=14)
     assert TARGET.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", ["ragged", "repad"])
+def test_a_target_whose_layers_lie_on_two_gpus(layout):
+    """Each layer's keys and values lie where the layer does."""
+    from accelerate import dispatch_model
+
+    model, prompts = tiny_llama(), [torch.tensor(row) for row in ([1, 5, 7], [1, 9, 4, 3, 8, 6], [1, 3])]
+    expected = [plain_greedy(model, prompt, max_new_tokens=12) for prompt in prompts]
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    split = dispatch_model(model, {**places, "model.norm": 1, "lm_head": 1})
+    ids, mask = (x.to("cuda:0") for x in left_pad(prompts))
+    out = specdec.generate(
+        split, ids, mask, drafter="prompt_lookup", num_speculative_tokens=3, max_new_tokens=12, pad_token_id=PAD,
+        layout=layout,
+    )  # fmt: skip
+    assert continuations(out.cpu(), ids.shape[1], expected, PAD) == expected
