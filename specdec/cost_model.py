@@ -8,8 +8,9 @@ what it is expected to add is worth more than the seconds it adds at that rate (
 
 Not slower than plain decoding, whatever the drafter: every step that drafts is booked. One that gave each row g tokens
 gains g - T(w) / T(0) plain steps, by the medians of what was timed and with catching up; the account holds the sum of
-that and of SHARE for every step taken, at most MOST, and begins with FIRST. To try what is not expected to pay, it must
-hold the expected loss; what is expected to pay goes on until the account is down to LEAST. So a drafter that never
+that and of SHARE for every step taken, at most MOST, and begins with FIRST, or with what earlier calls of the pair have
+gained, at most CARRIED. To try what is not expected to pay, it must hold the expected loss; what is expected to pay
+goes on until the account is down to LEAST. So a drafter that never
 gains loses in n steps at most SHARE n + FIRST - LEAST plain steps and one step's excess: of 128 steps 3 %, of 500 about
 1 %, and less where nothing is worth a trial. What drafts have gained they may lose again, up to MOST. Plain steps are
 taken in runs that are neither thought about nor timed. Not booked are the few steps of EXPLORED, once a pair.
@@ -41,6 +42,7 @@ WORTH = 1.05  # of plain decoding's speed: drafts that are not expected to reach
 # The account, in plain steps.
 SHARE = 0.005
 FIRST, LEAST, MOST = 1.0, -2.0, 16.0
+CARRIED = 6.0  # of what earlier calls have gained: some unlucky drafts at a text's beginning do not end drafting
 TIMED_PLAIN_STEPS = 4  # behind the last draft: the machine may have become slower, and not the drafts
 PLAIN_STEPS = 16  # without a thought, once plain decoding is faster; twice as many behind each probe in vain
 MOST_PLAIN_STEPS = 256
@@ -64,6 +66,7 @@ class Knowledge:
         self.recalibrated = Recalibrated()
         self.catch_up: float | None = None
         self.num_explored = 0
+        self.account = FIRST
 
 
 _known: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Knowledge]] = WeakKeyDictionary()
@@ -117,7 +120,7 @@ class CostModel(LengthPolicy):
         self._clock: Clock = self._given_clock or (CudaClock() if on_cuda else HostClock())
         self._known = self._given_knowledge or knowledge_of(target, drafter, self._estimate)
         self._known.survival.forget_rows()
-        self._account = FIRST
+        self._known.account = min(max(self._known.account, FIRST), CARRIED)
         self._max_tokens = max_tokens
         self._hold = 0  # plain steps to take without a thought
         self._is_held = False
@@ -172,7 +175,7 @@ class CostModel(LengthPolicy):
         achieved = tokens / seconds if seconds > 0 else 0.0
         self._rate = max(float(rates[best]), achieved)
         catch_up = self._catch_up_seconds(self._curves[1])
-        if self._rate > WORTH * rates[0] and self._account - catch_up / self._times[0] > LEAST:
+        if self._rate > WORTH * rates[0] and self._known.account - catch_up / self._times[0] > LEAST:
             if self._is_plain_old(best):
                 return 0
             self._plain_steps = PLAIN_STEPS
@@ -187,7 +190,7 @@ class CostModel(LengthPolicy):
             self._is_probe = True
             return other
         self._hold = missing if missing > 0 else self._plain_steps
-        self._account = min(self._account + SHARE * self._hold, MOST)
+        self._known.account = min(self._known.account + SHARE * self._hold, MOST)
         return 0
 
     def _explore(self, max_tokens: int) -> int:
@@ -235,7 +238,7 @@ class CostModel(LengthPolicy):
 
     def _may_probe(self, other: int, catch_up: float) -> bool:
         loss = (self._times[other] + catch_up) / self._times[0] - self._gains[other] / self._gains[0]
-        return self._account >= max(loss, 0.0)
+        return self._known.account >= max(loss, 0.0)
 
     # ---- while drafting
 
@@ -264,7 +267,7 @@ class CostModel(LengthPolicy):
         width = report.token_ids.shape[1]
         verify, draft = self._curves
         verify.add_warm(width, verify_seconds)
-        self._account = min(self._account + SHARE, MOST)
+        self._known.account = min(self._known.account + SHARE, MOST)
         if width == 1:
             self._lag, self._since_plain = self._lag + 1, 0
         else:
@@ -282,7 +285,7 @@ class CostModel(LengthPolicy):
         tokens = float(report.num_committed.sum())
         plain = float(self._curves[0].seconds[1 : report.token_ids.shape[1] + 1].min())
         gain = tokens / len(report.row_ids) - usual / plain
-        self._account = min(self._account + (max(gain, 0.0) if self._is_explored else gain), MOST)
+        self._known.account = min(self._known.account + (max(gain, 0.0) if self._is_explored else gain), MOST)
         if self._is_probe:
             self._plain_steps = PLAIN_STEPS if gain > 0 else min(2 * self._plain_steps, MOST_PLAIN_STEPS)
         elif self._follows_estimate:

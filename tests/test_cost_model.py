@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_generate import OTHER, TARGET, some_prompts
 
+from specdec import cost_model
 from specdec.acceptance import HeadEstimate, draft_probability
 from specdec.acceptance_head import AcceptanceHead
 from specdec.cost_model import CostModel, Knowledge, knowledge_of
@@ -65,11 +66,15 @@ class World:
         self.random, self.clock, self.rows = np.random.default_rng(seed), Clock(), Rows(rows)
         self.policy = CostModel(None, self.clock, Knowledge())
         shows = frozenset() if estimate is None else frozenset({"logits"})
-        drafter = SimpleNamespace(name="made up", shows=shows, model=None, layout=None)
-        self.policy.check(TARGET, drafter)
+        self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, layout=None)
+        self.policy.check(TARGET, self.drafter)
         self.policy._estimate = self.estimate = estimate
-        self.policy.start(TARGET, drafter, K)
-        self.lag = np.zeros(rows)
+        self.begin()
+
+    def begin(self):
+        """Another call with the same pair."""
+        self.policy.start(TARGET, self.drafter, K)
+        self.lag = np.zeros(len(self.rows))
         self.most, self.widths = K, []
 
     def spend(self, seconds):
@@ -106,7 +111,7 @@ class World:
         """Tokens per second of these steps."""
         begin = self.clock.now
         tokens = sum(self.step() for _ in range(steps))
-        return tokens / (self.clock.now - begin)
+        return tokens / (self.clock.now - begin) if steps else 0.0
 
     @property
     def plain(self):
@@ -164,6 +169,34 @@ def test_the_best_number_of_tokens_is_found(verify, draft, acceptance, rows):
     picked = np.bincount(world.widths[-100:]).argmax()
     # A gain that a few unlucky drafts may hide is not insisted on.
     assert rates[picked] >= 0.97 * max(rates) or max(rates) < 1.1 * world.plain
+
+
+@pytest.mark.parametrize("earlier", [60, 0])
+def test_what_earlier_calls_gained_pays_for_an_unlucky_beginning(earlier):
+    """Of drafts that pay, some that fail at the beginning of a text do not end drafting; where nothing was gained
+    before, they do."""
+    world = World(flat, lambda rows, tokens: 0.3 * flat(rows, 1) * tokens, 0.97)
+    known = world.policy._given_knowledge
+    world.run(12)  # explored and learned
+    known.account = cost_model.FIRST
+    world.run(earlier)
+    world.begin()
+    assert known.account == (cost_model.CARRIED if earlier else cost_model.FIRST)
+    world.acceptance = 0.0
+    world.run(4)
+    assert all(world.widths)
+    world.acceptance = 0.97
+    world.run(10)
+    assert all(world.widths) if earlier else not any(world.widths[4:])
+
+
+def test_a_call_that_lost_leaves_no_debt():
+    world = World(flat, lambda rows, tokens: 0.3 * flat(rows, 1) * tokens, 0.0)
+    known = world.policy._given_knowledge
+    world.run(40)
+    assert known.account < cost_model.FIRST
+    world.begin()
+    assert known.account == cost_model.FIRST
 
 
 def test_it_drafts_again_when_the_drafter_gets_better():
