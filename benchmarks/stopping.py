@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.methods import Pair
 from specdec.bench.tables import markdown
-from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, fixed, product, speed
+from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.environment import environment
 from specdec.oracle import greedy_settings
 
@@ -115,13 +115,12 @@ def refitted(found: Sequence[Replay], columns: Sequence[int], seed: int = 0) -> 
 def gains(found: Sequence[Replay], draft_cost: float) -> dict[str, float]:
     """Over the best fixed K, each rule's setting and K chosen on every other prompt and judged on the rest."""
     rules = compare_rules([replay.trace for replay in found], draft_cost)
-    base = speed([replay.trace for replay in found[1::2]], fixed(int(rules["fixed"]["setting"])), draft_cost)
     result = {f"best fixed K = {rules['fixed']['setting']:g}": 0.0}
     result |= {name: rules[name]["gain"] for name in ("confidence", "product of confidences", "head", "oracle")}
     for name, columns in SETS.items():
         traces = refitted(found, columns)
         threshold = max(THRESHOLDS, key=lambda t: speed(traces[::2], product("acceptance", t), draft_cost))
-        gain = speed(traces[1::2], product("acceptance", threshold), draft_cost) / base - 1
+        gain = speed(traces[1::2], product("acceptance", threshold), draft_cost) / rules["fixed"]["speed"] - 1
         result[f"fitted: {name}"] = round(gain, 4)
     return result
 

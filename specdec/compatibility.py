@@ -51,13 +51,11 @@ def build_network(
     num_slots: int,
     max_length: int | None = None,
     layout: Layout | None = None,
-    extra_queries: bool = False,
     must_be_exact: bool = True,
 ) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
-    extra_queries: whether forwards may have them, which every network serves that is chosen here (whether the model
-    does, `specdec/extra_queries.py` finds out). must_be_exact: whether the output depends on this model's bits. A
-    target's always does; only a draft model may pass False.
+    must_be_exact: whether the output depends on this model's bits. A target's always does; only a draft model may pass
+    False. Each takes extra queries; whether the model does, `specdec/extra_queries.py` finds out.
 
     Raises UnsupportedModelError if none does, naming the layout that would.
     """

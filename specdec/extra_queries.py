@@ -40,7 +40,7 @@ def check_extra_queries(model: PreTrainedModel, layout: Layout | None = None) ->
         return
     name, tolerance, difference = type(model).__name__, probe_tolerance(model), 0.0
     num_slots = max(PROMPT_LENGTHS) + WIDTH * (1 + NUM_EXTRA)
-    network = build_network(model, len(PROMPT_LENGTHS), num_slots, layout=layout, extra_queries=True)
+    network = build_network(model, len(PROMPT_LENGTHS), num_slots, layout=layout)
     for attempt in range(PROBE_ATTEMPTS):
         try:
             difference = probe(model, network, attempt)

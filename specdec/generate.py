@@ -266,7 +266,6 @@ def _generate(
         speculation.layout,
         scores,
         logits,
-        drafter.num_extra_queries > 0,
     )
     check_memory(target, drafter, len(rows), rows.capacity)
 

@@ -179,7 +179,6 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         None,
         drafter.target_layers,
         speculation.layout,
-        extra_queries=drafter.num_extra_queries > 0,
     )
     check_memory(target, drafter, len(slots), slots.capacity)
     k = speculation.num_speculative_tokens

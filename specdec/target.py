@@ -37,14 +37,12 @@ class Target:
         layout: Layout | None = None,
         emitted_scores: Emitted | None = None,
         emitted_logits: Emitted | None = None,
-        extra_queries: bool = False,
     ):
         """eos_token_ids: any of them ends a row. layers: the hidden states that the drafter wants to observe.
-        extra_queries: whether drafts may come with some.
         emitted_scores, emitted_logits: where to keep processed scores and raw logits of the emitted tokens.
         """
         self.layout = layout or Ragged()
-        self.network = build_network(model, max_rows, num_slots, max_length, self.layout, extra_queries)
+        self.network = build_network(model, max_rows, num_slots, max_length, self.layout)
         self.processors, self.verification, self.layers = processors, verification, layers
         self.emitted_scores, self.emitted_logits = emitted_scores, emitted_logits
         self.vocab_size = vocab_size_of(model)

@@ -207,7 +207,7 @@ def test_under_batch_invariance_the_text_keeps_its_bits(name, dtype, tree_slots,
     model = INVARIANT_MODELS[name]().to(dtype)
     extra, ahead = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).to(dtype), torch.tensor([1, 2, 2, 3])
     with batch_invariant(model):
-        network, stock = build_network(model, 2, 40, extra_queries=True), StockNetwork(model, 2, 40)
+        network, stock = build_network(model, 2, 40), StockNetwork(model, 2, 40)
         assert isinstance(network, InvariantNetwork)
         monkeypatch.setattr(invariant_network, "TREE_SLOTS", tree_slots)
         text, queries = step(network, model, extra, ahead=ahead)
@@ -277,7 +277,7 @@ def test_captured_steps_with_extra_queries(name, dtype, width):
     model = INVARIANT_MODELS[name]().to("cuda", dtype)
     generator = torch.Generator().manual_seed(1)
     with batch_invariant(model):
-        network, stock = build_network(model, 3, 100, extra_queries=True), StockNetwork(model, 3, 100)
+        network, stock = build_network(model, 3, 100), StockNetwork(model, 3, 100)
         ids = torch.randint(3, 60, (3, 9 + width), generator=generator)
         lengths = torch.tensor([9, 7, 2])
         rows = Rows([row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)], 60, 0, model.device)
