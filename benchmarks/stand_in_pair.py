@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from stand_in import SHAPES, stand_in
 from torch import Tensor
@@ -63,9 +64,14 @@ class HeadOnStandIn(HeadEstimate):
         found.to_small_hidden = to_small_hidden
         return found
 
-    def probabilities(self, shown: Shown) -> Tensor:
-        hidden = shown.hidden_states.float() @ self.to_small_hidden
-        return super().probabilities(replace(shown, hidden_states=hidden))
+    def __call__(self, shown: Shown) -> np.ndarray:
+        return super().__call__(self.mapped(shown) if self.is_on_cpu else shown)
+
+    def probabilities(self, shown: Shown) -> Tensor:  # within a CUDA graph
+        return super().probabilities(self.mapped(shown))
+
+    def mapped(self, shown: Shown) -> Shown:
+        return replace(shown, hidden_states=shown.hidden_states.float() @ self.to_small_hidden)
 
 
 class ByAcceptanceHeadOnStandIn(ByAcceptanceHead):
