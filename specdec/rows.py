@@ -138,8 +138,8 @@ class Rows:
 
     def last_tokens(self, count: int) -> Tensor:
         """The last `count` committed tokens of each row, [rows, count]; rows must be at least that long."""
-        index = self.lengths[:, None] + torch.arange(-count, 0, device=self.device)
-        return self.token_ids.gather(1, index)
+        offsets = -1 if count == 1 else torch.arange(-count, 0, device=self.device)
+        return self.token_ids.gather(1, self.lengths[:, None] + offsets)
 
     def read(self, done: Committed) -> StepReport:
         """Bring one step to the host in one copy and advance the host's lengths."""
