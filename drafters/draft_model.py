@@ -85,7 +85,8 @@ class DraftModel(Drafter):
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         tokens = self._not_cached(rows)
         width, used_slots = tokens.shape[1], rows.max_length
-        output = self._forward(tokens, rows.lengths - width, used_slots, rows.host_lengths - width)
+        starts = rows.newest()[0] if width == 1 else rows.lengths - width
+        output = self._forward(tokens, starts, used_slots, rows.host_lengths - width)
         # The device waits for this forward's launch: all that it does not need comes behind it. What a policy looks at
         # is waited for at each token, so nothing that can be done here is done behind them.
         drafted = tokens.new_empty(len(rows), max_tokens)
@@ -117,7 +118,7 @@ class DraftModel(Drafter):
             behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
             drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
         if probs is None:
-            return Draft(drafted)
+            return Draft(drafted, valid_ids=drafted)
         probs = probs[:, : drafted.shape[1]]
         return Draft(drafted, probs, normalised_probs=probs)
 
@@ -148,7 +149,7 @@ class DraftModel(Drafter):
         if width > min(MAX_FED, rows.host_lengths.min()):
             self._catch_up(rows, cached)
             width = 1
-        tokens = rows.last_tokens(width)
+        tokens = rows.newest()[1] if width == 1 else rows.last_tokens(width)
         return tokens if self._knows_all else self._known(tokens)
 
     def _catch_up(self, rows: Rows, cached: np.ndarray) -> None:

@@ -82,7 +82,7 @@ def decode_steps(
 def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, max_tokens: int, vocab_size: int) -> Draft:
     """What of the drafter's proposal can be verified. widths: [rows] integers, the most tokens of each row, but none
     gets more than `max_tokens`; where all are 0 the drafter is not asked."""
-    most = min(int(widths.max()), max_tokens)
+    most = min(max(widths.tolist()), max_tokens)
     if most <= 0:
         return Draft.empty(len(rows), rows.device)
     return usable(rows, drafter.propose(rows, most), widths, most, vocab_size, drafter.name)

@@ -59,8 +59,7 @@ class Target:
 
     def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
         """One forward over each row's last token and its draft, then the commit."""
-        starts = rows.lengths - 1  # the last committed token has no keys yet
-        inputs = rows.token_ids.gather(1, starts[:, None])
+        starts, inputs = rows.newest()  # the last committed token has no keys yet
         if draft.token_ids.shape[1]:
             inputs = torch.cat([inputs, draft.token_ids.clamp(min=0)], 1)
         extra = draft.extra_queries
@@ -126,9 +125,12 @@ def usable(rows: Rows, draft: Draft, widths: np.ndarray, most: int, vocab_size: 
     ids = draft.token_ids
     if not ids.shape[1]:
         return draft
-    unusable = (ids < 0) | (ids >= vocab_size)
     room = np.minimum(rows.host_limits - rows.host_lengths - 1, widths)
-    if room.min() < ids.shape[1]:
+    is_roomy = min(room.tolist()) >= ids.shape[1]
+    if is_roomy and draft.is_valid:
+        return draft
+    unusable = (ids < 0) | (ids >= vocab_size)
+    if not is_roomy:
         unusable |= torch.from_numpy(np.arange(ids.shape[1]) >= room[:, None]).to(ids.device)
     return replace(draft, token_ids=ids.masked_fill(unusable.cumsum(1).bool(), NO_TOKEN))
 
