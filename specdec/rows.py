@@ -208,7 +208,7 @@ def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     has_arrived = torch.cuda.Event()
-    has_arrived.record()
+    has_arrived.record(torch.cuda.current_stream(values.device))
 
     def arrive() -> np.ndarray:
         has_arrived.synchronize()
