@@ -36,8 +36,8 @@ import specdec
 from specdec import invariant_layers
 from specdec.environment import environment
 from specdec.invariant_network import InvariantForward
-from specdec.kernels.persistent_step import FASTER_UP_TO
-from specdec.step_graphs import row_bucket
+from specdec.kernels.persistent_step import is_faster
+from specdec.step_graphs import row_bucket, slot_bucket
 
 PARTS = ("copy", "agreement", "steps", "oracle", "tokens", "profile", "peers")
 GRID = "grid"  # not among the parts of a call that names none
@@ -61,7 +61,8 @@ def step_times(
         with mock.patch.object(invariant_layers, "in_order_linears", replaced):
             most, is_exact = row_bucket(max(rows for rows, _ in cells)), arithmetic != "one launch"
             forward = InvariantForward(model, most, context + 256, must_be_exact=is_exact)
-            for rows, width in cells if is_exact else [cell for cell in cells if math.prod(cell) <= FASTER_UP_TO]:
+            slots = slot_bucket(context)
+            for rows, width in cells if is_exact else [cell for cell in cells if is_faster(math.prod(cell), slots)]:
                 ids = torch.randint(3, 2000, (rows, width), device="cuda")
                 starts = torch.full((rows,), context, device="cuda")
                 used = context + width

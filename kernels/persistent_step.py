@@ -27,10 +27,21 @@ if triton is not None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 32  # rows * width
-FASTER_UP_TO = 8  # tokens (rows * width); beyond them the step layer by layer was measured to be faster
+# Where it was measured to be faster than the step layer by layer: up to so many tokens (rows * width), and slots that
+# attention looks at, which no two programs share here; a single token may have twice as many.
+FASTER_UP_TO = 8
+FASTER_SLOTS = 1024
 MAX_ROW_BYTES = 4096  # of a hidden state: a program holds whole rows of weights, and all tokens beside them
 TILE_BYTES = 65536  # of such rows: 64 registers a thread, or shared memory
 MAX_INNER = 4096
+
+
+def is_faster(num_tokens: int, used_slots: int) -> bool:
+    """
+    >>> is_faster(1, 2048), is_faster(2, 2048), is_faster(8, 1024), is_faster(9, 1024)
+    (True, False, True, False)
+    """
+    return num_tokens <= FASTER_UP_TO and used_slots <= FASTER_SLOTS * (2 if num_tokens == 1 else 1)
 
 
 class LayerTensors(NamedTuple):

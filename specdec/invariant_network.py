@@ -26,7 +26,7 @@ from specdec.invariant import is_batch_invariant, is_invariant_forward
 from specdec.invariant_guard import own_arithmetic
 from specdec.invariant_layers import Head, Norm, layers_of
 from specdec.invariant_step import Step, branch_step, text_step, tree_step
-from specdec.kernels import persistent_step
+from specdec.kernels.persistent_step import is_faster
 from specdec.kernels.ragged_attention import TREE_SLOTS
 from specdec.known_classes import FAMILIES, is_known_class, is_plain
 from specdec.layout import Layout
@@ -75,7 +75,7 @@ class InvariantForward:
 
     def __call__(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         """A step of the cache's first rows: launches alone, nothing waits for the device."""
-        if self.one_launch is not None and token_ids.numel() <= persistent_step.FASTER_UP_TO and set(layers) <= {-1}:
+        if self.one_launch is not None and is_faster(token_ids.numel(), used_slots) and set(layers) <= {-1}:
             logits, hidden = self.one_launch(token_ids, starts)
             return NetworkOutput(logits, (hidden,) * len(layers))
         step = text_step(starts, token_ids.shape[1], used_slots, self.num_slots, self.windows)

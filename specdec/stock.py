@@ -80,7 +80,8 @@ class StockNetwork(Network):
         if logits_at is not None and self.accepts_logits_to_keep:
             # One set of columns serves all rows; each row then picks its own.
             columns, logits_at = torch.unique(logits_at, return_inverse=True)
-            options["logits_to_keep"] = columns.cpu()  # the head of a split model may lie on another device
+            # A list, because accelerate moves tensors to the first device, and the head may lie on another.
+            options["logits_to_keep"] = columns.tolist()
         if extra_queries is not None:
             return self._run_with_extra(token_ids, extra_queries, layers, options)
         output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)

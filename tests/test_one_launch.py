@@ -129,15 +129,25 @@ def test_many_tokens_and_other_layers_take_the_longer_way(steps):
         assert len(steps) == 2
 
 
-def test_steps_of_more_tokens_than_pay_take_the_longer_way(steps, monkeypatch):
+def test_steps_that_do_not_pay_take_the_longer_way(steps, monkeypatch):
+    """Those of many tokens, and over long texts those of more than one."""
     monkeypatch.setattr(persistent_step, "FASTER_UP_TO", 2)
+    monkeypatch.setattr(persistent_step, "FASTER_SLOTS", 16)
     model = tiny_llama()
     with batch_invariant(model), torch.no_grad():
         network = build_network(model, 3, 40, must_be_exact=False)
         with network.running():
-            for rows, num_steps in ((3, 0), (2, 1)):
-                network.forward(torch.ones(rows, 1, dtype=torch.long), torch.zeros(rows, dtype=torch.long), 9)
-                assert len(steps) == num_steps
+            for rows, used_slots, is_one in (
+                (3, 9, False),
+                (2, 16, True),
+                (2, 17, False),
+                (1, 32, True),
+                (1, 33, False),
+            ):
+                tokens = torch.ones(rows, 1, dtype=torch.long)
+                network.forward(tokens, torch.full((rows,), used_slots - 1), used_slots)
+                assert bool(steps) == is_one
+                steps.clear()
 
 
 def test_resized_networks_keep_what_is_cached(steps):
