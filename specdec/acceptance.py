@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from specdec.acceptance_head import LEAST_LOG_PROB, AcceptanceHead
+from specdec.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
 from specdec.disco import Disco
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
 from specdec.heads import Head
-from specdec.kernels.log_prob import log_prob as log_prob_of
+from specdec.kernels.log_prob import log_prob
+from specdec.kernels.token_statistics import token_statistics
 
 if TYPE_CHECKING:
     from specdec.length import Shown
@@ -32,11 +33,6 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 # Of each draft model and kind of estimate the last one, with all that it was made from: looking at a large pair's
 # weights takes longer than drafting many tokens.
 _kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
-
-
-def log_prob(shown: Shown) -> Tensor:
-    """log q of each row's token, [rows] float32; of NO_TOKEN something finite."""
-    return log_prob_of(shown.logits, shown.token_ids)
 
 
 def on_host(probabilities: Tensor) -> np.ndarray:
@@ -53,7 +49,7 @@ def without_nan(probabilities: np.ndarray) -> np.ndarray:
 @torch.inference_mode()
 def draft_probability(shown: Shown) -> np.ndarray:
     """q of the token itself."""
-    return on_host(log_prob(shown).exp())
+    return on_host(log_prob(shown.logits, shown.token_ids).exp())
 
 
 class OfHead(Generic[AnyHead]):
@@ -134,22 +130,22 @@ class HeadEstimate(OfHead[AcceptanceHead]):
     @torch.inference_mode()
     def __call__(self, shown: Shown) -> np.ndarray:
         assert shown.hidden_states is not None
-        hidden, log_q = shown.hidden_states.float(), log_prob(shown)[:, None]
+        hidden, statistics = shown.hidden_states.float(), token_statistics(shown.logits, shown.token_ids)
         if self.is_on_cpu:
-            return self._by_numpy(hidden.numpy(), log_q.numpy())
-        log_q = log_q.clamp(LEAST_LOG_PROB, -1e-6)
-        log_rest = torch.log(-torch.expm1(log_q)).clamp(min=LEAST_LOG_PROB)
-        x = torch.cat([hidden, log_q, log_rest], 1)
+            return self._by_numpy(hidden.numpy(), statistics.numpy())
+        x = torch.cat([hidden, numbers(statistics)], 1)
         *blocks, (weight, bias) = self.layers
         for block_weight, block_bias in blocks:
             x = x + F.silu(torch.addmm(block_bias, x, block_weight, beta=2, alpha=2))
         return on_host(torch.addmm(bias, x, weight, beta=2, alpha=2)[:, 0].sigmoid())
 
-    def _by_numpy(self, hidden: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-        """The same. hidden: [rows, hidden]; log_q: [rows, 1]."""
-        log_q = np.minimum(np.maximum(log_q, LEAST_LOG_PROB), -1e-6)
+    def _by_numpy(self, hidden: np.ndarray, statistics: np.ndarray) -> np.ndarray:
+        """The same. hidden: [rows, hidden]; statistics: [rows, 3]."""
+        lowest, highest = (LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0), (-1e-6, 0.0, MOST_ENTROPY)
+        statistics = np.clip(statistics, np.float32(lowest), np.float32(highest))
+        log_q = statistics[:, :1]
         log_rest = np.maximum(np.log(-np.expm1(log_q)), LEAST_LOG_PROB)
-        x = np.concatenate([hidden, log_q, log_rest], 1)
+        x = np.concatenate([hidden, log_q, log_rest, statistics[:, 1:]], 1)
         *blocks, (weight, bias) = self.layers
         for block_weight, block_bias in blocks:
             half = x @ block_weight

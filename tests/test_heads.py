@@ -85,12 +85,13 @@ def test_the_weight_of_rejections_is_taken_out():
         head.out.weight.zero_()
         # argmin of 6 (1 - a) (-log P0) + a (-log P1)
         head.out.bias.copy_(torch.tensor([6 * (1 - share), share]).log())
-    assert head.log_acceptance(torch.zeros(3, 4), torch.zeros(3)).exp().tolist() == pytest.approx([share] * 3)
+    assert head.log_acceptance(torch.zeros(3, 4), torch.zeros(3, 3)).exp().tolist() == pytest.approx([share] * 3)
 
 
 def test_no_probability_makes_the_head_infinite():
     head = AcceptanceHead(4)
-    out = head.log_acceptance(torch.zeros(4, 4), torch.tensor([0.0, -1e-12, -50.0, float("-inf")]))
+    extremes = torch.tensor([0.0, -1e-12, -50.0, float("-inf"), float("inf")])
+    out = head.log_acceptance(torch.zeros(125, 4), torch.cartesian_prod(extremes, extremes, extremes))
     assert torch.isfinite(out).all() and (out <= 0).all()
 
 

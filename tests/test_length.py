@@ -22,6 +22,7 @@ from specdec.disco import Disco
 from specdec.drafter import Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.kernels.token_statistics import token_statistics
 from specdec.layout import LAYOUTS
 from specdec.length import (
     LENGTH_POLICIES,
@@ -217,7 +218,7 @@ def test_the_newest_token_is_scored():
         tokens, logits, hidden = own_text(prompt, k)
         log_q = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         expected["confidence"].append(stop_place(log_q.exp().numpy() < 0.16, k))
-        reached = HEAD.log_acceptance(hidden, log_q).exp().cumprod(0).numpy()
+        reached = HEAD.log_acceptance(hidden, token_statistics(logits, tokens)).exp().cumprod(0).numpy()
         expected["acceptance_head"].append(stop_place(1 - reached > 0.8, k))
         disco = torch.stack([DISCO.log_acceptance(row, place) for place, row in enumerate(logits)]).exp().numpy()
         expected["disco"].append(stop_place(disco < 0.905, k))
@@ -509,7 +510,7 @@ def test_the_head_written_out_is_the_head(rows):
     head = random_head(AcceptanceHead, hidden_size=HIDDEN, num_blocks=3, rejection_weight=6.0)
     logits, hidden = 4 * torch.randn(rows, VOCAB), torch.randn(rows, HIDDEN)
     tokens = torch.randint(0, VOCAB, (rows,))
-    expected = head.log_acceptance(hidden, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]).exp()
+    expected = head.log_acceptance(hidden, token_statistics(logits, tokens)).exp()
     estimate = HeadEstimate(head)
     shown = Shown(0, tokens, logits, hidden)
     found = estimate(shown)
@@ -534,7 +535,7 @@ def test_the_head_on_a_gpu_is_the_head(rows, dtype):
     logits, hidden = (4 * torch.randn(rows, 9001)).to(dtype), torch.randn(rows, HIDDEN).to(dtype)
     tokens = torch.randint(0, 9001, (rows,))
     log_q = logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0]
-    expected = head.log_acceptance(hidden, log_q).exp().detach()
+    expected = head.log_acceptance(hidden, token_statistics(logits, tokens)).exp().detach()
     shown = Shown(0, tokens.cuda(), logits.cuda(), hidden.cuda())
     assert draft_probability(shown) == pytest.approx(log_q.exp().double().numpy(), abs=1e-5)
     assert HeadEstimate(head.cuda())(shown) == pytest.approx(expected.double().numpy(), abs=1e-4)
