@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 Estimate = Callable[["Shown"], np.ndarray]  # [rows] float64 in 0 .. 1
 AnyHead = TypeVar("AnyHead", bound=Head)
+# Within which a head sees statistics, as `numbers` has it.
+LEAST_STATISTICS = np.array([LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0], np.float32)
+MOST_STATISTICS = np.array([-1e-6, 0.0, MOST_ENTROPY], np.float32)
 # Of each draft model and kind of estimate the last one, with all that it was made from: looking at a large pair's
 # weights takes longer than drafting many tokens.
 _kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
@@ -141,8 +144,7 @@ class HeadEstimate(OfHead[AcceptanceHead]):
 
     def _by_numpy(self, hidden: np.ndarray, statistics: np.ndarray) -> np.ndarray:
         """The same. hidden: [rows, hidden]; statistics: [rows, 3]."""
-        lowest, highest = (LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0), (-1e-6, 0.0, MOST_ENTROPY)
-        statistics = np.clip(statistics, np.float32(lowest), np.float32(highest))
+        statistics = np.minimum(np.maximum(statistics, LEAST_STATISTICS), MOST_STATISTICS)
         log_q = statistics[:, :1]
         log_rest = np.maximum(np.log(-np.expm1(log_q)), LEAST_LOG_PROB)
         x = np.concatenate([hidden, log_q, log_rest, statistics[:, 1:]], 1)

@@ -107,3 +107,11 @@ def test_features_of_disco():
 def test_the_fingerprint_of_a_large_weight_stays_within_it():
     """Its last place is no float32."""
     assert sample(torch.ones(()).expand(152_000 * 5_120 - 1)) == [1.0] * SAMPLES
+
+
+def test_a_head_that_saw_less_is_refused_by_name(tmp_path):
+    AcceptanceHead(32).trained_for(tiny_llama(0), tiny_llama(1), {}).save(tmp_path)
+    path = tmp_path / "acceptance_head.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(InputError, match=r"trained by an older version; train it again with `specdec train acc"):
+        AcceptanceHead.load(tmp_path)

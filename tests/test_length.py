@@ -51,7 +51,7 @@ def random_head(kind, target=TARGET, drafter=OTHER, scale=3.0, **shape):
 
 def heads(target=TARGET, drafter=OTHER, top_k=10):
     return (
-        random_head(AcceptanceHead, target, drafter, hidden_size=HIDDEN, num_blocks=1),
+        random_head(AcceptanceHead, target, drafter, 1.5, hidden_size=HIDDEN, num_blocks=1),
         random_head(Disco, target, drafter, top_k=top_k),
     )
 
