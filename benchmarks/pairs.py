@@ -15,7 +15,8 @@ import specdec
 from specdec.bench.methods import Pair
 from specdec.bench.suite import Asked, Suite
 from specdec.costs import HostClock
-from specdec.oracle import run_plain
+from specdec.invariant import is_batch_invariant
+from specdec.oracle import run_batched, run_plain
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -39,8 +40,14 @@ def load_pair(folder: Path, num_prompts: int, dtype: torch.dtype, device: torch.
 
 
 def suite_of(pair: Pair, max_new_tokens: int) -> Suite:
-    """The pair's prompts as they stand, with plain decoding's answers. To be called within `greedy_settings`."""
-    reference = run_plain(pair.target, pair.prompts, max_new_tokens).outputs
+    """The pair's prompts as they stand, with plain decoding's answers. To be called within `greedy_settings`.
+
+    transformers decodes them one by one; for a batch-invariant target in one batch, where a row is as if alone.
+    """
+    if is_batch_invariant(pair.target):
+        reference = run_batched(pair.target, pair.prompts, max_new_tokens).outputs
+    else:
+        reference = run_plain(pair.target, pair.prompts, max_new_tokens).outputs
     return Suite("prompts", pair.prompts, [Asked(index, None, 0) for index in range(len(pair.prompts))], reference)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,14 @@ from stand_in import SHAPES, stand_in
 from torch import Tensor
 
 import specdec
+from specdec.acceptance import Estimate, HeadEstimate
+from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.methods import Pair
 from specdec.cost_model import CostModel
+from specdec.costs import Clock
+from specdec.drafter import Drafter
 from specdec.heads import Head
-from specdec.length import ByAcceptanceHead, LengthPolicy, Shown
+from specdec.length import ByAcceptanceHead, Shown
 
 
 @dataclass(frozen=True)
@@ -49,28 +53,40 @@ def stand_ins(
         yield StandIns(replace(small, name=name, target=target, draft=draft.model), small, draft.to_small_hidden)
 
 
-if TYPE_CHECKING:
-    Policy = LengthPolicy
-else:
-    Policy = object
+class HeadOnStandIn(HeadEstimate):
+    """It sees the small draft's hidden states."""
+
+    to_small_hidden: Tensor
+
+    @classmethod
+    def with_map(cls, head: AcceptanceHead, target: Any, drafter: Drafter, to_small_hidden: Tensor) -> HeadOnStandIn:
+        found = cls.of("acceptance_head", head, target, drafter)
+        found.to_small_hidden = to_small_hidden
+        return found
+
+    def __call__(self, shown: Shown) -> np.ndarray:
+        return super().__call__(self.mapped(shown) if self.is_on_cpu else shown)
+
+    def probabilities(self, shown: Shown) -> Tensor:  # within a CUDA graph
+        return super().probabilities(self.mapped(shown))
+
+    def mapped(self, shown: Shown) -> Shown:
+        return replace(shown, hidden_states=shown.hidden_states.float() @ self.to_small_hidden)
 
 
-class OnStandIn(Policy):
-    """Of a policy with a head: it sees the small draft's hidden states."""
-
-    def __init__(self, *arguments: Any, to_small_hidden: Tensor, **options: Any):
-        super().__init__(*arguments, **options)
+class ByAcceptanceHeadOnStandIn(ByAcceptanceHead):
+    def __init__(self, threshold: float, head: AcceptanceHead, to_small_hidden: Tensor):
+        super().__init__(threshold, head=head)
         self.to_small_hidden = to_small_hidden
 
-    def goes_on(self, rows: specdec.Rows, shown: Shown) -> np.ndarray:
-        if shown.hidden_states is not None:
-            shown = replace(shown, hidden_states=shown.hidden_states.float() @ self.to_small_hidden)
-        return super().goes_on(rows, shown)
+    def estimate_for(self, target: Any, drafter: Drafter) -> HeadOnStandIn:
+        return HeadOnStandIn.with_map(self.head, target, drafter, self.to_small_hidden)
 
 
-class ByAcceptanceHeadOnStandIn(OnStandIn, ByAcceptanceHead):
-    pass
+class CostModelOnStandIn(CostModel):
+    def __init__(self, head: AcceptanceHead, clock: Clock | None, to_small_hidden: Tensor):
+        super().__init__(head, clock)
+        self.to_small_hidden = to_small_hidden
 
-
-class CostModelOnStandIn(OnStandIn, CostModel):
-    pass
+    def _find_estimate(self, target: Any, drafter: Drafter) -> tuple[Estimate, frozenset[str]]:
+        return HeadOnStandIn.with_map(self.head, target, drafter, self.to_small_hidden), HeadOnStandIn.sees

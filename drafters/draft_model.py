@@ -68,6 +68,9 @@ class DraftModel(Drafter):
     def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
         self.num_calls = 0
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
+        # Prompts may hold whatever the target has an embedding for.
+        num_tokens = max(vocab_size_of(target), target.get_input_embeddings().weight.shape[0])
+        self._knows_all = self._shared_vocab >= num_tokens
         limit = rows.max_limit if len(rows) else None
         # What the target accepts is the target's own, whatever the draft model's last bits are.
         self._network = build_network(
@@ -80,24 +83,27 @@ class DraftModel(Drafter):
         self._cached[: len(rows)] = rows.host_lengths
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
-        tokens = self._known(self._not_cached(rows))
+        tokens = self._not_cached(rows)
+        width, used_slots = tokens.shape[1], rows.max_length
+        starts = rows.newest()[0] if width == 1 else rows.lengths - width
+        output = self._forward(tokens, starts, used_slots, rows.host_lengths - width)
+        # The device waits for this forward's launch: all that it does not need comes behind it. What a policy looks at
+        # is waited for at each token, so nothing that can be done here is done behind them.
         drafted = tokens.new_empty(len(rows), max_tokens)
-        # What a policy looks at is waited for at each token, so what can be done before is not done behind them.
         later_starts = rows.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
         sampler, policy = self.sampler, self.length_policy
-        probs = None if sampler is None else sampler.probs(rows, max_tokens)
-        uniforms: Tensor | None = None
+        probs = uniforms = None
+        if sampler is not None:
+            probs, uniforms = sampler.probs(rows, max_tokens), sampler.draw(rows, max_tokens)
         goes_on, num_drafted = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
         for place in range(max_tokens):
-            width = tokens.shape[1]
-            starts = rows.lengths - width if place == 0 else later_starts[place - 1]
-            output = self._forward(tokens, starts, rows.max_length + place, rows.host_lengths + (place - width))
+            if place > 0:
+                starts, host_starts = later_starts[place - 1], rows.host_lengths + (place - 1)
+                output = self._forward(tokens, starts, used_slots + place, host_starts)
             logits, newest = output.logits[:, -1, : self._shared_vocab], drafted[:, place : place + 1]
-            if sampler is None or probs is None:
+            if sampler is None or probs is None or uniforms is None:
                 tokens = torch.argmax(logits, -1, keepdim=True, out=newest)
             else:
-                if uniforms is None:  # computed on the host while the device is busy with the first forward
-                    uniforms = sampler.draw(rows, max_tokens)
                 newest[:, 0] = sampler.sample(rows, drafted[:, :place], logits, uniforms[:, place], probs[:, place])
                 tokens = self._known(newest)
             num_drafted += goes_on
@@ -112,7 +118,7 @@ class DraftModel(Drafter):
             behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
             drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
         if probs is None:
-            return Draft(drafted)
+            return Draft(drafted, valid_ids=drafted)
         probs = probs[:, : drafted.shape[1]]
         return Draft(drafted, probs, normalised_probs=probs)
 
@@ -143,7 +149,8 @@ class DraftModel(Drafter):
         if width > min(MAX_FED, rows.host_lengths.min()):
             self._catch_up(rows, cached)
             width = 1
-        return rows.last_tokens(width)
+        tokens = rows.newest()[1] if width == 1 else rows.last_tokens(width)
+        return tokens if self._knows_all else self._known(tokens)
 
     def _catch_up(self, rows: Rows, cached: np.ndarray) -> None:
         """Cache all committed tokens but each row's last. cached: [rows] int64, how many are."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from transformers import PreTrainedModel
 
-from specdec.drafter import NO_TOKEN, Draft, Drafter
+from specdec.drafter import Draft, Drafter
 from specdec.errors import ConfigError
+from specdec.kernels.prompt_lookup import prompt_lookup
+from specdec.network import vocab_size_of
 from specdec.rows import Rows
 
 
@@ -14,6 +16,7 @@ class PromptLookup(Drafter):
 
     name = "prompt_lookup"
     shares_slots = True
+    _copies_are_valid = False  # whether every token that a row may hold is one that the target may write
 
     def __init__(self, max_ngram_size: int = 3, min_ngram_size: int = 1):
         if not 1 <= min_ngram_size <= max_ngram_size:
@@ -23,21 +26,12 @@ class PromptLookup(Drafter):
             )
         self.max_ngram_size, self.min_ngram_size = max_ngram_size, min_ngram_size
 
+    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
+        super().start(target, rows, max_draft_tokens)
+        # Prompts may hold whatever the target has an embedding for.
+        self._copies_are_valid = target.get_input_embeddings().weight.shape[0] <= vocab_size_of(target)
+
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
-        tokens, lengths = rows.token_ids[:, : rows.max_length], rows.lengths
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        # matched[b, i]: how many tokens ending at place i equal the row's newest ones, at most max_ngram_size.
-        matched = torch.zeros_like(tokens)
-        agrees = place < lengths[:, None] - 1  # an occurrence must have a successor
-        for offset in range(self.max_ngram_size):
-            newest = tokens.gather(1, (lengths[:, None] - 1 - offset).clamp(min=0))
-            shifted = torch.roll(tokens, offset, 1)
-            agrees = agrees & (shifted == newest) & (place >= offset) & (lengths[:, None] > offset)
-            matched += agrees
-        score = torch.where(matched >= self.min_ngram_size, matched * (tokens.shape[1] + 1) + place + 1, 0)
-        best, end = score.max(1, keepdim=True)
-        # Where the copy reaches the newest token it goes on copying itself, so that a loop is drafted to any length.
-        period = (lengths[:, None] - 1 - end).clamp(min=1)
-        source = end + 1 + torch.arange(max_tokens, device=tokens.device) % period
-        draft = tokens.gather(1, source.clamp(max=tokens.shape[1] - 1))
-        return Draft(draft.masked_fill(best == 0, NO_TOKEN))
+        sizes = self.max_ngram_size, self.min_ngram_size
+        drafted = prompt_lookup(rows.token_ids, rows.lengths, rows.max_length, max_tokens, *sizes)
+        return Draft(drafted, valid_ids=drafted if self._copies_are_valid else None)

@@ -5,9 +5,9 @@ One number per row comes to the host for each drafted token, in one copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -21,6 +21,7 @@ from specdec.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead
 from specdec.disco import Disco
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
+from specdec.estimate_graphs import EstimateGraphs
 from specdec.heads import Head
 from specdec.kernels.log_prob import log_prob
 from specdec.kernels.token_statistics import token_statistics
@@ -28,7 +29,6 @@ from specdec.kernels.token_statistics import token_statistics
 if TYPE_CHECKING:
     from specdec.length import Shown
 
-Estimate = Callable[["Shown"], np.ndarray]  # [rows] float64 in 0 .. 1
 AnyHead = TypeVar("AnyHead", bound=Head)
 # Within which a head sees statistics, as `numbers` has it.
 LEAST_STATISTICS = np.array([LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0], np.float32)
@@ -38,30 +38,57 @@ MOST_STATISTICS = np.array([-1e-6, 0.0, MOST_ENTROPY], np.float32)
 _kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
 
 
-def on_host(probabilities: Tensor) -> np.ndarray:
-    """[rows] float64, in one copy."""
-    return without_nan(probabilities.cpu().numpy().astype(np.float64))
+class Estimate(ABC):
+    """How likely the target accepts each row's newest token, given that it accepts those before.
+
+    sees: of what a drafter shows, as a policy's. sees_place: whether the token's index in its draft matters.
+    """
+
+    sees: ClassVar[frozenset[str]]
+    sees_place: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._graphs = EstimateGraphs()
+
+    def __call__(self, shown: Shown) -> np.ndarray:
+        """[rows] float64 in 0 .. 1. NaN, of a drafter that has gone wrong, counts as certain rejection."""
+        on_cuda = shown.logits.device.type == "cuda"
+        found = self._graphs.replay(self, shown) if on_cuda else self.probabilities(shown)
+        return without_nan(found.cpu().numpy().astype(np.float64))
+
+    @abstractmethod
+    def probabilities(self, shown: Shown) -> Tensor:
+        """[rows] float32 on the device, row by row, without waiting for it; `place` may be a tensor."""
 
 
 def without_nan(probabilities: np.ndarray) -> np.ndarray:
-    """NaN, of a drafter that has gone wrong, counts as certain rejection."""
     probabilities[np.isnan(probabilities)] = 0.0
     return probabilities
 
 
-@torch.inference_mode()
-def draft_probability(shown: Shown) -> np.ndarray:
+class DraftProbability(Estimate):
     """q of the token itself."""
-    return on_host(log_prob(shown.logits, shown.token_ids).exp())
+
+    sees = frozenset({"logits"})
+
+    @classmethod
+    def of(cls, drafter: Drafter) -> Self:
+        if drafter.model is None:
+            return cls()
+        return _kept.setdefault(drafter.model, {}).setdefault(cls, ((), cls()))[1]
+
+    @torch.inference_mode()
+    def probabilities(self, shown: Shown) -> Tensor:
+        return log_prob(shown.logits, shown.token_ids).exp()
 
 
-class OfHead(Generic[AnyHead]):
+class OfHead(Estimate, Generic[AnyHead]):
     """An estimate by a trained head."""
 
     kind: type[AnyHead]
-    sees: frozenset[str]
 
     def __init__(self, head: AnyHead):
+        super().__init__()
         self.head = head
 
     @classmethod
@@ -130,20 +157,26 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         if self.is_on_cpu:
             self.layers = [(weight.numpy(), bias.numpy()) for weight, bias in self.layers]
 
-    @torch.inference_mode()
     def __call__(self, shown: Shown) -> np.ndarray:
+        if not self.is_on_cpu:
+            return super().__call__(shown)
         assert shown.hidden_states is not None
-        hidden, statistics = shown.hidden_states.float(), token_statistics(shown.logits, shown.token_ids)
-        if self.is_on_cpu:
-            return self._by_numpy(hidden.numpy(), statistics.numpy())
-        x = torch.cat([hidden, numbers(statistics)], 1)
+        with torch.inference_mode():
+            statistics = token_statistics(shown.logits, shown.token_ids)
+            return self._by_numpy(shown.hidden_states.float().numpy(), statistics.numpy())
+
+    @torch.inference_mode()
+    def probabilities(self, shown: Shown) -> Tensor:
+        assert shown.hidden_states is not None
+        statistics = token_statistics(shown.logits, shown.token_ids)
+        x = torch.cat([shown.hidden_states.float(), numbers(statistics)], 1)
         *blocks, (weight, bias) = self.layers
         for block_weight, block_bias in blocks:
             x = x + F.silu(torch.addmm(block_bias, x, block_weight, beta=2, alpha=2))
-        return on_host(torch.addmm(bias, x, weight, beta=2, alpha=2)[:, 0].sigmoid())
+        return torch.addmm(bias, x, weight, beta=2, alpha=2)[:, 0].sigmoid()
 
     def _by_numpy(self, hidden: np.ndarray, statistics: np.ndarray) -> np.ndarray:
-        """The same. hidden: [rows, hidden]; statistics: [rows, 3]."""
+        """[rows] float64, the same. hidden: [rows, hidden]; statistics: [rows, 3]."""
         statistics = np.minimum(np.maximum(statistics, LEAST_STATISTICS), MOST_STATISTICS)
         log_q = statistics[:, :1]
         log_rest = np.maximum(np.log(-np.expm1(log_q)), LEAST_LOG_PROB)
@@ -174,8 +207,8 @@ class DiscoEstimate(OfHead[Disco]):
     """DISCO's classifier."""
 
     kind = Disco
-    sees = frozenset({"logits"})
+    sees, sees_place = frozenset({"logits"}), True
 
     @torch.inference_mode()
-    def __call__(self, shown: Shown) -> np.ndarray:
-        return on_host(self.head.log_acceptance(shown.logits, shown.place).exp())
+    def probabilities(self, shown: Shown) -> Tensor:
+        return self.head.log_acceptance(shown.logits, shown.place).exp()

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from specdec.acceptance import DiscoEstimate, Estimate, HeadEstimate, draft_probability, estimate_beside
+from specdec.acceptance import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
 from specdec.acceptance_head import AcceptanceHead
 from specdec.costs import MAX_TOKENS, Clock, CostTable, CudaClock, Curve, HostClock, Recalibrated, Survival
 from specdec.disco import Disco
@@ -76,8 +76,7 @@ def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate |
     """Kept as long as the target lives. Each kind of estimate has its own errors, and takes its own time."""
     drafting: Hashable = type(drafter) if drafter.model is None else ref(drafter.model)
     layout = None if drafter.layout is None else drafter.layout.name
-    by = estimate if estimate is draft_probability else type(estimate)
-    key = (drafting, by, target.device, target.dtype, layout, torch.get_num_threads())
+    key = (drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
     return _known.setdefault(target, {}).setdefault(key, Knowledge())
 
 
@@ -111,7 +110,7 @@ class CostModel(LengthPolicy):
             return estimate, estimate.sees
         head = None if self.head == "beside" else self.head
         if head is None:
-            return draft_probability, frozenset({"logits"})
+            return DraftProbability.of(drafter), DraftProbability.sees
         kind = DiscoEstimate if isinstance(head, Disco) else HeadEstimate
         return kind.of(self.name, head, target, drafter), kind.sees
 

@@ -69,8 +69,8 @@ def decode_steps(
             rows.take(rows.slots.num_residents)
             if len(rows):
                 take_turns(target, drafter, rows)
-                widths = policy.widths(rows, max_tokens := min(num_speculative_tokens, rows.max_remaining - 1))
-                draft = propose(drafter, rows, widths.clip(0, max_tokens), target.vocab_size)
+                max_tokens = min(num_speculative_tokens, rows.max_remaining - 1)
+                draft = propose(drafter, rows, policy.widths(rows, max_tokens), max_tokens, target.vocab_size)
                 policy.drafted(draft)
                 report, verified = target.verify(rows, draft)
                 drafter.observe(verified)
@@ -79,13 +79,13 @@ def decode_steps(
                 return
 
 
-def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, vocab_size: int) -> Draft:
-    """What of the drafter's proposal can be verified. widths: [rows] integers, the most tokens of each row; where all
-    are 0 the drafter is not asked."""
-    most = int(widths.max())
+def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, max_tokens: int, vocab_size: int) -> Draft:
+    """What of the drafter's proposal can be verified. widths: [rows] integers, the most tokens of each row, but none
+    gets more than `max_tokens`; where all are 0 the drafter is not asked."""
+    most = min(max(widths.tolist()), max_tokens)
     if most <= 0:
         return Draft.empty(len(rows), rows.device)
-    return usable(rows, drafter.propose(rows, most), widths, vocab_size, drafter.name)
+    return usable(rows, drafter.propose(rows, most), widths, most, vocab_size, drafter.name)
 
 
 def settle(

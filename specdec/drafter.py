@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,8 @@ class Draft:
     extra_queries: what the verify forward takes along behind every place where the draft may end: each query sees the
         text and the draft up to there and the queries before it. They change nothing of what the target says about
         the text. At most `Drafter.num_extra_queries`.
+    valid_ids: the same tensor as `token_ids` where that holds tokens of the target and nothing behind a `NO_TOKEN` by
+        the way it was made. Others lack the mark, and what of them cannot be verified is cut.
     normalised_probs: the same tensor as `probs` where that is as `Sampler.sample` left it and sums to 1 by the way it
         was made. A copy of the draft with other probs lacks the mark: they are added up when they are verified.
     """
@@ -48,6 +51,11 @@ class Draft:
     parents: Tensor | None = None
     extra_queries: ExtraQueries | None = None
     normalised_probs: Tensor | None = None
+    valid_ids: Tensor | None = None
+
+    @property
+    def is_valid(self) -> bool:
+        return self.token_ids is self.valid_ids
 
     @property
     def is_normalised(self) -> bool:
@@ -55,7 +63,12 @@ class Draft:
 
     @staticmethod
     def empty(num_rows: int, device: torch.device) -> Draft:
-        return Draft(torch.empty(num_rows, 0, dtype=torch.long, device=device))
+        return _empty(num_rows, device)
+
+
+@cache
+def _empty(num_rows: int, device: torch.device) -> Draft:
+    return Draft(torch.empty(num_rows, 0, dtype=torch.long, device=device))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -82,12 +82,13 @@ class LengthPolicy(ABC):
 class Shown:
     """A token that a drafter has just drafted for each row.
 
-    place: its index in the draft, from 0. token_ids: [rows] int64, NO_TOKEN where there is none.
+    place: its index in the draft, from 0 (within a CUDA graph a tensor). token_ids: [rows] int64, NO_TOKEN where there
+        is none.
     logits: [rows, vocab], the drafter's own that it was chosen by: temperature 1, before any processor.
     hidden_states: [rows, hidden], the drafter's last, behind its final norm, that the logits were computed from.
     """
 
-    place: int
+    place: Any
     token_ids: Tensor
     logits: Tensor
     hidden_states: Tensor | None = None
@@ -183,9 +184,9 @@ class Confidence(Stopping):
         super().__init__(threshold, min_tokens)
 
     def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
-        from specdec.acceptance import draft_probability
+        from specdec.acceptance import DraftProbability
 
-        return draft_probability
+        return DraftProbability.of(drafter)
 
     def is_over(self, predicted: np.ndarray, reached: np.ndarray) -> np.ndarray:
         return predicted < self.threshold

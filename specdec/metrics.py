@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import zip_longest
 
 import numpy as np
 
@@ -90,32 +89,27 @@ class Speculation:
         ]
 
     def add(self, report: StepReport) -> None:
-        """Count one report; prefill's token counts, its call does not."""
-        self.num_new_tokens += int(report.num_committed.sum())
+        """Count one report; prefill's token counts, its call does not.
+
+        In Python's own numbers: a device waits for this, and on so few entries every call into numpy takes longer.
+        """
+        self.num_new_tokens += sum(report.num_committed.tolist())
         if report.is_prefill:
             return
         self.num_target_calls += 1
         self.num_spec_steps += len(report.num_committed)
-        if report.token_ids.shape[1] > 1:
-            self._add_drafts(report)
-        else:  # without the arithmetic, for which a device would wait
-            self.acceptance_histogram = _add(self.acceptance_histogram, [len(report.num_committed)])
-            self.drafted_histogram = _add(self.drafted_histogram, [len(report.num_committed)])
+        self._add_drafts(report.num_accepted.tolist(), report.num_drafted.tolist(), report.token_ids.shape[1])
         if report.predicted is not None:
             self._add_predictions(report.predicted, *decided(report, report.predicted.shape[1]))
 
-    def _add_drafts(self, report: StepReport) -> None:
-        width = report.token_ids.shape[1]
-        place = np.arange(width - 1)[:, None]
-        tried = ((report.num_drafted > place) & (report.num_accepted >= place)).sum(1)
-        accepted, drafted = (
-            np.bincount(counts, minlength=width) for counts in (report.num_accepted, report.num_drafted)
-        )
-        self.num_draft_tokens += int(report.num_drafted.sum())
-        self.num_accepted_draft_tokens += int(report.num_accepted.sum())
-        self.acceptance_histogram = _add(self.acceptance_histogram, accepted.tolist())
-        self.tried_histogram = _add(self.tried_histogram, tried.tolist())
-        self.drafted_histogram = _add(self.drafted_histogram, drafted.tolist())
+    def _add_drafts(self, accepted: list[int], drafted: list[int], width: int) -> None:
+        """Of each row; width is k + 1."""
+        self.num_draft_tokens += sum(drafted)
+        self.num_accepted_draft_tokens += sum(accepted)
+        self.acceptance_histogram = _counted(self.acceptance_histogram, accepted, width)
+        self.drafted_histogram = _counted(self.drafted_histogram, drafted, width)
+        tried = [place for row in zip(accepted, drafted, strict=True) for place in range(min(row[0] + 1, row[1]))]
+        self.tried_histogram = _counted(self.tried_histogram, tried, width - 1)
 
     def _add_predictions(self, predicted: np.ndarray, is_decided: np.ndarray, is_accepted: np.ndarray) -> None:
         """[rows, places] each."""
@@ -123,10 +117,9 @@ class Speculation:
         values, hits = predicted[counted], is_accepted[counted]
         bins = np.minimum((values * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         counts, sums, accepted = (np.bincount(bins, weights, NUM_BINS) for weights in (None, values, hits))
-        self.predicted_histogram = _add(self.predicted_histogram, counts.tolist())
-        self.predicted_accepted = _add(self.predicted_accepted, accepted.astype(np.int64).tolist())
-        known = self.predicted_sums or [0.0] * NUM_BINS
-        self.predicted_sums = [a + float(b) for a, b in zip(known, sums, strict=True)]
+        self.predicted_histogram = _sum(self.predicted_histogram or [0] * NUM_BINS, counts.tolist())
+        self.predicted_accepted = _sum(self.predicted_accepted or [0] * NUM_BINS, accepted.astype(np.int64).tolist())
+        self.predicted_sums = _sum(self.predicted_sums or [0.0] * NUM_BINS, sums.tolist())
 
     def to_dict(self) -> dict:
         """Counts and rates, for JSON."""
@@ -150,7 +143,13 @@ def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray
     return (accepted | first_rejected) & (place < report.num_drafted[:, None]), accepted
 
 
-def _add(total: list[int], counts: list[int]) -> list[int]:
-    """Entry by entry, the shorter one extended by zeros; a step waits for this, and numpy's padding takes 20 times as
-    long as these few numbers."""
-    return [a + b for a, b in zip_longest(total, counts, fillvalue=0)]
+def _counted(histogram: list[int], values: list[int], length: int) -> list[int]:
+    """The histogram of at least `length` entries with the values counted in."""
+    counted = histogram + [0] * (length - len(histogram))
+    for value in values:
+        counted[value] += 1
+    return counted
+
+
+def _sum(total: list, more: list) -> list:
+    return [a + b for a, b in zip(total, more, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,6 +68,8 @@ class Rows:
     host_prompt_lengths: np.ndarray
     host_limits: np.ndarray
     _taken: Tensor | None = None  # the slots' tokens when the views were made, which stay what they are till a resize
+    _newest: tuple[Tensor, Tensor] | None = None  # see `newest`
+    _num_changes = -1  # of the slots when that was computed
 
     def __init__(
         self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
@@ -103,6 +105,7 @@ class Rows:
         self._taken = self.slots.token_ids
         for name in (*ON_DEVICE, *ON_HOST):
             setattr(self, name, getattr(self.slots, name)[self.first : self.first + count])
+        self._newest = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -119,7 +122,7 @@ class Rows:
     @property
     def max_length(self) -> int:
         """The longest row's committed length, known to the host."""
-        return int(self.host_lengths.max())
+        return max(self.host_lengths.tolist())  # of a few numbers Python's own maximum is the fastest
 
     @property
     def max_limit(self) -> int:
@@ -129,7 +132,7 @@ class Rows:
     @property
     def max_remaining(self) -> int:
         """The most tokens that any row may still commit."""
-        return int((self.host_limits - self.host_lengths).max())
+        return max((self.host_limits - self.host_lengths).tolist())
 
     @property
     def num_new_tokens(self) -> np.ndarray:
@@ -138,12 +141,24 @@ class Rows:
 
     def last_tokens(self, count: int) -> Tensor:
         """The last `count` committed tokens of each row, [rows, count]; rows must be at least that long."""
-        index = self.lengths[:, None] + torch.arange(-count, 0, device=self.device)
-        return self.token_ids.gather(1, index)
+        return self.token_ids.gather(1, self.lengths[:, None] + torch.arange(-count, 0, device=self.device))
+
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """Where each row's last committed token stands, [rows] int64, and the token, [rows, 1]; not to be written to.
+
+        A step's first forward takes them, so `read` computes them while the host waits for the report.
+        """
+        if self._newest is not None and self._num_changes == self.slots.num_changes:
+            return self._newest
+        places = self.lengths - 1
+        return places, self.token_ids.gather(1, places[:, None])
 
     def read(self, done: Committed) -> StepReport:
         """Bring one step to the host in one copy and advance the host's lengths."""
-        report = done.report.cpu().numpy()
+        arriving = on_its_way(done.report)
+        self._newest = None
+        self._newest, self._num_changes = self.newest(), self.slots.num_changes
+        report = arriving()
         self.host_lengths += report[:, NUM_COMMITTED]
         return StepReport(
             self.row_ids.copy(),  # its rows may move
@@ -159,6 +174,7 @@ class Rows:
         """Take back committed tokens of this step: row i keeps the first num_committed[i] ([rows] int64)."""
         self.host_lengths -= report.num_committed - num_committed
         self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        self._newest = None
         behind = np.arange(report.token_ids.shape[1]) >= num_committed[:, None]
         return replace(
             report,
@@ -182,3 +198,20 @@ class Rows:
         index = self.slots.remove(done + self.first)
         self.take(max(self.slots.num_residents - self.first, 0))
         return index
+
+
+def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
+    """Copy to the host what the device will have computed; to be called for the result. What is launched in between
+    keeps the result from nobody."""
+    if not values.is_cuda:
+        return values.cpu().numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    has_arrived = torch.cuda.Event()
+    has_arrived.record(torch.cuda.current_stream(values.device))
+
+    def arrive() -> np.ndarray:
+        has_arrived.synchronize()
+        return host.numpy().copy()  # pinned memory is taken again for the next step
+
+    return arrive

@@ -17,11 +17,12 @@ ON_HOST = ("row_ids", "host_lengths", "host_prompt_lengths", "host_limits")
 
 class Slots:
     """token_ids: [slots, capacity] int64, left-aligned. lengths, prompt_lengths, limits: [slots] int64; the host's
-    mirrors of the same, and row_ids, which nothing on the device needs."""
+    mirrors of the same, and row_ids, which nothing on the device needs. num_changes: how often
+    rows came or moved."""
 
     def __init__(self, num_slots: int, capacity: int, device: torch.device):
         self.device = device
-        self.num_residents = self.num_newcomers = 0
+        self.num_residents = self.num_newcomers = self.num_changes = 0
         self.token_ids = torch.zeros(num_slots, capacity, dtype=torch.long, device=device)
         self._hold(torch.zeros(len(NUMBERS), num_slots, dtype=torch.long, device=device))
         self.row_ids, self.host_lengths, self.host_prompt_lengths, self.host_limits = (
@@ -60,6 +61,7 @@ class Slots:
             getattr(self, f"host_{name}")[taken] = values
         self.row_ids[taken] = row_ids
         self.num_newcomers += count
+        self.num_changes += 1
 
     def arrange(self, order: np.ndarray) -> Tensor:
         """Slot i becomes what slot order[i] is ([kept slots] int64); returns the same index, on the host.
@@ -67,6 +69,7 @@ class Slots:
         Slots from len(order) on keep what they hold; whoever removes rows says who is left.
         """
         moves = moves_of(order)
+        self.num_changes += 1
         if moves.size:
             moved_from, moved_to = torch.from_numpy(moves).to(self.device)
             self.token_ids[moved_to] = self.token_ids[moved_from]

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ class StepGraphs:
         return self.captured[rows, width, slots, layers]
 
 
+@cache
 def row_bucket(rows: int) -> int:
     """
     >>> [row_bucket(rows) for rows in (1, 5, 33, 65)]
@@ -102,6 +104,7 @@ def row_bucket(rows: int) -> int:
     return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), -(-rows // ROWS_BEYOND) * ROWS_BEYOND)
 
 
+@cache
 def width_bucket(width: int) -> int:
     """
     >>> [width_bucket(width) for width in (1, 6, 10)]

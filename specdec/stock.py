@@ -80,13 +80,13 @@ class StockNetwork(Network):
         if logits_at is not None and self.accepts_logits_to_keep:
             # One set of columns serves all rows; each row then picks its own.
             columns, logits_at = torch.unique(logits_at, return_inverse=True)
-            options["logits_to_keep"] = columns
+            options["logits_to_keep"] = columns.cpu()  # the head of a split model may lie on another device
         if extra_queries is not None:
             return self._run_with_extra(token_ids, extra_queries, layers, options)
         output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)
         logits = output.logits
         if logits_at is not None:
-            logits = logits[torch.arange(len(logits), device=logits.device), logits_at][:, None]
+            logits = logits[torch.arange(len(logits), device=logits.device), logits_at.to(logits.device)][:, None]
         return NetworkOutput(logits, tuple(output.hidden_states[i] for i in layers))
 
     def _run_with_extra(

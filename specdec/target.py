@@ -59,8 +59,7 @@ class Target:
 
     def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
         """One forward over each row's last token and its draft, then the commit."""
-        starts = rows.lengths - 1  # the last committed token has no keys yet
-        inputs = rows.token_ids.gather(1, starts[:, None])
+        starts, inputs = rows.newest()  # the last committed token has no keys yet
         if draft.token_ids.shape[1]:
             inputs = torch.cat([inputs, draft.token_ids.clamp(min=0)], 1)
         extra = draft.extra_queries
@@ -79,6 +78,8 @@ class Target:
         """logits: [rows, k + 1, vocab]"""
         scores = self.processors(rows, draft.token_ids, logits)
         done = self.verification(rows, draft, scores, self.eos_ids)
+        # While the host waits anyway: behind the report the device would wait for it.
+        num_accepted, num_committed = done.num_accepted, done.num_committed
         report = rows.read(done)
         if report.fault.any():
             slot = int((report.fault > 0).argmax())
@@ -100,7 +101,7 @@ class Target:
         self._keep_emitted(rows, report, logits, scores)
         drafted = report.num_drafted
         all_accepted = draft.token_ids.shape[1] > 0 and bool(((report.num_accepted == drafted) & (drafted > 0)).any())
-        return report, Verified(draft, done.num_accepted, done.num_committed, all_accepted, hidden_states)
+        return report, Verified(draft, num_accepted, num_committed, all_accepted, hidden_states)
 
     def _keep_emitted(self, rows: Rows, report: StepReport, logits: Tensor, scores: Tensor) -> None:
         if self.emitted_scores is None and self.emitted_logits is None:
@@ -113,24 +114,25 @@ class Target:
             self.emitted_scores.add(report.row_ids[slots], places, self.processors.warped(scores[index]))
 
 
-def usable(rows: Rows, draft: Draft, widths: np.ndarray, vocab_size: int, name: str) -> Draft:
+def usable(rows: Rows, draft: Draft, widths: np.ndarray, most: int, vocab_size: int, name: str) -> Draft:
     """The part of a draft that can be verified.
 
     Cut are tokens beyond `widths`, [rows] integers, tokens that a row's length limit leaves no room for (the target's
     own token needs one place), whatever is no token of the target, and what stands behind any of these. Raises
-    DrafterError for a draft of the wrong kind or shape.
+    DrafterError for a draft of the wrong kind or shape, or of more than `most` tokens.
     """
-    most = int(widths.max())
     check_draft(rows, draft, most, vocab_size, name)
-    if not draft.token_ids.shape[1]:
+    ids = draft.token_ids
+    if not ids.shape[1]:
         return draft
-    room = (rows.limits - rows.lengths - 1)[:, None]
-    if (widths < most).any():
-        room = torch.minimum(room, torch.from_numpy(widths).to(rows.device)[:, None])
-    column = torch.arange(draft.token_ids.shape[1], device=draft.token_ids.device)
-    keep = (column < room) & (draft.token_ids >= 0) & (draft.token_ids < vocab_size)
-    token_ids = draft.token_ids.masked_fill(keep.long().cumprod(1) == 0, NO_TOKEN)
-    return replace(draft, token_ids=token_ids)
+    room = np.minimum(rows.host_limits - rows.host_lengths - 1, widths)
+    is_roomy = min(room.tolist()) >= ids.shape[1]
+    if is_roomy and draft.is_valid:
+        return draft
+    unusable = (ids < 0) | (ids >= vocab_size)
+    if not is_roomy:
+        unusable |= torch.from_numpy(np.arange(ids.shape[1]) >= room[:, None]).to(ids.device)
+    return replace(draft, token_ids=ids.masked_fill(unusable.cumsum(1).bool(), NO_TOKEN))
 
 
 def check_draft(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> None:

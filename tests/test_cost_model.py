@@ -11,7 +11,7 @@ import torch
 from test_generate import OTHER, TARGET, some_prompts
 
 from specdec import cost_model
-from specdec.acceptance import HeadEstimate, draft_probability
+from specdec.acceptance import DraftProbability, HeadEstimate
 from specdec.acceptance_head import AcceptanceHead
 from specdec.cost_model import CostModel, Knowledge, knowledge_of
 from specdec.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
@@ -303,8 +303,8 @@ def test_knowledge_belongs_to_a_pair():
 def test_knowledge_belongs_to_a_kind_of_estimate():
     """The corrections of one would mislead another."""
     one, heads = DraftModel(OTHER), [HeadEstimate(AcceptanceHead(8)) for _ in range(2)]
-    by_probability = knowledge_of(TARGET, one, draft_probability)
-    assert by_probability is knowledge_of(TARGET, one, draft_probability)
+    by_probability = knowledge_of(TARGET, one, DraftProbability())
+    assert by_probability is knowledge_of(TARGET, one, DraftProbability())
     assert knowledge_of(TARGET, one, heads[0]) is knowledge_of(TARGET, one, heads[1])
     assert knowledge_of(TARGET, one, heads[0]) is not by_probability
     assert by_probability is not knowledge_of(TARGET, one)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import left_pad, tiny_llama
+from tiny import VOCAB, left_pad, tiny_llama
 
 import specdec
 from specdec.drafter import NO_TOKEN
@@ -16,6 +18,7 @@ from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.registry import DRAFTERS, drafter_class
 from specdec.drafters.synthetic import Synthetic
 from specdec.rows import Rows
+from specdec.target import usable
 
 CPU = torch.device("cpu")
 
@@ -129,3 +132,29 @@ def test_finish_is_called_after_an_error():
 @pytest.mark.parametrize("name", sorted(DRAFTERS))
 def test_registry_names_are_the_drafters_own(name):
     assert drafter_class(name).name == name
+
+
+def test_only_a_draft_as_it_was_made_passes_unlooked_at():
+    """What a wrapper has changed is a new tensor, and is cut at what no target writes."""
+    rows = rows_of([1, 2, 1, 2, 1])
+    drafter, widths = PromptLookup(), np.array([4])
+    drafter.start(tiny_llama(0), rows, 4)
+    draft = drafter.propose(rows, 4)
+    assert usable(rows, draft, widths, 4, VOCAB, "x") is draft
+    changed = replace(draft, token_ids=draft.token_ids.index_fill(1, torch.tensor([2]), VOCAB))
+    assert usable(rows, changed, widths, 4, VOCAB, "x").token_ids.tolist() == [[2, 1, NO_TOKEN, NO_TOKEN]]
+    assert usable(rows, draft, np.array([1]), 4, VOCAB, "x").token_ids.tolist() == [[2] + 3 * [NO_TOKEN]]
+    rows.host_limits[:] = rows.host_lengths + 3
+    assert usable(rows, draft, widths, 4, VOCAB, "x").token_ids.tolist() == [[2, 1] + 2 * [NO_TOKEN]]
+
+
+def test_a_draft_model_of_fewer_tokens_is_fed_none_that_it_does_not_know():
+    """The target writes tokens that the draft model has no embedding for."""
+    small = tiny_llama(1, vocab_size=VOCAB - 2)
+    drafter = DraftModel(small, vocab_size=VOCAB // 2)
+    ids = torch.tensor([[VOCAB - 1, VOCAB - 2, 5]])
+    expected = specdec.generate(tiny_llama(0), ids, max_new_tokens=30, eos_token_id=None)
+    found = specdec.generate(
+        tiny_llama(0), ids, drafter=drafter, num_speculative_tokens=3, max_new_tokens=30, eos_token_id=None
+    )
+    assert found.tolist() == expected.tolist()

@@ -525,20 +525,29 @@ def test_the_head_written_out_is_the_head(rows):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_on_a_gpu_is_the_head(rows, dtype):
-    from specdec.acceptance import HeadEstimate, draft_probability
+def test_estimates_on_a_gpu_are_those_of_the_heads(dtype):
+    """Replayed for other tokens, places and numbers of rows than they were captured for."""
+    from specdec.acceptance import DiscoEstimate, DraftProbability, HeadEstimate
     from specdec.length import Shown
 
     head = random_head(AcceptanceHead, hidden_size=HIDDEN, num_blocks=3, rejection_weight=6.0)
-    logits, hidden = (4 * torch.randn(rows, 9001)).to(dtype), torch.randn(rows, HIDDEN).to(dtype)
-    tokens = torch.randint(0, 9001, (rows,))
-    log_q = logits.float().log_softmax(1).gather(1, tokens[:, None])[:, 0]
-    expected = head.log_acceptance(hidden, token_statistics(logits, tokens)).exp().detach()
-    shown = Shown(0, tokens.cuda(), logits.cuda(), hidden.cuda())
-    assert draft_probability(shown) == pytest.approx(log_q.exp().double().numpy(), abs=1e-5)
-    assert HeadEstimate(head.cuda())(shown) == pytest.approx(expected.double().numpy(), abs=1e-4)
+    disco = random_head(Disco)
+    by_probability, by_disco, by_head = DraftProbability(), DiscoEstimate(disco.cuda()), HeadEstimate(head.cuda())
+    for place, rows in enumerate((3, 1, 3, 4, 5)):
+        logits, hidden = (4 * torch.randn(rows, 9001)).to(dtype).cuda(), torch.randn(rows, HIDDEN).to(dtype).cuda()
+        shown = Shown(place, torch.randint(0, 9001, (rows,)).cuda(), logits, hidden)
+        statistics = token_statistics(logits, shown.token_ids, "torch")
+        log_q = statistics[:, 0]
+        for estimate, expected, atol in (
+            (by_probability, log_q, 1e-5),
+            (by_head, head.log_acceptance(hidden, statistics), 1e-4),
+            (by_disco, disco.log_acceptance(logits, place), 1e-4),
+        ):
+            assert estimate(shown) == pytest.approx(expected.exp().double().detach().cpu().numpy(), abs=atol)
+    assert len(by_head._graphs.captured) == 3
+    logits[1] = torch.nan
+    assert by_head(shown)[1] == 0.0
 
 
 def test_a_pair_is_looked_at_once(tmp_path, monkeypatch):

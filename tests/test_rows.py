@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdec.kernels.greedy_commit import greedy_commit
 from specdec.rows import Rows
 from specdec.slots import fill_holes
 
@@ -48,3 +49,49 @@ def test_retired_rows_keep_their_place_in_the_output(lengths, data):
     for row, prompt in enumerate(prompts):
         assert rows.output_lengths[row] == len(prompt)
         assert rows.output_ids[row, : len(prompt)].tolist() == prompt.tolist()
+
+
+def commit(rows, draft, target):
+    """One step; draft: [rows, k], target: [rows, k + 1], what the target writes behind each place."""
+    scores = torch.nn.functional.one_hot(torch.tensor(target), 100).float()
+    no_ends = torch.empty(0, dtype=torch.long)
+    draft_ids = torch.tensor(draft, dtype=torch.long)
+    return rows.read(greedy_commit(scores, draft_ids, no_ends, rows.token_ids, rows.lengths, rows.limits))
+
+
+def check_newest(rows):
+    places, tokens = rows.newest()
+    assert places.tolist() == (rows.lengths - 1).tolist() == (rows.host_lengths - 1).tolist()
+    assert tokens.tolist() == rows.last_tokens(1).tolist()
+
+
+def test_the_newest_tokens_follow_whatever_happens_to_the_rows():
+    """They are computed with the report, before anyone knows which rows leave, move or are cut."""
+    rows, _ = make([4, 3, 2], max_new_tokens=50)
+    check_newest(rows)
+    report = commit(rows, [[7, 8], [7, 8], [7, 8]], [[7, 8, 9], [7, 6, 9], [5, 8, 9]])
+    assert rows.newest()[1].tolist() == [[9], [6], [5]]
+    check_newest(rows)
+    rows.cut(report, np.array([1, 2, 1]))
+    assert rows.newest()[1].tolist() == [[7], [6], [5]]
+    check_newest(rows)
+    commit(rows, [[1], [1], [1]], [[1, 2], [3, 4], [1, 6]])
+    rows.slots.arrange(np.array([2, 1, 0]))
+    rows.take(3)
+    assert rows.newest()[1].tolist() == [[6], [3], [2]]
+    rows.retire(np.array([True, False, False]))
+    check_newest(rows)
+    assert rows.newest()[1].tolist() == [[2], [3]]
+
+
+def test_a_row_in_the_place_of_another_has_its_own_newest_token():
+    """The last row gives up its slot and a newcomer takes it between two steps, so that there are as many as before."""
+    rows, _ = make([3, 3], max_new_tokens=20)
+    commit(rows, [[], []], [[50], [60]])
+    slots = rows.slots
+    slots.remove(np.array([1]))
+    slots.add([torch.tensor([4, 5])], np.array([7]), np.array([2]), np.array([9]))
+    slots.num_residents, slots.num_newcomers = 2, 0
+    rows.take(2)
+    assert rows.newest()[1].tolist() == [[50], [5]]
+    check_newest(rows)

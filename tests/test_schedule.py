@@ -15,6 +15,7 @@ from specdec import generate_many
 from specdec.cache import RaggedCache
 from specdec.drafter import Draft, Drafter
 from specdec.layout import LAYOUTS, Grouped
+from specdec.rows import Rows
 
 token = st.integers(0, VOCAB - 1)
 
@@ -254,3 +255,26 @@ def test_batch_invariant_models_join_and_grow():
                 **options,
             )
             assert [done.token_ids for done in run] == expected
+
+
+@pytest.mark.parametrize("layout", [*sorted(LAYOUTS), Grouped(2)])
+def test_a_step_starts_at_what_its_rows_hold(monkeypatch, layout):
+    """Whoever was preempted, joined, moved or was stopped since the newest tokens were computed."""
+    newest, num_asked = Rows.newest, 0
+
+    def checked(self):
+        nonlocal num_asked
+        num_asked += 1
+        places, tokens = newest(self)
+        assert torch.equal(places, self.lengths - 1) and torch.equal(tokens, self.last_tokens(1))
+        return places, tokens
+
+    monkeypatch.setattr(Rows, "newest", checked)
+    prompts = some_prompts(12, 3)
+    for drafter in (None, OTHER):
+        results(prompts, drafter=drafter, layout=layout, max_rows=4, kv_tokens=300, max_new_tokens=40)
+        results(
+            prompts, drafter=drafter, layout=layout, max_rows=3, max_new_tokens=12,
+            stopping_criteria=[lambda ids, scores: torch.tensor([ids.shape[1] % 11 == 0])],
+        )  # fmt: skip
+    assert num_asked > 100

@@ -59,7 +59,7 @@ def demo(
     speculation = speculative_config(loaded.drafter, num_speculative_tokens, length_policy=policy)
     check_prompts(model, prompts, speculation, len(prompts), max_new_tokens)
     ways = ways_to_decode(model, prompts, speculation)
-    totals = {"plain": len(prompts), "measuring": len(ways) * (NUM_REPEATS + 1)}
+    totals = {"plain": len(prompts), "measuring": len(ways) * (1 + NUM_REPEATS)}
     with greedy_settings(model), stage_bars(totals) as on_progress:
         oracle = run_plain(model, prompts, max_new_tokens, on_progress).outputs
         runs = measure(ways, max_new_tokens, on_progress)
@@ -103,14 +103,16 @@ def ways_to_decode(
 def measure(
     ways: dict[str, Callable[[int], Run]], max_new_tokens: int, on_progress: OnProgress
 ) -> dict[str, list[Run]]:
-    """Each way in turn, several times, so that a change of the machine's speed meets all of them."""
+    """Each way in turn, several times, so that a change of the machine's speed meets all of them.
+
+    The first round does not count: memory is cold, and a cost model has yet to see what forwards cost.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in ways}
-    for repeat in range(NUM_REPEATS + 1):
+    for repeat in range(1 + NUM_REPEATS):
         for name, decode in ways.items():
-            if repeat == 0:
-                decode(min(max_new_tokens, 8))
-            else:
-                runs[name].append(decode(max_new_tokens))
+            run = decode(max_new_tokens)
+            if repeat > 0:
+                runs[name].append(run)
             on_progress("measuring", 1)
     return runs
 

@@ -1,0 +1,86 @@
+"""An estimate of acceptance as CUDA graphs: a policy waits for it behind every drafted token, and launching a dozen
+kernels one by one would take longer than they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specdec.step_graphs import row_bucket
+
+if TYPE_CHECKING:
+    from specdec.acceptance import Estimate
+    from specdec.length import Shown
+
+
+@dataclass
+class CapturedEstimate:
+    """shown: to be filled, its place too. probabilities: overwritten by each replay; on_host: pinned, for a copy."""
+
+    graph: torch.cuda.CUDAGraph
+    shown: Shown
+    probabilities: Tensor
+    on_host: Tensor
+
+    def fill(self, shown: Shown) -> None:
+        rows = len(shown.token_ids)
+        self.shown.token_ids[:rows] = shown.token_ids
+        self.shown.logits[:rows] = shown.logits
+        if self.shown.hidden_states is not None and shown.hidden_states is not None:
+            self.shown.hidden_states[:rows] = shown.hidden_states
+        if isinstance(self.shown.place, Tensor):
+            self.shown.place.fill_(shown.place)
+
+
+class EstimateGraphs:
+    """One graph per bucket of rows; those that pad it compute something that nobody reads."""
+
+    def __init__(self) -> None:
+        self.captured: dict[tuple, CapturedEstimate] = {}
+
+    @torch.no_grad()
+    def replay(self, estimate: Estimate, shown: Shown) -> Tensor:
+        """What `estimate` makes of `shown`, [rows] float32 on the host, valid until the next replay.
+
+        estimate: always the same; not kept, for the reason that `StepGraphs.replay` gives.
+        """
+        rows, vocab_size = shown.logits.shape
+        key = row_bucket(rows), vocab_size, shown.logits.dtype, shown.logits.device
+        step = self.captured.get(key)
+        if step is None:
+            step = self.captured[key] = capture(estimate, room_for(estimate, shown, key[0]))
+        step.fill(shown)
+        step.graph.replay()
+        step.on_host.copy_(step.probabilities, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return step.on_host[:rows]
+
+
+def room_for(estimate: Estimate, shown: Shown, rows: int) -> Shown:
+    """Tensors like those that it sees of what is shown, for more rows."""
+    hidden = shown.hidden_states if "hidden_states" in estimate.sees else None
+    token_ids, logits = (given.new_zeros(rows, *given.shape[1:]) for given in (shown.token_ids, shown.logits))
+    place = torch.zeros((), device=logits.device) if estimate.sees_place else shown.place
+    return replace(
+        shown,
+        place=place,
+        token_ids=token_ids,
+        logits=logits,
+        hidden_states=None if hidden is None else hidden.new_zeros(rows, *hidden.shape[1:]),
+    )
+
+
+def capture(estimate: Estimate, shown: Shown) -> CapturedEstimate:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        estimate.probabilities(shown)  # compiles what is not compiled yet
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        probabilities = estimate.probabilities(shown)
+    on_host = torch.empty(probabilities.shape, dtype=probabilities.dtype, pin_memory=True)
+    return CapturedEstimate(graph, shown, probabilities, on_host)
