@@ -31,6 +31,7 @@ from specdec.bench.methods import Pair
 from specdec.bench.tables import markdown
 from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.environment import environment
+from specdec.kernels.token_statistics import token_statistics
 from specdec.oracle import greedy_settings
 
 DRAFTED = 3  # tokens of the row that a decision in the middle of a draft does not know the fate of
@@ -64,7 +65,7 @@ def replays(pair: Pair, head: AcceptanceHead, max_new_tokens: int) -> list[Repla
             log_probs = out.logits[0, len(prompt) - 1 :].float().log_softmax(-1)
             hidden = out.hidden_states[-1][0, len(prompt) - 1 :].float()
             top, token_ids = log_probs.topk(2)
-            acceptance = head.log_acceptance(hidden, top[:, 0]).exp()
+            acceptance = head.log_acceptance(hidden, token_statistics(log_probs, token_ids[:, 0])).exp()
             accepted = (token_ids[:, 0] == text[len(prompt) :]).numpy()
             trace = Trace(accepted, acceptance.double().numpy(), top[:, 0].double().exp().numpy())
             found.append(Replay(trace, features_of(trace, top, log_probs)))

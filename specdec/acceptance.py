@@ -17,18 +17,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from specdec.acceptance_head import LEAST_LOG_PROB, AcceptanceHead
+from specdec.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
 from specdec.disco import Disco
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
 from specdec.estimate_graphs import EstimateGraphs
 from specdec.heads import Head
-from specdec.kernels.log_prob import log_prob as log_prob_of
+from specdec.kernels.log_prob import log_prob
+from specdec.kernels.token_statistics import token_statistics
 
 if TYPE_CHECKING:
     from specdec.length import Shown
 
 AnyHead = TypeVar("AnyHead", bound=Head)
+# Within which a head sees statistics, as `numbers` has it.
+LEAST_STATISTICS = np.array([LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0], np.float32)
+MOST_STATISTICS = np.array([-1e-6, 0.0, MOST_ENTROPY], np.float32)
 # Of each draft model and kind of estimate the last one, with all that it was made from: looking at a large pair's
 # weights takes longer than drafting many tokens.
 _kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
@@ -57,11 +61,6 @@ class Estimate(ABC):
         """[rows] float32 on the device, row by row, without waiting for it; `place` may be a tensor."""
 
 
-def log_prob(shown: Shown) -> Tensor:
-    """log q of each row's token, [rows] float32; of NO_TOKEN something finite."""
-    return log_prob_of(shown.logits, shown.token_ids)
-
-
 def without_nan(probabilities: np.ndarray) -> np.ndarray:
     probabilities[np.isnan(probabilities)] = 0.0
     return probabilities
@@ -80,7 +79,7 @@ class DraftProbability(Estimate):
 
     @torch.inference_mode()
     def probabilities(self, shown: Shown) -> Tensor:
-        return log_prob(shown).exp()
+        return log_prob(shown.logits, shown.token_ids).exp()
 
 
 class OfHead(Estimate, Generic[AnyHead]):
@@ -163,24 +162,25 @@ class HeadEstimate(OfHead[AcceptanceHead]):
             return super().__call__(shown)
         assert shown.hidden_states is not None
         with torch.inference_mode():
-            return self._by_numpy(shown.hidden_states.float().numpy(), log_prob(shown)[:, None].numpy())
+            statistics = token_statistics(shown.logits, shown.token_ids)
+            return self._by_numpy(shown.hidden_states.float().numpy(), statistics.numpy())
 
     @torch.inference_mode()
     def probabilities(self, shown: Shown) -> Tensor:
         assert shown.hidden_states is not None
-        hidden, log_q = shown.hidden_states.float(), log_prob(shown)[:, None].clamp(LEAST_LOG_PROB, -1e-6)
-        log_rest = torch.log(-torch.expm1(log_q)).clamp(min=LEAST_LOG_PROB)
-        x = torch.cat([hidden, log_q, log_rest], 1)
+        statistics = token_statistics(shown.logits, shown.token_ids)
+        x = torch.cat([shown.hidden_states.float(), numbers(statistics)], 1)
         *blocks, (weight, bias) = self.layers
         for block_weight, block_bias in blocks:
             x = x + F.silu(torch.addmm(block_bias, x, block_weight, beta=2, alpha=2))
         return torch.addmm(bias, x, weight, beta=2, alpha=2)[:, 0].sigmoid()
 
-    def _by_numpy(self, hidden: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-        """[rows] float64, the same. hidden: [rows, hidden]; log_q: [rows, 1]."""
-        log_q = np.minimum(np.maximum(log_q, LEAST_LOG_PROB), -1e-6)
+    def _by_numpy(self, hidden: np.ndarray, statistics: np.ndarray) -> np.ndarray:
+        """[rows] float64, the same. hidden: [rows, hidden]; statistics: [rows, 3]."""
+        statistics = np.minimum(np.maximum(statistics, LEAST_STATISTICS), MOST_STATISTICS)
+        log_q = statistics[:, :1]
         log_rest = np.maximum(np.log(-np.expm1(log_q)), LEAST_LOG_PROB)
-        x = np.concatenate([hidden, log_q, log_rest], 1)
+        x = np.concatenate([hidden, log_q, log_rest, statistics[:, 1:]], 1)
         *blocks, (weight, bias) = self.layers
         for block_weight, block_bias in blocks:
             half = x @ block_weight

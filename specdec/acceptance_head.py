@@ -2,7 +2,8 @@
 
 Huang, Guo, Wang, "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate Lengths" (2024), section 3. Where
 theirs looks at the state *behind* a token, which is known one draft forward too late to score the newest one, ours
-looks at the state that the token was drawn from, and is told how probable the drafter thought the token.
+looks at the state that the token was drawn from, and is told how probable the drafter thought it, how probable the
+best other token, and how sure it was at all.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from torch import Tensor, nn
 from specdec.heads import Head
 
 LEAST_LOG_PROB = -12.0
+MOST_ENTROPY = 12.0
+NUM_NUMBERS = 4  # behind the hidden state
 
 
 class AcceptanceHead(Head):
     """D residual blocks x + SiLU(Wx + b), then Linear(d, 2); class 1 means accepted.
 
-    x is the drafter's hidden state with two numbers behind it, log q and log(1 - q) of the token, so d is the drafter's
-    hidden size + 2.
+    x is the drafter's hidden state with four numbers behind it: log q and log(1 - q) of the token, log q of the most
+    probable other token, and the distribution's entropy. So d is the drafter's hidden size + 4.
     """
 
     kind: ClassVar[str] = "acceptance_head"
+    format: ClassVar[int] = 2
 
     def __init__(self, hidden_size: int, num_blocks: int = 3, rejection_weight: float = 1.0):
         """hidden_size: the drafter's. rejection_weight: how much more a rejection counted in training than an
@@ -34,27 +38,35 @@ class AcceptanceHead(Head):
         super().__init__()
         self.shape = {"hidden_size": hidden_size, "num_blocks": num_blocks, "rejection_weight": rejection_weight}
         self.hidden_size, self.rejection_weight = hidden_size, rejection_weight
-        width = hidden_size + 2
+        width = hidden_size + NUM_NUMBERS
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(num_blocks))
         self.out = nn.Linear(width, 2)
         self.register_buffer("log_weight", torch.tensor(float(rejection_weight)).log(), persistent=False)
 
-    def forward(self, hidden: Tensor, log_probs: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, statistics: Tensor) -> Tensor:
         """Logits of (rejected, accepted), [..., 2], as they are trained.
 
         hidden: [..., hidden_size], the drafter's last hidden state, behind its final norm (`hidden_states[-1]` of
             transformers), from which the token's distribution was computed.
-        log_probs: [...], log q of the token, the softmax taken over the drafter's logits as they are (temperature 1,
-            no processors), whatever the token was drawn from.
+        statistics: [..., 3] of `kernels.token_statistics`: log q of the token and of the most probable other, and the
+            entropy, of the softmax over the drafter's logits as they are (temperature 1, no processors), whatever the
+            token was drawn from. Infinite ones are taken as the nearest in range.
         """
-        log_q = log_probs.to(self.out.weight.dtype).clamp(LEAST_LOG_PROB, -1e-6)[..., None]
-        log_rest = torch.log(-torch.expm1(log_q)).clamp(min=LEAST_LOG_PROB)
-        x = torch.cat([hidden.to(self.out.weight.dtype), log_q, log_rest], -1)
+        dtype = self.out.weight.dtype
+        x = torch.cat([hidden.to(dtype), numbers(statistics.to(dtype))], -1)
         for block in self.blocks:
             x = x + F.silu(block(x))
         return self.out(x)
 
-    def log_acceptance(self, hidden: Tensor, log_probs: Tensor) -> Tensor:
+    def log_acceptance(self, hidden: Tensor, statistics: Tensor) -> Tensor:
         """log P(the token is accepted), [...] float32; arguments as for `forward`."""
-        rejected, accepted = self(hidden, log_probs).unbind(-1)
+        rejected, accepted = self(hidden, statistics).unbind(-1)
         return F.logsigmoid(accepted - rejected + self.log_weight)
+
+
+def numbers(statistics: Tensor) -> Tensor:
+    """What stands behind the hidden state, [..., NUM_NUMBERS], finite but for NaN; of statistics, [..., 3]."""
+    log_q, log_other, entropy = statistics.split(1, -1)
+    log_q = log_q.clamp(LEAST_LOG_PROB, -1e-6)
+    log_rest = torch.log(-torch.expm1(log_q)).clamp(min=LEAST_LOG_PROB)
+    return torch.cat([log_q, log_rest, log_other.clamp(LEAST_LOG_PROB, 0.0), entropy.clamp(0.0, MOST_ENTROPY)], -1)

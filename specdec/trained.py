@@ -22,13 +22,12 @@ from typing_extensions import Self
 from specdec.errors import ConfigError, InputError
 from specdec.fingerprint import Fingerprint
 
-FORMAT = 1
-
 
 class Trained(nn.Module, ABC):
     """A subclass stores its constructor's arguments in `shape`, so that `load` can build it again."""
 
     kind: ClassVar[str]  # the name of its files
+    format: ClassVar[int] = 1  # of its files; raised where what the weights read changes
     roles: ClassVar[tuple[str, ...]]  # the models it belongs to, by their part in decoding; each an attribute
     alternative: ClassVar[str]  # what to do without it, for messages
     shape: dict[str, Any]
@@ -78,7 +77,7 @@ class Trained(nn.Module, ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
-            "format": FORMAT,
+            "format": self.format,
             "kind": self.kind,
             "shape": self.shape,
             **{role: fingerprint.to_dict() for role, fingerprint in fingerprints.items()},
@@ -107,9 +106,11 @@ class Trained(nn.Module, ABC):
                 )
         try:
             config = json.loads(files[0].read_text())
-            if config["format"] != FORMAT or config["kind"] != cls.kind:
+            if config["kind"] == cls.kind and config["format"] in range(cls.format):
+                raise InputError(f"{files[0]} was trained by an older version; train it again with `{cls.command()}`")
+            if config["format"] != cls.format or config["kind"] != cls.kind:
                 raise InputError(
-                    f"{files[0]} is a {config['kind']} of format {config['format']}; needed is {cls.kind}, {FORMAT}"
+                    f"{files[0]} is a {config['kind']} of format {config['format']}; needed is {cls.kind}, {cls.format}"
                 )
             part = cls(**config["shape"])
             for role in cls.roles:

@@ -85,12 +85,13 @@ def test_the_weight_of_rejections_is_taken_out():
         head.out.weight.zero_()
         # argmin of 6 (1 - a) (-log P0) + a (-log P1)
         head.out.bias.copy_(torch.tensor([6 * (1 - share), share]).log())
-    assert head.log_acceptance(torch.zeros(3, 4), torch.zeros(3)).exp().tolist() == pytest.approx([share] * 3)
+    assert head.log_acceptance(torch.zeros(3, 4), torch.zeros(3, 3)).exp().tolist() == pytest.approx([share] * 3)
 
 
 def test_no_probability_makes_the_head_infinite():
     head = AcceptanceHead(4)
-    out = head.log_acceptance(torch.zeros(4, 4), torch.tensor([0.0, -1e-12, -50.0, float("-inf")]))
+    extremes = torch.tensor([0.0, -1e-12, -50.0, float("-inf"), float("inf")])
+    out = head.log_acceptance(torch.zeros(125, 4), torch.cartesian_prod(extremes, extremes, extremes))
     assert torch.isfinite(out).all() and (out <= 0).all()
 
 
@@ -106,3 +107,11 @@ def test_features_of_disco():
 def test_the_fingerprint_of_a_large_weight_stays_within_it():
     """Its last place is no float32."""
     assert sample(torch.ones(()).expand(152_000 * 5_120 - 1)) == [1.0] * SAMPLES
+
+
+def test_a_head_that_saw_less_is_refused_by_name(tmp_path):
+    AcceptanceHead(32).trained_for(tiny_llama(0), tiny_llama(1), {}).save(tmp_path)
+    path = tmp_path / "acceptance_head.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(InputError, match=r"trained by an older version; train it again with `specdec train acc"):
+        AcceptanceHead.load(tmp_path)

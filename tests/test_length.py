@@ -22,6 +22,7 @@ from specdec.disco import Disco
 from specdec.drafter import Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.kernels.token_statistics import token_statistics
 from specdec.layout import LAYOUTS
 from specdec.length import (
     LENGTH_POLICIES,
@@ -50,7 +51,7 @@ def random_head(kind, target=TARGET, drafter=OTHER, scale=3.0, **shape):
 
 def heads(target=TARGET, drafter=OTHER, top_k=10):
     return (
-        random_head(AcceptanceHead, target, drafter, hidden_size=HIDDEN, num_blocks=1),
+        random_head(AcceptanceHead, target, drafter, 1.5, hidden_size=HIDDEN, num_blocks=1),
         random_head(Disco, target, drafter, top_k=top_k),
     )
 
@@ -217,7 +218,7 @@ def test_the_newest_token_is_scored():
         tokens, logits, hidden = own_text(prompt, k)
         log_q = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         expected["confidence"].append(stop_place(log_q.exp().numpy() < 0.16, k))
-        reached = HEAD.log_acceptance(hidden, log_q).exp().cumprod(0).numpy()
+        reached = HEAD.log_acceptance(hidden, token_statistics(logits, tokens)).exp().cumprod(0).numpy()
         expected["acceptance_head"].append(stop_place(1 - reached > 0.8, k))
         disco = torch.stack([DISCO.log_acceptance(row, place) for place, row in enumerate(logits)]).exp().numpy()
         expected["disco"].append(stop_place(disco < 0.905, k))
@@ -509,7 +510,7 @@ def test_the_head_written_out_is_the_head(rows):
     head = random_head(AcceptanceHead, hidden_size=HIDDEN, num_blocks=3, rejection_weight=6.0)
     logits, hidden = 4 * torch.randn(rows, VOCAB), torch.randn(rows, HIDDEN)
     tokens = torch.randint(0, VOCAB, (rows,))
-    expected = head.log_acceptance(hidden, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]).exp()
+    expected = head.log_acceptance(hidden, token_statistics(logits, tokens)).exp()
     estimate = HeadEstimate(head)
     shown = Shown(0, tokens, logits, hidden)
     found = estimate(shown)
@@ -536,10 +537,11 @@ def test_estimates_on_a_gpu_are_those_of_the_heads(dtype):
     for place, rows in enumerate((3, 1, 3, 4, 5)):
         logits, hidden = (4 * torch.randn(rows, 9001)).to(dtype).cuda(), torch.randn(rows, HIDDEN).to(dtype).cuda()
         shown = Shown(place, torch.randint(0, 9001, (rows,)).cuda(), logits, hidden)
-        log_q = logits.float().log_softmax(1).gather(1, shown.token_ids[:, None])[:, 0]
+        statistics = token_statistics(logits, shown.token_ids, "torch")
+        log_q = statistics[:, 0]
         for estimate, expected, atol in (
             (by_probability, log_q, 1e-5),
-            (by_head, head.log_acceptance(hidden, log_q), 1e-4),
+            (by_head, head.log_acceptance(hidden, statistics), 1e-4),
             (by_disco, disco.log_acceptance(logits, place), 1e-4),
         ):
             assert estimate(shown) == pytest.approx(expected.exp().double().detach().cpu().numpy(), abs=atol)

@@ -45,6 +45,11 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+def statistics(q, token):
+    other = max(share for index, share in enumerate(q.tolist()) if index != token)
+    return [q[token].log().item(), np.log(other), torch.distributions.Categorical(q).entropy().item()]
+
+
 @pytest.mark.parametrize("vocab_size", [SMALL, SMALL + 1])
 def test_labels_by_brute_force(vocab_size):
     """Each prefix is given to both models alone, and acceptance of the proposal is computed from its definition."""
@@ -64,7 +69,7 @@ def test_labels_by_brute_force(vocab_size):
                 assert token == int(q.argmax())
                 want = float(token == int(p.argmax()))
             assert found.acceptance[row, column].item() == pytest.approx(want, abs=1e-4)
-            assert found.log_probs[row, column].item() == pytest.approx(q[token].log().item(), abs=1e-4)
+            assert found.statistics[row, column].tolist() == pytest.approx(statistics(q, token), abs=1e-4)
             assert torch.allclose(found.hidden[row, column], output.hidden_states[-1][0, -1], atol=1e-4)
     assert torch.equal(found.counted, text.predicts)
 
@@ -95,7 +100,8 @@ def test_an_acceptance_head_starts_from_the_drafters_own_probability(weight):
     head = AcceptanceHead(32, rejection_weight=weight)
     AcceptanceHeadRecipe(head, 20).initialise()
     log_probs = torch.tensor([0.1, 0.5, 0.9]).log()
-    assert torch.allclose(head.log_acceptance(torch.randn(3, 32), log_probs), log_probs, atol=1e-5)
+    statistics = torch.stack([log_probs, -torch.rand(3), torch.rand(3)], 1)
+    assert torch.allclose(head.log_acceptance(torch.randn(3, 32), statistics), log_probs, atol=1e-5)
 
 
 def test_places_are_those_of_decoding():
@@ -117,7 +123,7 @@ def test_the_loss_of_specdecpp_by_hand():
     for row in range(3):
         for column in range(8):
             if proposals.counted[row, column]:
-                logits = head(proposals.hidden[row, column], proposals.log_probs[row, column])
+                logits = head(proposals.hidden[row, column], proposals.statistics[row, column])
                 log_0, log_1 = logits.log_softmax(-1).tolist()
                 a = proposals.acceptance[row, column].item()
                 above += 3 * (1 - a) * -log_0 + a * -log_1

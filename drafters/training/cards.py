@@ -40,8 +40,8 @@ draft cost, each at its best setting, chosen on half of the texts and measured o
 ABOUT = {
     "acceptance_head": (
         "Acceptance head",
-        "It predicts from the drafter's hidden state how likely the target accepts the token just drafted "
-        '(SpecDec++); use it with `length_policy="acceptance_head"`.',
+        "It predicts from the drafter's hidden state and distribution how likely the target accepts the token just "
+        'drafted (SpecDec++); use it with `length_policy="acceptance_head"`.',
     ),
     "disco": (
         "DISCO classifier",

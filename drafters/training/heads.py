@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.acceptance_head import AcceptanceHead
+from specdec.acceptance_head import NUM_NUMBERS, AcceptanceHead
 from specdec.disco import Disco
 from specdec.drafters.training.labels import Proposals, draft_places, propose_everywhere
 from specdec.drafters.training.own_text import Pool, Prompts, Writing, fill_pool
@@ -90,20 +90,20 @@ class AcceptanceHeadRecipe(HeadRecipe):
     def initialise(self) -> None:
         """At first it predicts the drafter's own probability of the token; what it learns is where that is wrong."""
         for parameter in self.head.blocks.parameters():
-            parameter[-2:] = 0
+            parameter[-NUM_NUMBERS:] = 0
         self.head.out.weight.zero_()
-        self.head.out.weight[:, -2:] = torch.tensor([[-0.5, 0.5], [0.5, -0.5]])  # log q and log(1 - q)
+        self.head.out.weight[:, -4:-2] = torch.tensor([[-0.5, 0.5], [0.5, -0.5]])  # log q and log(1 - q)
         self.head.out.bias.copy_(torch.tensor([0.0, -math.log(self.head.rejection_weight)]))
 
     def loss(self, head: torch.nn.Module, proposals: Proposals, accepted: Tensor) -> Tensor:
-        log_0, log_1 = head(proposals.hidden, proposals.log_probs).log_softmax(-1).unbind(-1)
+        log_0, log_1 = head(proposals.hidden, proposals.statistics).log_softmax(-1).unbind(-1)
         a, w = proposals.acceptance, self.head.rejection_weight
         terms = -(w * (1 - a) * log_0 + a * log_1)
         weights = w * (1 - a) + a
         return (terms * proposals.counted).sum() / (weights * proposals.counted).sum().clamp(min=1e-6)
 
     def log_acceptance(self, proposals: Proposals, accepted: Tensor) -> Tensor:
-        return self.head.log_acceptance(proposals.hidden, proposals.log_probs)
+        return self.head.log_acceptance(proposals.hidden, proposals.statistics)
 
 
 class DiscoRecipe(HeadRecipe):
@@ -231,7 +231,7 @@ def measure(
             values["acceptance"].append(proposals.acceptance[row][counted].double().cpu().numpy())
             values["accepted"].append(accepted[row][counted].cpu().numpy())
             values["predicted"].append(predicted[row][counted].double().cpu().numpy())
-            values["top_prob"].append(proposals.log_probs[row][counted].exp().double().cpu().numpy())
+            values["top_prob"].append(proposals.statistics[row][counted][:, 0].exp().double().cpu().numpy())
     return {kind: describe(values, kind, data.draft_cost) for kind, values in found.items()}
 
 

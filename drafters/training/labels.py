@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.training.data import Batch
+from specdec.kernels.token_statistics import token_statistics
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Proposals:
     """One proposal behind each prefix; column j follows token j of the text. [rows, columns - 1] where not said.
 
     hidden: [.., hidden] float32, the drafter's last hidden state behind its final norm. logits: [.., vocab], the
-        drafter's. token_ids: int64, the proposed tokens. log_probs: float32, the drafter's log q of them.
+        drafter's. token_ids: int64, the proposed tokens. statistics: [.., 3] float32, of
+        `token_statistics`: the drafter's log q of them and of the best other tokens, its entropy.
     acceptance: float32, the probability that the target accepts them: min(1, p / q) for samples; for the drafter's
         argmax under greedy decoding 1 where the target's argmax is the same, else 0.
     counted: bool, where the text's next token is one that the target wrote.
@@ -25,7 +27,7 @@ class Proposals:
     hidden: Tensor
     logits: Tensor
     token_ids: Tensor
-    log_probs: Tensor
+    statistics: Tensor
     acceptance: Tensor
     counted: Tensor
 
@@ -59,8 +61,8 @@ def propose_everywhere(
         replace = torch.rand(text.shape, generator=generator, device=text.device) < mix_share
         before = torch.cat([text[:, :1], proposed], 1)
         hidden, logits = read(draft, torch.where(replace & batch.counted, before, text)[:, :-1], log_p.shape[-1])
-        log_q = logits.log_softmax(-1)
-    return Proposals(hidden, logits, proposed, gather(log_q, proposed), acceptance, batch.predicts)
+    statistics = token_statistics(logits.flatten(0, 1), proposed.flatten()).view(*proposed.shape, 3)
+    return Proposals(hidden, logits, proposed, statistics, acceptance, batch.predicts)
 
 
 def read(draft: PreTrainedModel, token_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
