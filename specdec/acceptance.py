@@ -24,7 +24,7 @@ from specdec.errors import ConfigError
 from specdec.estimate_graphs import EstimateGraphs
 from specdec.heads import Head
 from specdec.kernels.log_prob import log_prob
-from specdec.kernels.token_statistics import token_statistics
+from specdec.kernels.token_statistics import token_statistics, token_statistics_of_few
 
 if TYPE_CHECKING:
     from specdec.length import Shown
@@ -33,6 +33,7 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 # Within which a head sees statistics, as `numbers` has it.
 LEAST_STATISTICS = np.array([LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0], np.float32)
 MOST_STATISTICS = np.array([-1e-6, 0.0, MOST_ENTROPY], np.float32)
+FEW = 2**16  # logits that numpy is faster at than torch
 # Of each draft model and kind of estimate the last one, with all that it was made from: looking at a large pair's
 # weights takes longer than drafting many tokens.
 _kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
@@ -162,8 +163,12 @@ class HeadEstimate(OfHead[AcceptanceHead]):
             return super().__call__(shown)
         assert shown.hidden_states is not None
         with torch.inference_mode():
-            statistics = token_statistics(shown.logits, shown.token_ids)
-            return self._by_numpy(shown.hidden_states.float().numpy(), statistics.numpy())
+            logits, token_ids = shown.logits.float(), shown.token_ids
+            if logits.numel() <= FEW:
+                statistics = token_statistics_of_few(logits.numpy(), token_ids.numpy())
+            else:
+                statistics = token_statistics(logits, token_ids).numpy()
+            return self._by_numpy(shown.hidden_states.float().numpy(), statistics)
 
     @torch.inference_mode()
     def probabilities(self, shown: Shown) -> Tensor:

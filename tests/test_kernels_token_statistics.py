@@ -9,7 +9,7 @@ import torch
 
 from specdec.kernels import token_statistics as module
 from specdec.kernels.dispatch import triton
-from specdec.kernels.token_statistics import token_statistics
+from specdec.kernels.token_statistics import token_statistics, token_statistics_of_few
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
@@ -33,6 +33,15 @@ def test_reference_is_torchs(shape):
         q = torch.distributions.Categorical(logits=row)
         others = torch.cat([q.logits[:token], q.logits[token + 1 :], torch.tensor([-torch.inf])])
         torch.testing.assert_close(numbers, torch.stack([q.log_prob(token), others.max(), q.entropy()]))
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_few_rows_on_the_host_are_the_same(shape):
+    logits, tokens = operands(shape)
+    logits[0, :: max(shape[1] // 5, 2)] = -torch.inf
+    logits[-1, shape[1] // 2] = torch.nan if shape[0] > 1 else 3.0
+    found = torch.from_numpy(token_statistics_of_few(logits.numpy(), tokens.numpy()))
+    torch.testing.assert_close(found, token_statistics(logits, tokens), rtol=1e-5, atol=2e-5, equal_nan=True)
 
 
 def check(shape, dtype, device="cpu"):
