@@ -41,7 +41,8 @@ class Draft:
         text and the draft up to there and the queries before it. They change nothing of what the target says about
         the text. At most `Drafter.num_extra_queries`.
     valid_ids: the same tensor as `token_ids` where that holds tokens of the target and nothing behind a `NO_TOKEN` by
-        the way it was made. Others lack the mark, and what of them cannot be verified is cut.
+        the way it was made, and is not written to afterwards. Others lack the mark, and what of them cannot be verified
+        is cut.
     normalised_probs: the same tensor as `probs` where that is as `Sampler.sample` left it and sums to 1 by the way it
         was made. A copy of the draft with other probs lacks the mark: they are added up when they are verified.
     """
