@@ -23,8 +23,7 @@ from specdec.drafter import Drafter
 from specdec.errors import ConfigError
 from specdec.estimate_graphs import EstimateGraphs
 from specdec.heads import Head
-from specdec.kernels.log_prob import log_prob
-from specdec.kernels.token_statistics import token_statistics, token_statistics_of_few
+from specdec.kernels.token_statistics import log_prob, token_statistics, token_statistics_of_few
 
 if TYPE_CHECKING:
     from specdec.length import Shown

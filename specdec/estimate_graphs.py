@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdec.step_graphs import row_bucket
+from specdec.step_graphs import capture, row_bucket
 
 if TYPE_CHECKING:
     from specdec.acceptance import Estimate
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class CapturedEstimate:
-    """shown: to be filled, its place too. probabilities: overwritten by each replay; on_host: pinned, for a copy."""
+    """shown: to be filled. on_device: the probabilities, overwritten by each replay; on_host: pinned, for a copy."""
 
     graph: torch.cuda.CUDAGraph
     shown: Shown
-    probabilities: Tensor
+    on_device: Tensor
     on_host: Tensor
 
     def fill(self, shown: Shown) -> None:
@@ -51,12 +51,17 @@ class EstimateGraphs:
         key = row_bucket(rows), vocab_size, shown.logits.dtype, shown.logits.device
         step = self.captured.get(key)
         if step is None:
-            step = self.captured[key] = capture(estimate, room_for(estimate, shown, key[0]))
+            step = self.captured[key] = self._capture(estimate, room_for(estimate, shown, key[0]))
         step.fill(shown)
         step.graph.replay()
-        step.on_host.copy_(step.probabilities, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+        step.on_host.copy_(step.on_device, non_blocking=True)
+        torch.cuda.current_stream(step.on_device.device).synchronize()
         return step.on_host[:rows]
+
+    def _capture(self, estimate: Estimate, shown: Shown) -> CapturedEstimate:
+        graph, on_device = capture(lambda: estimate.probabilities(shown))
+        on_host = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+        return CapturedEstimate(graph, shown, on_device, on_host)
 
 
 def room_for(estimate: Estimate, shown: Shown, rows: int) -> Shown:
@@ -71,16 +76,3 @@ def room_for(estimate: Estimate, shown: Shown, rows: int) -> Shown:
         logits=logits,
         hidden_states=None if hidden is None else hidden.new_zeros(rows, *hidden.shape[1:]),
     )
-
-
-def capture(estimate: Estimate, shown: Shown) -> CapturedEstimate:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        estimate.probabilities(shown)  # compiles what is not compiled yet
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        probabilities = estimate.probabilities(shown)
-    on_host = torch.empty(probabilities.shape, dtype=probabilities.dtype, pin_memory=True)
-    return CapturedEstimate(graph, shown, probabilities, on_host)

@@ -17,8 +17,7 @@ ON_HOST = ("row_ids", "host_lengths", "host_prompt_lengths", "host_limits")
 
 class Slots:
     """token_ids: [slots, capacity] int64, left-aligned. lengths, prompt_lengths, limits: [slots] int64; the host's
-    mirrors of the same, and row_ids, which nothing on the device needs. num_changes: how often
-    rows came or moved."""
+    mirrors of the same, and row_ids, which nothing on the device needs. num_changes: how often rows came or moved."""
 
     def __init__(self, num_slots: int, capacity: int, device: torch.device):
         self.device = device

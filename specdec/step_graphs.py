@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ FEWEST_SLOTS = 1024
 
 logger = logging.getLogger(__name__)
 
+Output = TypeVar("Output")
 Forward = Callable[[Tensor, Tensor, int, tuple[int, ...]], NetworkOutput]
 
 
@@ -82,17 +84,23 @@ class StepGraphs:
         token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
         # The last slots of every row are behind any text, so trying the step out leaves no trace.
         starts = torch.full((rows,), self.cache.num_slots - MAX_STEP_WIDTH, dtype=torch.long, device=self.cache.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            forward(token_ids, starts, slots, layers)  # compiles what is not compiled yet
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = forward(token_ids, starts, slots, layers)
+        graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
         self.captured[rows, width, slots, layers] = CapturedStep(graph, token_ids, starts, output)
         logger.info("captured in %.1f s", time.perf_counter() - begin)
         return self.captured[rows, width, slots, layers]
+
+
+def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Output]:
+    """The call as a graph, in that pool of memory, and its result, which each replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles what is not compiled yet
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = call()
+    return graph, output
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What an acceptance head reads of a distribution: the reference against torch, the kernel against it."""
+"""What length policies read of a distribution: the reference against torch, the kernel against it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from specdec.kernels import token_statistics as module
 from specdec.kernels.dispatch import triton
-from specdec.kernels.token_statistics import token_statistics, token_statistics_of_few
+from specdec.kernels.token_statistics import log_prob, token_statistics, token_statistics_of_few
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
@@ -44,11 +44,19 @@ def test_few_rows_on_the_host_are_the_same(shape):
     torch.testing.assert_close(found, token_statistics(logits, tokens), rtol=1e-5, atol=2e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_prob_is_torchs(shape):
+    logits, tokens = operands(shape)
+    expected = torch.distributions.Categorical(logits=logits).log_prob(tokens.clamp(min=0)) if len(logits) else tokens
+    torch.testing.assert_close(log_prob(logits, tokens), expected.float())
+
+
 def check(shape, dtype, device="cpu"):
     logits, tokens = operands(shape, dtype, device)
     # Sums of exponentials in other orders.
     found, expected = (token_statistics(logits, tokens, name) for name in ("triton", "torch"))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(log_prob(logits, tokens, "triton"), log_prob(logits, tokens, "torch"), rtol=0, atol=2e-5)
 
 
 @interpreted
@@ -68,6 +76,7 @@ def test_nan_in_the_interpreter_stays_in_its_row():
     for implementation in ("triton", "torch"):
         found = token_statistics(logits, tokens, implementation)
         assert found.isnan().all(1).tolist() == found.isnan().any(1).tolist() == [False, True, False]
+        assert log_prob(logits, tokens, implementation).isnan().tolist() == [False, True, False]
 
 
 def test_interpreter_run(run_in_subprocess):
@@ -86,3 +95,5 @@ def test_wrong_operands_are_refused():
     for wrong in (tokens[:2], tokens.int()):
         with pytest.raises(ValueError, match="needed are"):
             token_statistics(logits, wrong)
+        with pytest.raises(ValueError, match="needed are"):
+            log_prob(logits, wrong)
