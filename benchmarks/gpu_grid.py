@@ -102,7 +102,8 @@ class EventClock:
     """Device time of a step's stages by events that nothing waits for.
 
     draft: the drafter's proposal. verify: the target's forward. commit: acceptance, up to the report's copy to the
-    host. host_gap: between these, when the device waits for the host's next launch.
+    host. host_gap: between these, when the device waits for the host's next launch. What is launched ahead, within a
+    commit, counts as what it is.
     """
 
     STAGES = ("draft", "verify", "commit", "host_gap")
@@ -119,19 +120,23 @@ class EventClock:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for owner, name in [*own_methods("propose"), (Target, "verify"), (Target, "_commit")]:
-                replacement = getattr(self, name)(getattr(owner, name))
-                stack.enter_context(mock.patch.object(owner, name, replacement))
+            drafting = [(*place, self.stage("draft")) for name in ("propose", "begin") for place in own_methods(name)]
+            verifying = [(Target, "begin", self.stage("verify")), (Target, "verify", self.verify)]
+            for owner, name, timed in [*drafting, *verifying, (Target, "_commit", self._commit)]:
+                stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
             yield
 
-    def propose(self, original: Callable) -> Callable:
-        def timed(*arguments: Any) -> Any:
-            self.mark("draft")
-            draft = original(*arguments)
-            self.mark("host_gap")
-            return draft
+    def stage(self, name: str) -> Callable[[Callable], Callable]:
+        def timing(original: Callable) -> Callable:
+            def timed(*arguments: Any) -> Any:
+                self.mark(name)
+                result = original(*arguments)
+                self.mark("host_gap")
+                return result
 
-        return timed
+            return timed
+
+        return timing
 
     def verify(self, original: Callable) -> Callable:
         def timed(*arguments: Any) -> Any:
@@ -157,7 +162,7 @@ class EventClock:
         total = dict.fromkeys(self.STAGES, 0.0)
         for (stage, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             total[stage] += begin.elapsed_time(end)
-        steps = max(sum(stage == "verify" for stage, _ in self.marks), 1)
+        steps = max(sum(stage == "commit" for stage, _ in self.marks), 1)
         return {stage: round(ms / steps, 4) for stage, ms in total.items()}
 
 

@@ -15,10 +15,12 @@ from specdec.errors import DrafterError
 from specdec.length import Shown
 from specdec.network import Network, NetworkOutput, prefill_budget, vocab_size_of
 from specdec.rows import Rows
+from specdec.slots import to_device
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
 # difference means another tokenizer.
 MAX_PADDING = 1 / 16
+NEWEST = 2  # committed tokens that a draft's first forward takes at most, behind a step that drafted
 MAX_FED = 8  # tokens that were committed without being drafted, and still go into a draft's first forward
 
 
@@ -45,6 +47,8 @@ class DraftModel(Drafter):
         self.vocab_size = vocab_size
         self._running = ExitStack()
         self._network: Network | None = None
+        # A draft's first forward where it was launched ahead, for the draft behind so many steps of the rows.
+        self._begun: tuple[int, NetworkOutput] | None = None
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:
         if self.model.device != target.device:
@@ -83,13 +87,18 @@ class DraftModel(Drafter):
         self._cached[: len(rows)] = rows.host_lengths
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
-        tokens = self._not_cached(rows)
-        width, used_slots = tokens.shape[1], rows.max_length
-        starts = rows.newest()[0] if width == 1 else rows.lengths - width
-        output = self._forward(tokens, starts, used_slots, rows.host_lengths - width)
+        used_slots = rows.max_length
+        if self._begun is not None and self._begun[0] == rows.num_steps:
+            output = self._begun[1]
+        else:
+            tokens = self._not_cached(rows)
+            width = tokens.shape[1]
+            starts = rows.newest()[0] if width == 1 else rows.lengths - width
+            output = self._forward(tokens, starts, used_slots, rows.host_lengths - width)
+        self._begun = None
         # The device waits for this forward's launch: all that it does not need comes behind it. What a policy looks at
         # is waited for at each token, so nothing that can be done here is done behind them.
-        drafted = tokens.new_empty(len(rows), max_tokens)
+        drafted = rows.token_ids.new_empty(len(rows), max_tokens)
         later_starts = rows.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
         sampler, policy = self.sampler, self.length_policy
         probs = uniforms = None
@@ -122,9 +131,21 @@ class DraftModel(Drafter):
         probs = probs[:, : drafted.shape[1]]
         return Draft(drafted, probs, normalised_probs=probs)
 
+    def begin(self, rows: Rows) -> None:
+        """The first forward, over the two newest tokens of every row: whether the older one is cached is not known
+        yet."""
+        assert self._network is not None
+        longest = np.minimum(rows.host_lengths + rows.num_unread, rows.host_limits)
+        if self._network.runs_ahead and (self._cached[: len(rows)] >= longest - NEWEST).all():
+            tokens, starts = rows.last_tokens(NEWEST), rows.lengths - NEWEST
+            output = self._forward(self._known(tokens), starts, rows.max_length, rows.host_lengths - NEWEST)
+            self._begun = rows.num_steps + 1, output
+
     def keep_rows(self, index: Tensor) -> None:
         assert self._network is not None
         self._network.keep_rows(index)
+        if self._begun is not None:
+            self._begun = self._begun[0], self._begun[1].of_rows(to_device(index.numpy(), self.model.device))
         self._cached[: len(index)] = self._cached[index.numpy()]
 
     def join(self, rows: Rows, begin: int, end: int) -> None:
@@ -139,7 +160,7 @@ class DraftModel(Drafter):
 
     def finish(self) -> None:
         self._running.close()
-        self._network = None
+        self._network = self._begun = None
 
     def _not_cached(self, rows: Rows) -> Tensor:
         """The newest tokens, [rows, 1 to MAX_FED], that the next forward takes; what is older is cached."""

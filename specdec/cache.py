@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec.branches import Branches
 from specdec.kernels.move_rows import is_sequential, move_rows
-from specdec.slots import moves_of
+from specdec.slots import moves_of, to_device
 
 ALIGNMENT = 64  # elements: kernels read whole words where an address is a multiple of one
 
@@ -184,11 +184,11 @@ class RaggedCache(Cache):
     def keep_rows(self, index: Tensor) -> None:
         """The new row i is the old row index[i] ([rows] int64 on the host); only what is filled of rows that change
         their place is copied."""
-        moves = torch.from_numpy(moves_of(index.numpy()))
-        if not moves.numel():
+        host_moves = moves_of(index.numpy())
+        if not host_moves.size:
             return
-        implementation = "auto" if is_sequential(moves) else "torch"
-        moves = moves.to(self.device)
+        implementation = "auto" if is_sequential(torch.from_numpy(host_moves)) else "torch"
+        moves = to_device(host_moves, self.device)
         for buffers in self._all_buffers():
             move_rows(buffers, moves.to(buffers.device), self.num_filled, implementation)
 

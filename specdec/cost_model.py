@@ -148,6 +148,9 @@ class CostModel(LengthPolicy):
         self._asked = max_tokens if self._follows_estimate else tokens
         return np.full(len(rows), self._asked)
 
+    def next_width(self, max_tokens: int) -> int | None:
+        return 0 if self._is_held and self._hold > 0 else None
+
     def _meet(self, num_rows: int) -> None:
         """Another number of rows: other costs."""
         self._num_rows, self._hold, self._is_plain_known = num_rows, 0, False

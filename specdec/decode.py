@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.drafter import Draft, Drafter
+from specdec.ahead import next_forward
+from specdec.drafter import Drafter
 from specdec.errors import DrafterError
 from specdec.layout.grouped import order_with_first
 from specdec.length import LengthPolicy
 from specdec.metrics import Speculation
+from specdec.proposal import propose
 from specdec.rows import Rows, StepReport
 from specdec.schedule import FixedBatch, Schedule
 from specdec.stopping import Stopping
-from specdec.target import Target, usable
+from specdec.target import Target
 
 OnCommit = Callable[[StepReport], None]
 
@@ -59,7 +61,9 @@ def decode_steps(
 
     statistics: filled in. rows: those that take part; the schedule says which join.
     """
-    check_shared_slots(drafter, target.layout.takes_turns or schedule.takes_newcomers)
+    changes_rows = target.layout.takes_turns or schedule.takes_newcomers
+    check_shared_slots(drafter, changes_rows)
+    ahead = None if changes_rows else next_forward(target, drafter, policy, rows, num_speculative_tokens)
     statistics.verification, statistics.is_lossless = target.verification.name, target.verification.is_lossless
     with target.network.running(), drafting(drafter, policy, target, rows, num_speculative_tokens):
         while True:
@@ -70,22 +74,16 @@ def decode_steps(
             if len(rows):
                 take_turns(target, drafter, rows)
                 max_tokens = min(num_speculative_tokens, rows.max_remaining - 1)
-                draft = propose(drafter, rows, policy.widths(rows, max_tokens), max_tokens, target.vocab_size)
+                widths = policy.widths(rows, max_tokens)
+                draft = target.begun_draft(rows, widths, max_tokens)
+                if draft is None:
+                    draft = propose(drafter, rows, widths, max_tokens, target.vocab_size)
                 policy.drafted(draft)
-                report, verified = target.verify(rows, draft)
+                report, verified = target.verify(rows, draft, ahead)
                 drafter.observe(verified)
                 yield settle(target, drafter, rows, policy.learn(report), statistics, stopping)
             elif schedule.is_done:
                 return
-
-
-def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, max_tokens: int, vocab_size: int) -> Draft:
-    """What of the drafter's proposal can be verified. widths: [rows] integers, the most tokens of each row, but none
-    gets more than `max_tokens`; where all are 0 the drafter is not asked."""
-    most = min(max(widths.tolist()), max_tokens)
-    if most <= 0:
-        return Draft.empty(len(rows), rows.device)
-    return usable(rows, drafter.propose(rows, most), widths, most, vocab_size, drafter.name)
 
 
 def settle(

@@ -62,6 +62,10 @@ class Draft:
     def is_normalised(self) -> bool:
         return self.probs is self.normalised_probs
 
+    def of_rows(self, index: Tensor) -> Draft:
+        """A copy for the rows that are left, without extra queries. index: [rows] int64 on the device."""
+        return Draft(self.token_ids[index], None if self.probs is None else self.probs[index])
+
     @staticmethod
     def empty(num_rows: int, device: torch.device) -> Draft:
         return _empty(num_rows, device)
@@ -130,6 +134,8 @@ class Drafter(ABC):
     # Whether `propose` and `observe` may see other rows of the batch each time, and new ones: whatever the drafter
     # keeps per row, it then keeps by slot or by `rows.row_ids`, and `join` and `resize` say what to keep.
     shares_slots: bool = False
+    # Whether `propose` needs of `rows` only their tensors and `max_length`: it may then be called when `begin` is.
+    proposes_ahead: bool = False
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:  # noqa: B027 - optional hook
         """Raise DrafterError if this drafter cannot serve `target` for sequences of `max_length` tokens."""
@@ -143,6 +149,13 @@ class Drafter(ABC):
         """Propose up to `max_tokens` (>= 1) tokens to follow each row's committed tokens.
 
         A length policy may let steps pass without asking, so rows may have grown by any number since the last call.
+        """
+
+    def begin(self, rows: Rows) -> None:  # noqa: B027 - optional hook
+        """Launch what can be of the next `propose`, while the host has not yet read what the step before it committed.
+
+        The tensors of `rows` are those that `propose` will find, but `host_lengths` are still those before the step
+        (`max_length` bounds the new ones), and rows may leave or move before `propose` (`keep_rows` says which).
         """
 
     def observe(self, verified: Verified) -> None:  # noqa: B027 - optional hook
@@ -173,6 +186,7 @@ class NoDrafts(Drafter):
 
     name = "none"
     shares_slots = True
+    proposes_ahead = True
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         return Draft.empty(len(rows), rows.device)

@@ -183,6 +183,10 @@ class InvariantNetwork(Network):
         super().__init__(model, 0, max_rows, num_slots)
         self._num_moves = 0
 
+    @property
+    def runs_ahead(self) -> bool:  # type: ignore[override]
+        return self.kept.graphs is not None
+
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
         kept = _kept[cls.must_be_exact].get(model)

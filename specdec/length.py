@@ -65,6 +65,11 @@ class LengthPolicy(ABC):
         It may not depend on tokens that are drafted in this step.
         """
 
+    def next_width(self, max_tokens: int) -> int | None:
+        """What `widths` will say of every row in the next step, whatever becomes of this one: 0 or `max_tokens`; None
+        if that is not known yet. The next step may then begin before this one's report is read (`ahead.py`)."""
+        return None
+
     def goes_on(self, rows: Rows, shown: Shown) -> np.ndarray:
         """Which rows draft another token, [rows] bool; asked only of policies that see tokens, and of each row until it
         stops."""
@@ -102,6 +107,9 @@ class Fixed(LengthPolicy):
 
     def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
         return np.full(len(rows), max_tokens)
+
+    def next_width(self, max_tokens: int) -> int | None:
+        return max_tokens
 
 
 class Heuristic(LengthPolicy):
@@ -161,6 +169,9 @@ class Stopping(LengthPolicy):
     def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
         self._predicted, self._reached = [], np.ones(len(rows))
         return np.full(len(rows), max_tokens)
+
+    def next_width(self, max_tokens: int) -> int | None:
+        return max_tokens
 
     def goes_on(self, rows: Rows, shown: Shown) -> np.ndarray:
         assert self._estimate is not None

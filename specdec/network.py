@@ -37,6 +37,10 @@ class NetworkOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...]
     extra_logits: Callable[[Tensor], Tensor] | None = None
 
+    def of_rows(self, index: Tensor) -> NetworkOutput:
+        """A copy for the rows that are left, without extra logits. index: [rows] int64 on the device."""
+        return NetworkOutput(self.logits[index], tuple(state[index] for state in self.hidden_states))
+
 
 class CachePlan(NamedTuple):
     """What running a network allocates: a cache of so many rows and slots, for which `freed` bytes are given back."""
@@ -47,7 +51,12 @@ class CachePlan(NamedTuple):
 
 
 class Network(ABC):
-    """One model and its cache. Rows are the first rows of the cache; `keep_rows` moves them when some leave."""
+    """One model and its cache. Rows are the first rows of the cache; `keep_rows` moves them when some leave.
+
+    runs_ahead: `forward` returns long before the device has run it, and asks the host for no row's length.
+    """
+
+    runs_ahead = False
 
     def __init__(
         self, model: PreTrainedModel, num_layers: int, max_rows: int, num_slots: int, layout: Layout | None = None

@@ -19,7 +19,7 @@ from specdec.kernels.greedy_commit import (
     NUM_DRAFTED,
     Committed,
 )
-from specdec.slots import ON_DEVICE, ON_HOST, Slots
+from specdec.slots import ON_DEVICE, ON_HOST, Slots, to_device
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Rows:
     _taken: Tensor | None = None  # the slots' tokens when the views were made, which stay what they are till a resize
     _newest: tuple[Tensor, Tensor] | None = None  # see `newest`
     _num_changes = -1  # of the slots when that was computed
+    num_steps = 0  # whose reports were read
+    num_unread = 0  # the most tokens that a row has committed beyond `host_lengths`: while a report is on its way
 
     def __init__(
         self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
@@ -121,7 +123,9 @@ class Rows:
 
     @property
     def max_length(self) -> int:
-        """The longest row's committed length, known to the host."""
+        """No row's committed length is larger; while no report is on its way it is the longest row's."""
+        if self.num_unread:
+            return int(np.minimum(self.host_lengths + self.num_unread, self.host_limits).max())
         return max(self.host_lengths.tolist())  # of a few numbers Python's own maximum is the fastest
 
     @property
@@ -131,7 +135,7 @@ class Rows:
 
     @property
     def max_remaining(self) -> int:
-        """The most tokens that any row may still commit."""
+        """The most tokens that any row may still commit, as of the last report."""
         return max((self.host_limits - self.host_lengths).tolist())
 
     @property
@@ -153,12 +157,21 @@ class Rows:
         places = self.lengths - 1
         return places, self.token_ids.gather(1, places[:, None])
 
-    def read(self, done: Committed) -> StepReport:
-        """Bring one step to the host in one copy and advance the host's lengths."""
+    def read(self, done: Committed, meanwhile: Callable[[], None] | None = None) -> StepReport:
+        """Bring one step to the host in one copy and advance the host's lengths.
+
+        meanwhile: called before the report is waited for. On the device the step is committed then; the host's lengths
+            are those before it, and `max_length` bounds what they will be.
+        """
         arriving = on_its_way(done.report)
         self._newest = None
         self._newest, self._num_changes = self.newest(), self.slots.num_changes
+        if meanwhile is not None:
+            self.num_unread = done.report.shape[1] - FIRST_TOKEN
+            meanwhile()
+            self.num_unread = 0
         report = arriving()
+        self.num_steps += 1
         self.host_lengths += report[:, NUM_COMMITTED]
         return StepReport(
             self.row_ids.copy(),  # its rows may move
@@ -173,7 +186,7 @@ class Rows:
     def cut(self, report: StepReport, num_committed: np.ndarray) -> StepReport:
         """Take back committed tokens of this step: row i keeps the first num_committed[i] ([rows] int64)."""
         self.host_lengths -= report.num_committed - num_committed
-        self.lengths.copy_(torch.from_numpy(self.host_lengths))
+        self.lengths.copy_(to_device(self.host_lengths, self.device))
         self._newest = None
         behind = np.arange(report.token_ids.shape[1]) >= num_committed[:, None]
         return replace(
@@ -192,7 +205,7 @@ class Rows:
         done = np.flatnonzero(finished)
         if self.keeps_outputs:
             done_ids = self.row_ids[finished]
-            place, slot = torch.from_numpy(np.stack([done_ids, done])).to(self.device)
+            place, slot = to_device(np.stack([done_ids, done]), self.device)
             self.output_ids[place] = self.token_ids[slot]
             self.output_lengths[done_ids] = self.host_lengths[finished]
         index = self.slots.remove(done + self.first)

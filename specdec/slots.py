@@ -70,7 +70,7 @@ class Slots:
         moves = moves_of(order)
         self.num_changes += 1
         if moves.size:
-            moved_from, moved_to = torch.from_numpy(moves).to(self.device)
+            moved_from, moved_to = to_device(moves, self.device)
             self.token_ids[moved_to] = self.token_ids[moved_from]
             self._numbers[:, moved_to] = self._numbers[:, moved_from]
             for name in ON_HOST:
@@ -106,6 +106,12 @@ class Slots:
         for name in ON_HOST:
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old[:kept], np.zeros(num_slots - kept, dtype=np.int64)]))
+
+
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """On a GPU without waiting for what it has still to do, as a copy from ordinary memory would."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def moves_of(order: np.ndarray) -> np.ndarray:

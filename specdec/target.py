@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +12,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.compatibility import build_network
-from specdec.drafter import NO_TOKEN, Draft, Verified
+from specdec.drafter import Draft, Verified
 from specdec.emitted import Emitted, committed
 from specdec.errors import DrafterError, NumericalError
 from specdec.layout import Layout, Ragged
-from specdec.network import vocab_size_of
+from specdec.network import NetworkOutput, vocab_size_of
 from specdec.processors import Processors
 from specdec.rows import Rows, StepReport
+from specdec.slots import to_device
 from specdec.verify import BAD_SCORES, Verification
+
+
+class Begun(NamedTuple):
+    """A forward that was launched ahead: for the step behind so many others of its rows, in which so many tokens a row
+    are asked of the drafter."""
+
+    num_steps: int
+    asked: int
+    draft: Draft
+    output: NetworkOutput
 
 
 class Target:
@@ -47,6 +59,8 @@ class Target:
         self.emitted_scores, self.emitted_logits = emitted_scores, emitted_logits
         self.vocab_size = vocab_size_of(model)
         self.eos_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=model.device)
+        self.can_begin = False  # whether the logits of the step that is being read may be overwritten
+        self._begun: Begun | None = None
 
     def prefill(self, rows: Rows) -> StepReport:
         """Cache the prompts and commit each row's first token."""
@@ -57,36 +71,74 @@ class Target:
         report, _ = self._commit(rows, Draft.empty(len(rows), rows.device), logits[:, None], ())
         return replace(report, is_prefill=True)
 
-    def verify(self, rows: Rows, draft: Draft) -> tuple[StepReport, Verified]:
-        """One forward over each row's last token and its draft, then the commit."""
+    def begin(self, rows: Rows, draft: Draft, asked: int) -> None:
+        """Launch the forward of the next `verify`, while a report is on its way; only if `can_begin`.
+
+        asked: tokens a row that the drafter was asked for. A draft with extra queries waits: what is behind them is
+        asked for before rows move.
+        """
+        if draft.extra_queries is not None:
+            return
+        self._begun = Begun(rows.num_steps + 1, asked, draft, self._forward(rows, draft))
+
+    def begun_draft(self, rows: Rows, widths: np.ndarray, max_tokens: int) -> Draft | None:
+        """The draft of a forward launched ahead, if as many tokens were asked for as are asked for now."""
+        begun = self._begun
+        if begun is None or begun.num_steps != rows.num_steps:
+            return None
+        is_asked = (np.minimum(widths, max_tokens) == min(begun.asked, max_tokens)).all()
+        return begun.draft if is_asked else None
+
+    def verify(
+        self, rows: Rows, draft: Draft, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[StepReport, Verified]:
+        """One forward over each row's last token and its draft, then the commit.
+
+        meanwhile: called before the report is waited for, see `Rows.read`.
+        """
+        begun, self._begun = self._begun, None
+        output = begun.output if begun is not None and begun.draft is draft else self._forward(rows, draft)
+        report, verified = self._commit(rows, draft, output.logits, output.hidden_states, meanwhile)
+        return report, verified if draft.extra_queries is None else replace(verified, extra_logits=output.extra_logits)
+
+    def _forward(self, rows: Rows, draft: Draft) -> NetworkOutput:
         starts, inputs = rows.newest()  # the last committed token has no keys yet
         if draft.token_ids.shape[1]:
             inputs = torch.cat([inputs, draft.token_ids.clamp(min=0)], 1)
         extra = draft.extra_queries
         width = inputs.shape[1] * (1 if extra is None else 1 + extra.num)
         used_slots = rows.max_length - 1 + width
-        output = self.network.forward(inputs, starts, used_slots, self.layers, rows.host_lengths - 1, extra)
-        report, verified = self._commit(rows, draft, output.logits, output.hidden_states)
-        return report, verified if extra is None else replace(verified, extra_logits=output.extra_logits)
+        return self.network.forward(inputs, starts, used_slots, self.layers, rows.host_lengths - 1, extra)
 
     def keep_rows(self, index: Tensor) -> None:
         self.network.keep_rows(index)
+        if self._begun is not None:
+            kept, begun = to_device(index.numpy(), self.eos_ids.device), self._begun
+            self._begun = begun._replace(draft=begun.draft.of_rows(kept), output=begun.output.of_rows(kept))
 
     def _commit(
-        self, rows: Rows, draft: Draft, logits: Tensor, hidden_states: tuple[Tensor, ...]
+        self,
+        rows: Rows,
+        draft: Draft,
+        logits: Tensor,
+        hidden_states: tuple[Tensor, ...],
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[StepReport, Verified]:
         """logits: [rows, k + 1, vocab]"""
         scores = self.processors(rows, draft.token_ids, logits)
         done = self.verification(rows, draft, scores, self.eos_ids)
         # While the host waits anyway: behind the report the device would wait for it.
         num_accepted, num_committed = done.num_accepted, done.num_committed
-        report = rows.read(done)
+        # A forward overwrites the logits of the one before, and its hidden states.
+        keeps_logits = self.emitted_scores is not None or self.emitted_logits is not None or scores is not logits
+        self.can_begin = self.network.runs_ahead and not keeps_logits and not self.layers
+        report = rows.read(done, meanwhile)
         if report.fault.any():
             slot = int((report.fault > 0).argmax())
             row = int(report.row_ids[slot])
             if report.fault[slot] & BAD_SCORES:
                 own = logits[slot]
-                if not own.isnan().any() and (own > float("-inf")).any(-1).all():
+                if scores is not logits and not own.isnan().any() and (own > float("-inf")).any(-1).all():
                     raise NumericalError(
                         f"the processed scores are NaN in row {row} where the target's logits are not; a logits "
                         "processor returned NaN or left no token possible (remove_invalid_values=True replaces NaN)"
@@ -112,42 +164,3 @@ class Target:
             self.emitted_logits.add(report.row_ids[slots], places, logits[index])
         if self.emitted_scores is not None:
             self.emitted_scores.add(report.row_ids[slots], places, self.processors.warped(scores[index]))
-
-
-def usable(rows: Rows, draft: Draft, widths: np.ndarray, most: int, vocab_size: int, name: str) -> Draft:
-    """The part of a draft that can be verified.
-
-    Cut are tokens beyond `widths`, [rows] integers, tokens that a row's length limit leaves no room for (the target's
-    own token needs one place), whatever is no token of the target, and what stands behind any of these. Raises
-    DrafterError for a draft of the wrong kind or shape, or of more than `most` tokens.
-    """
-    check_draft(rows, draft, most, vocab_size, name)
-    ids = draft.token_ids
-    if not ids.shape[1]:
-        return draft
-    room = np.minimum(rows.host_limits - rows.host_lengths - 1, widths)
-    is_roomy = min(room.tolist()) >= ids.shape[1]
-    if is_roomy and draft.is_valid:
-        return draft
-    unusable = (ids < 0) | (ids >= vocab_size)
-    if not is_roomy:
-        unusable |= torch.from_numpy(np.arange(ids.shape[1]) >= room[:, None]).to(ids.device)
-    return replace(draft, token_ids=ids.masked_fill(unusable.cumsum(1).bool(), NO_TOKEN))
-
-
-def check_draft(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name: str) -> None:
-    if not isinstance(draft, Draft):
-        raise DrafterError(f"drafter {name!r} proposed a {type(draft).__name__}; propose() must return a Draft")
-    ids, probs = draft.token_ids, draft.probs
-    if ids.dim() != 2 or len(ids) != len(rows) or ids.shape[1] > max_tokens or ids.dtype != torch.long:
-        raise DrafterError(
-            f"drafter {name!r} proposed token_ids of {list(ids.shape)} {ids.dtype}; needed are [{len(rows)}, at most "
-            f"{max_tokens}] torch.int64"
-        )
-    if probs is not None and probs.shape != (*ids.shape, vocab_size):
-        raise DrafterError(
-            f"drafter {name!r} gave probs of {list(probs.shape)}; needed are {[*ids.shape, vocab_size]}, the target's "
-            "vocabulary last"
-        )
-    if draft.parents is not None:
-        raise DrafterError(f"drafter {name!r} proposed a tree; only chains are verified yet, leave parents=None")

@@ -17,8 +17,8 @@ from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.registry import DRAFTERS, drafter_class
 from specdec.drafters.synthetic import Synthetic
+from specdec.proposal import usable
 from specdec.rows import Rows
-from specdec.target import usable
 
 CPU = torch.device("cpu")
 
@@ -145,6 +145,7 @@ def test_only_a_draft_as_it_was_made_passes_unlooked_at():
     assert usable(rows, changed, widths, 4, VOCAB, "x").token_ids.tolist() == [[2, 1, NO_TOKEN, NO_TOKEN]]
     assert usable(rows, draft, np.array([1]), 4, VOCAB, "x").token_ids.tolist() == [[2] + 3 * [NO_TOKEN]]
     rows.host_limits[:] = rows.host_lengths + 3
+    rows.limits[:] = rows.lengths + 3
     assert usable(rows, draft, widths, 4, VOCAB, "x").token_ids.tolist() == [[2, 1] + 2 * [NO_TOKEN]]
 
 

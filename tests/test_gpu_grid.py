@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running_ahead import running_ahead
 from tiny import tiny_llama
 
 import specdec
@@ -99,6 +100,24 @@ def test_stages_of_a_step(grid):
     ms = clock.ms_per_step()
     assert ms["verify"] == ms["commit"] == 1.0 and ms["draft"] == round(proposals / steps, 4)
     assert sum(ms.values()) * steps == pytest.approx(len(stages) - 1, rel=1e-3)
+
+
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "draft_model"])
+def test_stages_of_what_is_launched_ahead(grid, drafter):
+    """It lies within a commit and counts as what it is."""
+    model, clock = tiny_llama(), grid.EventClock(FakeEvents())
+    draft = drafter if drafter == "prompt_lookup" else model
+    with clock.installed(), specdec.batch_invariant(model), running_ahead() as counts:
+        out = specdec.generate(
+            model, torch.tensor([[5, 6, 7]]), drafter=draft, num_speculative_tokens=2, max_new_tokens=12,
+            return_dict_in_generate=True, eos_token_id=None,
+        )  # fmt: skip
+    stages = [stage for stage, _ in clock.marks]
+    steps = out.speculation.num_target_calls
+    assert stages.count("commit") == steps
+    assert stages.count("verify") == steps + counts["used"]  # where a forward was begun, its step finds nothing to do
+    assert counts["drafts"] + counts["used"] > 1
+    assert stages.count("draft") >= counts["drafts"] + counts["used"]
 
 
 @pytest.fixture

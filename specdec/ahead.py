@@ -1,0 +1,40 @@
+"""The host reads one step late: before it waits for a step's report, it launches the next step's first forward.
+
+Otherwise the device stands still from the end of a step until the host has read the report, settled it and launched
+again, which is a twentieth of a plain step of a model of 8 billion parameters. What is launched ahead is the target's
+forward where the draft depends on the committed tokens alone (plain decoding, prompt lookup), else the drafter's first.
+
+Only forwards are: they write keys behind the texts and nothing else. So the host still decides everything, and rows may
+stop, leave or move before anybody looks at the logits. What is lost is one forward where an end of sequence ends the
+last row; before an end by length there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from specdec.drafter import Drafter
+from specdec.length import LengthPolicy
+from specdec.proposal import propose
+from specdec.rows import Rows
+from specdec.target import Target
+
+
+def next_forward(
+    target: Target, drafter: Drafter, policy: LengthPolicy, rows: Rows, num_speculative_tokens: int
+) -> Callable[[], None]:
+    """To be called while a report is on its way (`Rows.read`), of rows that all take part in the next step."""
+
+    def launch() -> None:
+        width = policy.next_width(num_speculative_tokens)
+        if width is None or rows.max_remaining <= rows.num_unread:  # all may have reached their limits
+            return
+        if width and not drafter.proposes_ahead:
+            drafter.begin(rows)
+        elif target.can_begin:
+            widths = np.full(len(rows), width)
+            target.begin(rows, propose(drafter, rows, widths, width, target.vocab_size), width)
+
+    return launch

@@ -1,0 +1,49 @@
+"""Networks that run ahead on a CPU, where a forward is over when it returns, because a test says so.
+
+As on a GPU, where a replayed graph writes where it wrote before, what a network returned is gone with its next forward.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+from specdec.drafters.draft_model import DraftModel
+from specdec.invariant_network import InvariantNetwork
+from specdec.target import Target
+
+
+@contextmanager
+def running_ahead():
+    """Yields how many forwards of the target were launched ahead, how many of them were used, and of draft models."""
+    counts = {"begun": 0, "used": 0, "drafts": 0}
+    forward, begin, verify, begin_draft = InvariantNetwork.forward, Target.begin, Target.verify, DraftModel.begin
+
+    def overwriting(self, *arguments, **options):
+        last = getattr(self, "last_output", None)
+        if last is not None:
+            for tensor in (last.logits, *last.hidden_states):
+                tensor.fill_(float("nan"))
+        self.last_output = forward(self, *arguments, **options)
+        return self.last_output
+
+    def counted_begin(self, *arguments):
+        counts["begun"] += 1
+        return begin(self, *arguments)
+
+    def counted_verify(self, rows, draft, *others):
+        counts["used"] += self._begun is not None and self._begun.draft is draft
+        return verify(self, rows, draft, *others)
+
+    def counted_draft(self, rows):
+        begin_draft(self, rows)
+        counts["drafts"] += self._begun is not None
+
+    with (
+        mock.patch.object(InvariantNetwork, "runs_ahead", True),
+        mock.patch.object(InvariantNetwork, "forward", overwriting),
+        mock.patch.object(Target, "begin", counted_begin),
+        mock.patch.object(Target, "verify", counted_verify),
+        mock.patch.object(DraftModel, "begin", counted_draft),
+    ):
+        yield counts
