@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Tiny models gain nothing from a second thread, and on a busy machine its waiting costs most of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,7 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # imported where they are used: they cost seconds, which every process for the interpreter would pay
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +42,8 @@ class TrainedPair:
 
 
 def load_pair(folder: Path) -> TrainedPair:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     target, draft = (
         AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32).eval() for role in ("target", "draft")
     )

@@ -181,10 +181,10 @@ def test_rows_stop_at_different_depths(policy):
 # ---- what each policy does
 
 
-def first_lengths(policy, k=12, prompts=None):
+def first_lengths(policy, k=12, prompts=None, max_new_tokens=20):
     """Tokens that each row drafts in its first step."""
     reports = []
-    run(prompts or some_prompts(5, 1, 9, 3), policy, k=k, max_new_tokens=60, eos_token_id=None,
+    run(prompts or some_prompts(5, 1, 9, 3), policy, k=k, max_new_tokens=max_new_tokens, eos_token_id=None,
         on_commit=reports.append)  # fmt: skip
     order = np.argsort(reports[1].row_ids)
     return reports[1].num_drafted[order], reports
@@ -240,7 +240,7 @@ def test_bounds_hold(name):
     never, always = {"confidence": (1.0, 0.0), "disco": (1.0, 0.0), "acceptance_head": (0.0, 1.0)}[name]
     head = {"acceptance_head": {"head": HEAD}, "disco": {"head": DISCO}}.get(name, {})
     for threshold, wanted in ((never, 4), (always, 7)):
-        _, reports = first_lengths(LENGTH_POLICIES[name](threshold, min_tokens=4, **head), k=7)
+        _, reports = first_lengths(LENGTH_POLICIES[name](threshold, min_tokens=4, **head), k=7, max_new_tokens=60)
         for report in reports[1:5]:  # no row is near its limit yet
             assert report.num_drafted.tolist() == [wanted] * 4
 

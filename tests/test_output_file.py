@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import specdec
+from specdec.cli.app import app
 from specdec.output_file import OutputFile
 
 ROOT = Path(__file__).parent.parent
@@ -104,21 +106,22 @@ def test_two_writers_are_refused(tmp_path):
     begin(path).close()
 
 
-def command(prompts, out, *more):
-    run = [sys.executable, "-m", "specdec", "generate", "--target", PAIR / "target", "--draft", PAIR / "draft"]
-    return [*map(str, run), "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "24", *more]
+def arguments(prompts, out, *more):
+    run = ["generate", "--target", PAIR / "target", "--draft", PAIR / "draft", "--prompts", prompts, "--out", out]
+    return [*map(str, run), "--max-new-tokens", "24", *more]
 
 
 @pytest.mark.parametrize("num_kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed_runs_have_every_row_once(tmp_path, demo_pair, num_kills):
     """SIGKILL at random moments after a row was written; then to the end, with another batch and layout."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    texts = [text[: 20 + 7 * (i % 9)] for i, text in enumerate((demo_pair.prompts * 40)[:60])]
+    texts = [text[: 20 + 7 * (i % 9)] for i, text in enumerate((demo_pair.prompts * 40)[: 10 + 20 * num_kills])]
     prompts.write_text("".join(json.dumps({"question_id": 100 + i, "prompt": t}) + "\n" for i, t in enumerate(texts)))
     moments, environment = random.Random(0), {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for _ in range(num_kills):
         before = out.stat().st_size if out.exists() else 0
-        run = subprocess.Popen(command(prompts, out, "--batch-size", "4"), env=environment, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "specdec", *arguments(prompts, out, "--batch-size", "4")]
+        run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         while run.poll() is None and (not out.exists() or out.stat().st_size == before):
             time.sleep(0.001)
         time.sleep(0.05 * moments.random())
@@ -126,9 +129,9 @@ def test_killed_and_resumed_runs_have_every_row_once(tmp_path, demo_pair, num_ki
         run.wait()
     interrupted = len(out.read_text().splitlines())
     assert 0 < interrupted < len(texts), "the kills must come before the end"
-    last = command(prompts, out, "--batch-size", "7", "--layout", "repad", "--kv-tokens", "700")
-    done = subprocess.run(last, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    last = arguments(prompts, out, "--batch-size", "7", "--layout", "repad", "--kv-tokens", "700")
+    done = CliRunner().invoke(app, last)
+    assert done.exit_code == 0, done.stderr
     assert "rows are there, going on" in done.stderr and "tokens/s" in done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(row["index"] for row in rows) == list(range(len(texts)))
@@ -137,5 +140,5 @@ def test_killed_and_resumed_runs_have_every_row_once(tmp_path, demo_pair, num_ki
     for found, alone in zip(sorted(rows, key=lambda row: row["index"]), expected, strict=True):
         assert found["id"] == 100 + found["index"] and found["prompt"] == texts[found["index"]]
         assert found["prompt_ids"] == alone.prompt_ids and found["completion_ids"] == alone.token_ids
-    other = subprocess.run([*command(prompts, out)[:-1], "25"], env=environment, capture_output=True, text=True)
-    assert other.returncode != 0 and "begun with max_new_tokens=24" in other.stderr.replace("\n", " ")
+    other = CliRunner().invoke(app, [*arguments(prompts, out)[:-1], "25"])
+    assert other.exit_code != 0 and "begun with max_new_tokens=24" in other.stderr.replace("\n", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -161,9 +162,9 @@ def compare(target, ids, draft, numbers, lengths, limits):
 
 
 @pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("vocab", [1, 7, 1000])
-@pytest.mark.parametrize("k", range(9))
+@pytest.mark.parametrize("vocab, k", [(1, 0), (1, 3), *itertools.product((7, 600), (0, 1, 4, 8))])
 def test_kernel_in_the_interpreter_equals_the_reference(vocab, k, monkeypatch):
+    """Vocabularies of one block and of three, which the kernels pad to four."""
     monkeypatch.setattr(block_statistics, "VOCAB_BLOCK", 256)
     compare(*random_case(vocab, k, seed=10 * k + vocab))
 
