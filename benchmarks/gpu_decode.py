@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import specdec
 from specdec import invariant_layers
 from specdec.environment import environment
-from specdec.invariant_network import InvariantForward
+from specdec.invariant_network import InvariantForward, InvariantNetwork
 from specdec.kernels.persistent_step import is_faster
 from specdec.step_graphs import row_bucket, slot_bucket
 
@@ -188,11 +188,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which the grid begins no further cell")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--no-ahead", action="store_true", help="launch nothing before a step's report is read")
     parser.add_argument("--out", type=Path, required=True)
     arguments, begin = parser.parse_args(), time.perf_counter()
     parts = arguments.parts.split(",")
     if unknown := set(parts) - {*PARTS, GRID}:
         parser.error(f"unknown parts {sorted(unknown)}; choose among {', '.join(PARTS)}, {GRID}")
+    if arguments.no_ahead:
+        InvariantNetwork.runs_ahead = False  # type: ignore[assignment,method-assign]
     is_grid = GRID in parts
     batch_sizes = numbers(arguments.batch_sizes or ("1,8,32,64" if is_grid else "1,8,32"))
     draft_lengths = numbers(arguments.num_speculative_tokens or ("1,3,5,7" if is_grid else "3,5"))
