@@ -122,7 +122,7 @@ class CostModel(LengthPolicy):
         self._known.account = min(max(self._known.account, FIRST), CARRIED)
         self._max_tokens = max_tokens
         self._hold = 0  # plain steps to take without a thought
-        self._is_held = False
+        self._is_held = self._is_promised = False
         self._plain_steps = PLAIN_STEPS  # of the next hold
         self._lag = 0  # plain steps since the last draft
         self._since_plain = 0
@@ -135,6 +135,8 @@ class CostModel(LengthPolicy):
     def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
         if len(rows) != self._num_rows:
             self._meet(len(rows))
+        if self._is_promised:  # its forward may have begun, so that its time would say nothing
+            self._hold, self._is_promised = max(self._hold, 1), False
         self._is_held = self._hold > 0
         if self._is_held:
             self._hold -= 1
@@ -149,7 +151,8 @@ class CostModel(LengthPolicy):
         return np.full(len(rows), self._asked)
 
     def next_width(self, max_tokens: int) -> int | None:
-        return 0 if self._is_held and self._hold > 0 else None
+        self._is_promised = self._is_held and self._hold > 0
+        return 0 if self._is_promised else None
 
     def _meet(self, num_rows: int) -> None:
         """Another number of rows: other costs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +12,11 @@ from running_ahead import running_ahead
 from tiny import VOCAB, continuations, left_pad, plain_greedy, tiny_llama
 
 import specdec
+from specdec.cost_model import CostModel
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.length import Confidence, LengthPolicy
+from specdec.target import Target
 
 TARGET, OTHER, CLOSE = map(tiny_llama, (0, 1, 0))
 with torch.no_grad():
@@ -150,6 +154,35 @@ def test_policies(policy):
         out, _ = run(prompts, "close", max_new_tokens=60, eos_token_id=None, length_policy=chosen)
     assert torch.equal(out.sequences, expected.sequences)
     assert (counts["drafts"] > 0) == (policy == "confidence")
+
+
+def test_the_cost_model_times_no_step_that_began_ahead():
+    """Rows leave at many steps, and each time other costs are looked for."""
+    policy, told = CostModel(clock=Steady()), []
+    verify = Target.verify
+
+    def watched(self, rows, draft, *others):
+        told.append((self._begun is not None and self._begun.draft is draft, policy._is_held))
+        return verify(self, rows, draft, *others)
+
+    prompts = some_prompts(*range(1, 17))
+    with running_ahead(), mock.patch.object(Target, "verify", watched):
+        run(prompts, "other", max_new_tokens=90, eos_token_id=[5, 9], length_policy=policy)
+    assert sum(began for began, _ in told) > 5
+    assert all(is_held for began, is_held in told if began)
+
+
+class Steady:
+    """A clock by which every stage takes as long: a draft that is never accepted does not pay."""
+
+    now = 0.0
+
+    def mark(self):
+        self.now += 1.0
+        return self.now
+
+    def seconds(self, begin, end):
+        return end - begin
 
 
 def test_stop_strings_and_many_prompts(demo_pair):
