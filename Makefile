@@ -11,11 +11,16 @@ JOBS ?= auto
 BENCH_ARGS ?=
 BIN := $(VENV)/bin
 
-# What another transformers cannot change: kernels in the interpreter, statistics, measuring, training, documents.
-# Names of tests or files, as pytest's -k takes them.
-NO_MODELS := interpreter or test_bench or test_cost_model or test_distill or test_docs or test_goodness or \
-	test_gpu_grid or test_infill_lossless or test_lossless or test_lossy or test_output_file or test_random_streams or \
-	test_sampling_check or test_step_tuning or test_structure or test_train_ or test_trainer
+# What another transformers cannot change: kernels in the interpreter, statistics, measuring, training, documents, and how
+# rows are scheduled, drafted and laid out. Names as pytest's -k takes them.
+NO_MODELS := interpreter or test_acceptance.py or test_ahead.py or test_bench.py or test_bench_measure.py or \
+	test_bench_statistics.py or test_benchmark.py or test_cost_model.py or test_distill.py or test_docs.py or \
+	test_equivalence.py or test_goodness.py or test_gpu_grid.py or test_heads.py or test_infill.py or \
+	test_infill_lossless.py or test_layouts.py or test_length.py or test_lossless.py or test_lossy.py or \
+	test_matrix.py or test_output_file.py or test_random_streams.py or test_rows.py or test_sampling.py or \
+	test_sampling_check.py or test_schedule.py or test_step_graphs.py or test_step_timeline.py or \
+	test_step_tuning.py or test_structure.py or test_train_any_subset.py or test_train_heads.py or \
+	test_train_look_ahead.py or test_trainer.py
 
 .PHONY: setup demo test test-slow test-oldest check lint types bench clean
 

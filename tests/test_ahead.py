@@ -64,7 +64,7 @@ def check_alike(prompts, drafter, k=3, **options):
     return out, counts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     drafter=st.sampled_from(sorted(DRAFTERS)),
