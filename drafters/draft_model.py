@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.compatibility import build_network, check_architecture, check_lengths
-from specdec.drafter import NO_TOKEN, Draft, Drafter
+from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.errors import DrafterError
 from specdec.length import Shown
 from specdec.network import Network, NetworkOutput, prefill_budget, vocab_size_of
@@ -29,7 +29,8 @@ class DraftModel(Drafter):
 
     The draft model caches each token once. After a fully accepted draft its cache lacks the last drafted token; that
     token is then fed together with the newest one, as part of the next draft's first forward. So are the few tokens of
-    steps that drafted nothing; of many such steps the tokens are cached first, as a prompt's are.
+    steps that drafted nothing; of many such steps the tokens are cached first, as a prompt's are. A first forward that
+    is launched ahead takes the two newest tokens in any case.
 
     Rows that have stopped stay in the forwards of those that go on, whose shape does not change then; what they would
     have drafted is left out.
@@ -131,6 +132,11 @@ class DraftModel(Drafter):
         probs = probs[:, : drafted.shape[1]]
         return Draft(drafted, probs, normalised_probs=probs)
 
+    def observe(self, verified: Verified) -> None:
+        """What was accepted stays cached; behind it stand the keys of what was not, whatever is committed there."""
+        here = slice(len(verified.host_lengths))
+        self._cached[here] = np.minimum(self._cached[here], verified.host_lengths - 1)
+
     def begin(self, rows: Rows) -> None:
         """The first forward, over the two newest tokens of every row: whether the older one is cached is not known
         yet."""
@@ -164,8 +170,7 @@ class DraftModel(Drafter):
 
     def _not_cached(self, rows: Rows) -> Tensor:
         """The newest tokens, [rows, 1 to MAX_FED], that the next forward takes; what is older is cached."""
-        # Of a draft, what was committed stays cached; the last committed token always lacks its keys.
-        cached = np.minimum(self._cached[: len(rows)], rows.host_lengths - 1)
+        cached = self._cached[: len(rows)]  # the last committed token always lacks its keys, see `observe`
         width = int((rows.host_lengths - cached).max())
         if width > min(MAX_FED, rows.host_lengths.min()):
             self._catch_up(rows, cached)

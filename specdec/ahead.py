@@ -5,8 +5,8 @@ again, which is a twentieth of a plain step of a model of 8 billion parameters. 
 forward where the draft depends on the committed tokens alone (plain decoding, prompt lookup), else the drafter's first.
 
 Only forwards are: they write keys behind the texts and nothing else. So the host still decides everything, and rows may
-stop, leave or move before anybody looks at the logits. What is lost is one forward where an end of sequence ends the
-last row; before an end by length there is none.
+stop, leave or move before anybody looks at the logits. What is lost is one forward where an end of sequence or a
+stopping criterion ends the last row; where all rows may end by their lengths none is launched.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ def next_forward(
 
     def launch() -> None:
         width = policy.next_width(num_speculative_tokens)
-        if width is None or rows.max_remaining <= rows.num_unread:  # all may have reached their limits
+        # All rows may have reached their limits, or have no room for drafts.
+        if width is None or rows.max_remaining <= rows.num_unread + (width > 0):
             return
+        width = min(width, num_speculative_tokens)
         if width and not drafter.proposes_ahead:
             drafter.begin(rows)
-        elif target.can_begin:
+        # A policy that sees tokens would be shown those of the next step before it has learned from this one.
+        elif target.can_begin and not (width and drafter.length_policy):
             widths = np.full(len(rows), width)
             target.begin(rows, propose(drafter, rows, widths, width, target.vocab_size), width)
 

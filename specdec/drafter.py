@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -85,6 +86,7 @@ class Verified:
     num_committed: [rows] int64, tokens committed: the accepted ones and the target's own next token, cut at the
         end of sequence and at the length limit.
     all_accepted: whether any row had its whole draft accepted (known on the host without another copy).
+    host_lengths: [rows] int64, each row's committed length behind the step, on the host.
     hidden_states: one [rows, k + 1, hidden] tensor per layer in `Drafter.target_layers`; position j holds the state
         from which the target predicted the token after draft token j.
     extra_logits: the target's logits at the draft's extra queries, if it has any: from the number of draft tokens
@@ -96,6 +98,7 @@ class Verified:
     num_accepted: Tensor
     num_committed: Tensor
     all_accepted: bool
+    host_lengths: np.ndarray
     hidden_states: tuple[Tensor, ...] = ()
     extra_logits: Callable[[Tensor], Tensor] | None = None
 
@@ -134,7 +137,8 @@ class Drafter(ABC):
     # Whether `propose` and `observe` may see other rows of the batch each time, and new ones: whatever the drafter
     # keeps per row, it then keeps by slot or by `rows.row_ids`, and `join` and `resize` say what to keep.
     shares_slots: bool = False
-    # Whether `propose` needs of `rows` only their tensors and `max_length`: it may then be called when `begin` is.
+    # Whether `propose` needs of `rows` only their tensors and `max_length`: it may then be called when `begin` is,
+    # before `observe`, for rows that have ended too, and for more tokens than there is room for (which are cut).
     proposes_ahead: bool = False
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:  # noqa: B027 - optional hook
@@ -155,7 +159,8 @@ class Drafter(ABC):
         """Launch what can be of the next `propose`, while the host has not yet read what the step before it committed.
 
         The tensors of `rows` are those that `propose` will find, but `host_lengths` are still those before the step
-        (`max_length` bounds the new ones), and rows may leave or move before `propose` (`keep_rows` says which).
+        (`max_length` bounds the new ones), and rows may leave or move before `propose` (`keep_rows` says which), which
+        may not be called at all.
         """
 
     def observe(self, verified: Verified) -> None:  # noqa: B027 - optional hook

@@ -66,9 +66,12 @@ class LengthPolicy(ABC):
         """
 
     def next_width(self, max_tokens: int) -> int | None:
-        """What `widths` will say of every row in the next step, whatever becomes of this one: 0 or `max_tokens`; None
-        if that is not known yet. The next step may then begin before this one's report is read (`ahead.py`), so this is
-        a promise. Asked behind `drafted`, once a step at most."""
+        """What `widths` will say of every row in the next step, whatever becomes of this one, at most `max_tokens`, the
+        most of any step; None if that is not known yet.
+
+        The next step may then begin before this one's report is read (`ahead.py`), so this is a promise. Asked behind
+        `drafted`, once a step at most.
+        """
         return None
 
     def goes_on(self, rows: Rows, shown: Shown) -> np.ndarray:

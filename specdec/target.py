@@ -59,7 +59,7 @@ class Target:
         self.emitted_scores, self.emitted_logits = emitted_scores, emitted_logits
         self.vocab_size = vocab_size_of(model)
         self.eos_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=model.device)
-        self.can_begin = False  # whether the logits of the step that is being read may be overwritten
+        self.can_begin = False  # whether nobody looks at the forward of the step that is being read any more
         self._begun: Begun | None = None
 
     def prefill(self, rows: Rows) -> StepReport:
@@ -74,8 +74,8 @@ class Target:
     def begin(self, rows: Rows, draft: Draft, asked: int) -> None:
         """Launch the forward of the next `verify`, while a report is on its way; only if `can_begin`.
 
-        asked: tokens a row that the drafter was asked for. A draft with extra queries waits: what is behind them is
-        asked for before rows move.
+        asked: tokens a row that the drafter was asked for. A draft with extra queries is not begun: its rows may move,
+            and what is behind the queries is asked for before they do.
         """
         if draft.extra_queries is not None:
             return
@@ -129,9 +129,11 @@ class Target:
         done = self.verification(rows, draft, scores, self.eos_ids)
         # While the host waits anyway: behind the report the device would wait for it.
         num_accepted, num_committed = done.num_accepted, done.num_committed
-        # A forward overwrites the logits of the one before, and its hidden states.
+        # A forward overwrites the logits and hidden states of the one before; what is behind extra queries is computed
+        # when it is asked for, and may write where the next forward has written keys.
         keeps_logits = self.emitted_scores is not None or self.emitted_logits is not None or scores is not logits
-        self.can_begin = self.network.runs_ahead and not keeps_logits and not self.layers
+        is_looked_at = keeps_logits or self.layers or draft.extra_queries is not None
+        self.can_begin = self.network.runs_ahead and not is_looked_at
         report = rows.read(done, meanwhile)
         if report.fault.any():
             slot = int((report.fault > 0).argmax())
@@ -153,7 +155,8 @@ class Target:
         self._keep_emitted(rows, report, logits, scores)
         drafted = report.num_drafted
         all_accepted = draft.token_ids.shape[1] > 0 and bool(((report.num_accepted == drafted) & (drafted > 0)).any())
-        return report, Verified(draft, num_accepted, num_committed, all_accepted, hidden_states)
+        lengths = rows.host_lengths.copy()
+        return report, Verified(draft, num_accepted, num_committed, all_accepted, lengths, hidden_states)
 
     def _keep_emitted(self, rows: Rows, report: StepReport, logits: Tensor, scores: Tensor) -> None:
         if self.emitted_scores is None and self.emitted_logits is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +15,9 @@ from tiny import VOCAB, continuations, left_pad, plain_greedy, tiny_llama
 import specdec
 from specdec.cost_model import CostModel
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.length import Confidence, LengthPolicy
+from specdec.length import Confidence, LengthPolicy, Shown
 from specdec.target import Target
 
 TARGET, OTHER, CLOSE = map(tiny_llama, (0, 1, 0))
@@ -84,11 +86,11 @@ def test_tokens_are_plain_greedy_ones(lengths, drafter, k, new_tokens, ends, see
 
 
 @pytest.mark.parametrize("drafter", ["none", "lookup"])
-def test_every_step_but_the_first_and_the_last_begins_ahead(drafter):
+def test_steps_begin_ahead_until_all_rows_may_end(drafter):
     out, counts = check_alike(some_prompts(5, 3, 9), drafter, max_new_tokens=30, eos_token_id=None)
     assert counts["begun"] == counts["used"] > 5
-    # The first step follows the prefill; the last ones may reach every row's limit.
-    assert counts["used"] >= out.speculation.num_target_calls - 4
+    # The first step follows the prefill; the last ones may reach every row's limit, of three drafts and one token each.
+    assert counts["used"] >= out.speculation.num_target_calls - 6
     assert counts["drafts"] == 0
 
 
@@ -154,6 +156,102 @@ def test_policies(policy):
         out, _ = run(prompts, "close", max_new_tokens=60, eos_token_id=None, length_policy=chosen)
     assert torch.equal(out.sequences, expected.sequences)
     assert (counts["drafts"] > 0) == (policy == "confidence")
+
+
+class Pattern(LengthPolicy):
+    """Drafts or does not as the pattern says, over and over, and says so in advance."""
+
+    name = "pattern"
+
+    def __init__(self, *pattern):
+        self.pattern = pattern
+
+    def start(self, target, drafter, max_tokens):
+        self.num_steps = 0
+
+    def widths(self, rows, max_tokens):
+        self.num_steps += 1
+        return np.full(len(rows), min(self.pattern[(self.num_steps - 1) % len(self.pattern)], max_tokens))
+
+    def next_width(self, max_tokens):
+        return self.pattern[self.num_steps % len(self.pattern)]
+
+
+@pytest.mark.parametrize("pattern", [(4, 0), (4, 0, 0), (4, 4, 0)])
+def test_samples_behind_plain_steps_depend_on_neither_batch_nor_launch(pattern):
+    """Behind a rejected draft the draft model's cache holds keys of tokens that are not in the text."""
+    prompts, seeds = some_prompts(5, 3, 1), [7, 8, 9]
+    options = dict(max_new_tokens=30, do_sample=True, top_k=0, eos_token_id=None)
+    waiting, _ = run(prompts, "close", 4, length_policy=Pattern(*pattern), seed=seeds, **options)
+    with running_ahead():
+        ahead, _ = run(prompts, "close", 4, length_policy=Pattern(*pattern), seed=seeds, **options)
+    assert torch.equal(ahead.sequences, waiting.sequences)
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone, _ = run([prompt], "close", 4, length_policy=Pattern(*pattern), seed=[seed], **options)
+        assert torch.equal(alone.sequences[0, len(prompt) :], waiting.sequences[row, 5:])
+
+
+@pytest.mark.parametrize("helpers, pattern", [(31, (1, 1, 0)), (70, (1, 0)), (4, (1, 1, 0))])
+def test_nothing_begins_while_extra_queries_may_be_asked(helpers, pattern):
+    """What is behind them is computed in a forward of its own, where they are too many for the step's."""
+    target = tiny_llama(1, vocab_size=7)
+    embeddings = LookAheadEmbeddings(1, 32, helpers)
+    torch.nn.init.normal_(embeddings.weight, std=0.4, generator=torch.Generator().manual_seed(1))
+    embeddings.trained_for(target, {})
+    prompts = [torch.tensor([3, 4, 5, 6, 3][:length]) for length in (5, 3, 4)]
+    ids, mask = left_pad(prompts)
+    options = dict(max_new_tokens=60, eos_token_id=None, pad_token_id=0)
+    with specdec.batch_invariant(target), running_ahead() as counts:
+        found = specdec.generate(
+            target, ids, mask, drafter=LookAhead(embeddings), num_speculative_tokens=1, length_policy=Pattern(*pattern),
+            **options,
+        )  # fmt: skip
+        expected = [plain_greedy(target, prompt, **options) for prompt in prompts]
+    assert found[:, 5:].tolist() == expected
+    assert counts["begun"] == counts["used"]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_no_more_tokens_are_begun_than_may_be_drafted(k):
+    prompts = some_prompts(5, 3, 9)
+    expected, _ = run(prompts, "none", max_new_tokens=30, eos_token_id=None)
+    with running_ahead() as counts:
+        out, reports = run(prompts, "lookup", k, max_new_tokens=30, eos_token_id=None, length_policy=Pattern(3))
+    assert torch.equal(out.sequences, expected.sequences) and counts["used"] > 0
+    assert all((report.num_drafted <= k).all() for report in reports)
+
+
+class Showing(PromptLookup):
+    """Shows what it copies."""
+
+    name = "showing"
+    shows = frozenset({"logits"})
+
+    def propose(self, rows, max_tokens):
+        draft = super().propose(rows, max_tokens)
+        for place in range(max_tokens):
+            ids = draft.token_ids[:, place]
+            self.length_policy.goes_on(rows, Shown(place, ids, torch.zeros(len(rows), VOCAB)))
+        return draft
+
+
+def test_a_policy_is_shown_no_token_before_it_has_learned():
+    ids, mask = left_pad(some_prompts(5, 3, 9))
+    options = dict(drafter=Showing(), num_speculative_tokens=3, length_policy=Confidence(0.0), max_new_tokens=20)
+    reports = []
+    with running_ahead() as counts:
+        specdec.generate(TARGET, ids, mask, eos_token_id=None, pad_token_id=0, on_commit=reports.append, **options)
+    assert counts["begun"] == 0
+    assert {report.predicted.shape[1] for report in reports if report.predicted is not None} <= {1, 2, 3}
+
+
+def test_no_draft_forward_is_begun_for_nothing():
+    """Before an end by length."""
+    for k, new_tokens in ((1, 6), (5, 20), (3, 9)):
+        expected, _ = run(some_prompts(5), "itself", k, max_new_tokens=new_tokens, eos_token_id=None)
+        with running_ahead():
+            out, _ = run(some_prompts(5), "itself", k, max_new_tokens=new_tokens, eos_token_id=None)
+        assert out.speculation.num_draft_calls == expected.speculation.num_draft_calls
 
 
 def test_the_cost_model_times_no_step_that_began_ahead():
