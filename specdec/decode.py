@@ -14,7 +14,7 @@ from specdec.ahead import next_forward
 from specdec.drafter import Drafter
 from specdec.errors import DrafterError
 from specdec.layout.grouped import order_with_first
-from specdec.length import LengthPolicy
+from specdec.length import LengthPolicy, widths_of
 from specdec.metrics import Speculation
 from specdec.proposal import propose
 from specdec.rows import Rows, StepReport
@@ -74,7 +74,7 @@ def decode_steps(
             if len(rows):
                 take_turns(target, drafter, rows)
                 max_tokens = min(num_speculative_tokens, rows.max_remaining - 1)
-                widths = policy.widths(rows, max_tokens)
+                widths = widths_of(policy, rows, max_tokens)
                 draft = target.begun_draft(rows, widths, max_tokens)
                 if draft is None:
                     draft = propose(drafter, rows, widths, max_tokens, target.vocab_size)

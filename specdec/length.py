@@ -103,6 +103,19 @@ class Shown:
     hidden_states: Tensor | None = None
 
 
+def widths_of(policy: LengthPolicy, rows: Rows, max_tokens: int) -> np.ndarray:
+    """What the policy says of the rows, [rows] integers; raises ConfigError if it says anything else."""
+    widths = policy.widths(rows, max_tokens)
+    is_array = isinstance(widths, np.ndarray)
+    if not is_array or widths.shape != (len(rows),) or widths.dtype.kind not in "iu":
+        found = f"{widths.dtype} of shape {list(widths.shape)}" if is_array else f"a {type(widths).__name__}"
+        raise ConfigError(
+            f"length_policy {policy.name!r} gave widths as {found}; widths() must return a numpy array of {len(rows)} "
+            "integers, one per row"
+        )
+    return widths
+
+
 class Fixed(LengthPolicy):
     """As many tokens as allowed."""
 
@@ -280,6 +293,8 @@ def resolve_length_policy(policy: LengthPolicy | str) -> LengthPolicy:
     """
     if isinstance(policy, LengthPolicy):
         return policy
+    if isinstance(policy, type) and issubclass(policy, LengthPolicy):
+        raise ConfigError(f"length_policy is the class {policy.__name__}; pass an instance, {policy.__name__}(...)")
     name, _, number = policy.partition(":") if isinstance(policy, str) else (policy, "", "")
     if name not in LENGTH_POLICIES:
         raise ConfigError(f"length_policy={policy!r} is unknown; choose {', '.join(map(repr, LENGTH_POLICIES))}")

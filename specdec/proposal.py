@@ -49,6 +49,8 @@ def check_draft(rows: Rows, draft: Draft, max_tokens: int, vocab_size: int, name
     if not isinstance(draft, Draft):
         raise DrafterError(f"drafter {name!r} proposed a {type(draft).__name__}; propose() must return a Draft")
     ids, probs = draft.token_ids, draft.probs
+    if not isinstance(ids, torch.Tensor):
+        raise DrafterError(f"drafter {name!r} proposed token_ids as a {type(ids).__name__}; needed is a torch.Tensor")
     if ids.dim() != 2 or len(ids) != len(rows) or ids.shape[1] > max_tokens or ids.dtype != torch.long:
         raise DrafterError(
             f"drafter {name!r} proposed token_ids of {list(ids.shape)} {ids.dtype}; needed are [{len(rows)}, at most "

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tiny import VOCAB, left_pad, tiny_llama
 
 import specdec
-from specdec.drafter import NO_TOKEN
+from specdec.drafter import NO_TOKEN, Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.registry import DRAFTERS, drafter_class
 from specdec.drafters.synthetic import Synthetic
+from specdec.errors import DrafterError
 from specdec.proposal import usable
 from specdec.rows import Rows
 
@@ -159,3 +160,14 @@ def test_a_draft_model_of_fewer_tokens_is_fed_none_that_it_does_not_know():
         tiny_llama(0), ids, drafter=drafter, num_speculative_tokens=3, max_new_tokens=30, eos_token_id=None
     )
     assert found.tolist() == expected.tolist()
+
+
+def test_a_draft_of_no_tensor_is_named():
+    class Own(Drafter):
+        name = "own"
+
+        def propose(self, rows, max_tokens):
+            return Draft([[1] * max_tokens] * len(rows))
+
+    with pytest.raises(DrafterError, match="'own' proposed token_ids as a list"):
+        specdec.generate(tiny_llama(0), torch.tensor([[5, 6]]), drafter=Own(), max_new_tokens=4)

@@ -415,12 +415,33 @@ def test_predictions_are_reported():
 
 
 @pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (lambda rows: [3] * len(rows), "a list"),
+        (lambda rows: None, "a NoneType"),
+        (lambda rows: np.full(len(rows), 2.5), r"float64 of shape \[2\]"),
+        (lambda rows: np.array([3]), r"int64 of shape \[1\]"),
+    ],
+)
+def test_widths_of_another_kind_are_named(said, found):
+    class Own(LengthPolicy):
+        name = "own"
+
+        def widths(self, rows, max_tokens):
+            return said(rows)
+
+    with pytest.raises(ConfigError, match=f"'own' gave widths as {found}; widths.. must return a numpy array of 2"):
+        run(some_prompts(5, 3), Own())
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"drafter": "prompt_lookup", "length_policy": "confidence"}, "'prompt_lookup' does not show"),
         ({"drafter": "prompt_lookup", "length_policy": "acceptance_head"}, "hidden_states and logits"),
         ({"drafter": OTHER, "length_policy": "spiral"}, "choose 'fixed', 'heuristic'"),
         ({"drafter": OTHER, "length_policy": 3}, "length_policy=3 is unknown"),
+        ({"drafter": OTHER, "length_policy": Fixed}, "is the class Fixed; pass an instance"),
         ({"drafter": OTHER, "length_policy": "confidence:2"}, "a number from 0 to 1"),
         ({"drafter": OTHER, "length_policy": "fixed:0.5"}, "may follow acceptance_head, confidence, disco alone"),
         ({"drafter": OTHER, "length_policy": "acceptance_head"}, "holds no acceptance_head.json"),
