@@ -157,7 +157,7 @@ class DraftModel(Drafter):
     def join(self, rows: Rows, begin: int, end: int) -> None:
         assert self._network is not None
         self._network.prefill_columns(self._known(rows.token_ids), rows.lengths, rows.first, begin, end)
-        self._cached[rows.first : rows.first + len(rows)] = end
+        self._cached[rows.first : rows.first + len(rows)] = np.minimum(end, rows.host_lengths)
 
     def resize(self, num_slots: int, capacity: int) -> None:
         assert self._network is not None
@@ -170,7 +170,8 @@ class DraftModel(Drafter):
 
     def _not_cached(self, rows: Rows) -> Tensor:
         """The newest tokens, [rows, 1 to MAX_FED], that the next forward takes; what is older is cached."""
-        cached = self._cached[: len(rows)]  # the last committed token always lacks its keys, see `observe`
+        # The newest token always goes in, also where a row was resumed among longer ones and has its keys.
+        cached = np.minimum(self._cached[: len(rows)], rows.host_lengths - 1)
         width = int((rows.host_lengths - cached).max())
         if width > min(MAX_FED, rows.host_lengths.min()):
             self._catch_up(rows, cached)

@@ -8,12 +8,14 @@ from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import OTHER, PAD, TARGET, some_prompts
+from test_length import Later
 from tiny import VOCAB, left_pad, plain_greedy
 
 import specdec
 from specdec import generate_many
 from specdec.cache import RaggedCache
 from specdec.drafter import Draft, Drafter
+from specdec.drafters.draft_model import DraftModel
 from specdec.layout import LAYOUTS, Grouped
 from specdec.rows import Rows
 
@@ -278,3 +280,16 @@ def test_a_step_starts_at_what_its_rows_hold(monkeypatch, layout):
             stopping_criteria=[lambda ids, scores: torch.tensor([ids.shape[1] % 11 == 0])],
         )  # fmt: skip
     assert num_asked > 100
+
+
+@pytest.mark.parametrize("num_plain", [0, 1, 3])
+def test_a_short_newcomer_among_long_ones_is_drafted_from_its_own_text(num_plain):
+    """What is cached behind it, of the columns that only the longer ones fill, is not its text."""
+    prompts, limits = some_prompts(20, 4, 3), [1, 30, 30]
+    run = generate_many(
+        TARGET, prompts, drafter=DraftModel(TARGET), num_speculative_tokens=3, max_new_tokens=limits, max_rows=3,
+        length_policy=Later(num_plain), eos_token_id=None, pad_token_id=PAD, in_order=True,
+    )  # fmt: skip
+    for done, prompt, limit in zip(run, prompts, limits, strict=True):
+        assert done.token_ids == plain_greedy(TARGET, prompt, max_new_tokens=limit, eos_token_id=None)
+    assert run.speculation.draft_acceptance_rate == 1.0 and run.speculation.num_draft_tokens > 20
