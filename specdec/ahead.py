@@ -6,7 +6,8 @@ forward where the draft depends on the committed tokens alone (plain decoding, p
 
 Only forwards are: they write keys behind the texts and nothing else. So the host still decides everything, and rows may
 stop, leave or move before anybody looks at the logits. What is lost is one forward where an end of sequence or a
-stopping criterion ends the last row; where all rows may end by their lengths none is launched.
+stopping criterion ends the last row; where all rows may end by their lengths none is launched. Batches that rows join,
+or whose rows take turns, wait for each report (`decode.py`).
 """
 
 from __future__ import annotations
