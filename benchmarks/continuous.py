@@ -32,13 +32,13 @@ from pairs import DEMO_PAIR, load_pair, positive, write_record
 from transformers import AutoTokenizer
 
 import specdec
+from specdec.batch.layout import LAYOUTS
 from specdec.bench.latency import synchronise
 from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
 from specdec.bench.record import describe_pair
 from specdec.bench.tables import markdown
 from specdec.environment import environment
-from specdec.layout import LAYOUTS
 from specdec.loading import encode_prompts, read_prompts
 from specdec.oracle import greedy_settings, run_plain
 

@@ -23,6 +23,7 @@ import transformers
 from pairs import DEMO_PAIR, load_pair, numbers, positive, suite_of, write_record
 
 import specdec
+from specdec.batch.layout import LAYOUTS, Grouped, Layout
 from specdec.bench.latency import StepClock
 from specdec.bench.measure import log_to_stderr, measure, older_objects_left_alone
 from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
@@ -30,7 +31,6 @@ from specdec.bench.record import describe_pair, describe_result, describe_suite
 from specdec.bench.stages import profile
 from specdec.bench.tables import markdown
 from specdec.environment import environment
-from specdec.layout import LAYOUTS, Grouped, Layout
 from specdec.oracle import greedy_settings
 
 PROMPTS_PER_PLACE = 2  # of the largest pool

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
 from specdec.any_subset import Conditionals, Order, XLNet
+from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft, Drafter
 from specdec.errors import DrafterError
 from specdec.kernels.distribution import Truncation
@@ -19,7 +20,6 @@ from specdec.kernels.greedy_commit import Committed
 from specdec.kernels.sample import sample, sample_tokens
 from specdec.network import vocab_size_of
 from specdec.random_streams import Purpose, RowStreams
-from specdec.rows import Rows
 from specdec.two_stream import TwoStreamCache
 
 

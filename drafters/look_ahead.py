@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from specdec.branches import ExtraQueries
+from specdec.batch.branches import ExtraQueries
+from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.errors import ConfigError, DrafterError
 from specdec.extra_queries import check_extra_queries
 from specdec.fingerprint import Fingerprint
-from specdec.rows import Rows
 from specdec.trained import Trained
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from specdec.batch.rows import Rows
 from specdec.drafter import Draft, Drafter
 from specdec.errors import ConfigError
 from specdec.kernels.prompt_lookup import prompt_lookup
 from specdec.network import vocab_size_of
-from specdec.rows import Rows
 
 
 class PromptLookup(Drafter):

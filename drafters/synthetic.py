@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.batch.rows import Rows
 from specdec.drafter import Draft, Drafter
 from specdec.errors import ConfigError, DrafterError
-from specdec.rows import Rows
 
 
 class Synthetic(Drafter):

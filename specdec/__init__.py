@@ -9,6 +9,8 @@ from specdec.version import __version__
 
 if TYPE_CHECKING:
     from specdec.any_subset import AnySubsetModel
+    from specdec.batch.layout import Grouped
+    from specdec.batch.rows import Rows, StepReport
     from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
     from specdec.equivalence import EquivalenceReport, check_equivalence
     from specdec.errors import (
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from specdec.length import LengthPolicy
     from specdec.lossy import Lenient, TopBeta, Typical
     from specdec.metrics import Speculation
-    from specdec.rows import Rows, StepReport
 
 __all__ = [
     "NO_TOKEN",
@@ -38,6 +39,7 @@ __all__ = [
     "Drafter",
     "DrafterError",
     "EquivalenceReport",
+    "Grouped",
     "InputError",
     "LengthPolicy",
     "Lenient",
@@ -74,7 +76,8 @@ _HOMES = {
     "length": "LengthPolicy",
     "lossy": "Lenient TopBeta Typical",
     "metrics": "Speculation",
-    "rows": "Rows StepReport",
+    "batch.layout": "Grouped",
+    "batch.rows": "Rows StepReport",
 }
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
 from specdec.length import LengthPolicy
 from specdec.proposal import propose
-from specdec.rows import Rows
 from specdec.target import Target
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
+from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN
 from specdec.errors import ConfigError, UnsupportedModelError
-from specdec.rows import Rows
 from specdec.two_stream import TwoStreamCache
 
 

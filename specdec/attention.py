@@ -26,7 +26,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from specdec.branches import Branches
+from specdec.batch.branches import Branches
 
 RAGGED = "specdec_ragged"
 RAGGED_SDPA = "specdec_ragged_sdpa"

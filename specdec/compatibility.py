@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.batch.layout import Layout, Ragged, Repad
+from specdec.batch.rows import Rows
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.fused import FusedNetwork, can_fuse
 from specdec.invariant_network import InvariantDraftNetwork, InvariantNetwork, can_shorten
-from specdec.layout import Layout, Ragged, Repad
 from specdec.network import Network
-from specdec.rows import Rows
 from specdec.stock import StockNetwork, evaluating
 
 SERVED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")

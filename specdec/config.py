@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from specdec.batch.layout import Layout, Ragged, resolve_layout
 from specdec.drafter import Drafter, NoDrafts
 from specdec.errors import ConfigError, DrafterError
-from specdec.layout import Layout, Ragged, resolve_layout
 from specdec.length import DEFAULT_FIXED, Confidence, Fixed, Heuristic, LengthPolicy, resolve_length_policy
 from specdec.lossy import GREEDY, SAMPLED, Lossy
 from specdec.options import is_whole

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from specdec.ahead import next_forward
+from specdec.batch.layout.grouped import order_with_first
+from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Drafter
 from specdec.errors import DrafterError
-from specdec.layout.grouped import order_with_first
 from specdec.length import LengthPolicy, widths_of
 from specdec.metrics import Speculation
 from specdec.proposal import propose
-from specdec.rows import Rows, StepReport
 from specdec.schedule import FixedBatch, Schedule
 from specdec.stopping import Stopping
 from specdec.target import Target

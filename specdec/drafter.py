@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from specdec.branches import ExtraQueries
-    from specdec.layout import Layout
+    from specdec.batch.branches import ExtraQueries
+    from specdec.batch.layout import Layout
+    from specdec.batch.rows import Rows
     from specdec.length import LengthPolicy
-    from specdec.rows import Rows
     from specdec.sampling import Sampler
 
 NO_TOKEN = -1  # in a draft: nothing was proposed here; in committed tokens: nothing was committed here

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.rows import Rows, StepReport
+from specdec.batch.rows import Rows, StepReport
 
 
 class Emitted:

@@ -1,4 +1,4 @@
-"""Whether a model takes queries beside its text (`specdec/branches.py`), found out before the first token.
+"""Whether a model takes queries beside its text (`specdec/batch/branches.py`), found out before the first token.
 
 Behind every place of the text such a query is to see what it would see if it and those before it were the text. So the
 model's own uncached forward over the text up to there and the queries behind it says what is right, and masks,
@@ -12,7 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from specdec.branches import ExtraQueries
+from specdec.batch.branches import ExtraQueries
+from specdec.batch.layout import Layout, Ragged
+from specdec.batch.rows import Rows
 from specdec.compatibility import (
     PROBE_ATTEMPTS,
     PROBE_ERRORS,
@@ -23,9 +25,7 @@ from specdec.compatibility import (
     relative_difference,
 )
 from specdec.errors import UnsupportedModelError
-from specdec.layout import Layout, Ragged
 from specdec.network import Network
-from specdec.rows import Rows
 from specdec.stock import evaluating
 
 WIDTH, NUM_EXTRA, PROMPT_LENGTHS = 3, 2, (4, 2)

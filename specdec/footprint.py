@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.batch.layout import Layout
 from specdec.compatibility import build_network
 from specdec.fused import FusedNetwork
-from specdec.layout import Layout
 from specdec.network import Network, vocab_size_of
 
 PROBE_SLOTS = 8

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.branches import ExtraQueries
-from specdec.cache import RaggedLayer
+from specdec.batch.branches import ExtraQueries
+from specdec.batch.cache import RaggedLayer
+from specdec.batch.layout import Layout
 from specdec.known_classes import LLAMA_LIKE, head_norm_eps, is_known_class, is_plain, windows
-from specdec.layout import Layout
 from specdec.network import Network, NetworkOutput
 from specdec.packed_linear import MergedLinear, can_pack
 

@@ -17,6 +17,8 @@ from transformers.generation import (
     LogitsProcessorList,
 )
 
+from specdec.batch.layout import Layout
+from specdec.batch.rows import Rows, StepReport
 from specdec.compatibility import check_architecture, check_lengths, check_model
 from specdec.config import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
 from specdec.decode import OnCommit, decode
@@ -24,7 +26,6 @@ from specdec.drafter import Drafter
 from specdec.emitted import Emitted
 from specdec.errors import ConfigError, DrafterError
 from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
-from specdec.layout import Layout
 from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
 from specdec.memory import check_memory
@@ -32,7 +33,6 @@ from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options, whole_number
 from specdec.processors import processors_of, users_own
-from specdec.rows import Rows, StepReport
 from specdec.sampling import Sampler
 from specdec.stopping import Stopping, users_criteria
 from specdec.streaming import Streamers
@@ -91,7 +91,7 @@ def generate(
         a step). A `specdec.Lenient`, `Typical` or `TopBeta` keeps more drafts and is lossy: the output is no longer
         the target's, and `.speculation` says so.
     layout: how rows of different lengths lie in the caches, "ragged", "repad" or "grouped" (of 8 rows a step, or as
-        `specdec.layout.Grouped` says); the output is the same. The last two also serve models that know one length per
+        `specdec.Grouped` says); the output is the same. The last two also serve models that know one length per
         batch, such as gpt_neo.
     length_policy: how far each row is drafted in each step, "fixed", "heuristic", "confidence", "acceptance_head",
         "disco", "cost_model", or a LengthPolicy; see docs/length-policies.md. transformers'

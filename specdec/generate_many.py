@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation import LogitsProcessorList
 
+from specdec.batch.layout import Layout
+from specdec.batch.rows import Rows, StepReport
 from specdec.compatibility import check_architecture, check_lengths, check_model
 from specdec.config import Randomness, SpeculativeConfig, speculative_config
 from specdec.decode import OnCommit, check_shared_slots, decode_steps
@@ -19,7 +21,6 @@ from specdec.drafter import Drafter
 from specdec.errors import ConfigError, InputError
 from specdec.generate import Callbacks
 from specdec.inputs import check_input_ids
-from specdec.layout import Layout
 from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
 from specdec.memory import check_memory
@@ -27,7 +28,6 @@ from specdec.metrics import Speculation
 from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
 from specdec.processors import processors_of
-from specdec.rows import Rows, StepReport
 from specdec.sampling import Sampler
 from specdec.schedule import Continuous, Request
 from specdec.stopping import Stopping

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.any_subset import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
+from specdec.batch.rows import Rows, StepReport
 from specdec.config import MAX_SPECULATIVE_TOKENS, Randomness
 from specdec.drafter import Draft
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
@@ -27,7 +28,6 @@ from specdec.kernels.distribution import Truncation
 from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.options import is_whole
-from specdec.rows import Rows, StepReport
 from specdec.verify import GreedyVerification, SampledVerification, Verification
 
 if TYPE_CHECKING:

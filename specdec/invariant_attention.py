@@ -1,8 +1,8 @@
 """Attention and masks of batch-invariant models, for transformers' caches and for ours.
 
 The mask that transformers hands to every layer is reduced to what the kernel needs: per query the interval of slots
-it sees, and per row the slot of its first token. Extra queries (`specdec/branches.py`) see two intervals; they are only
-guesses, so torch's own attention serves them, while the text beside them keeps its bits.
+it sees, and per row the slot of its first token. Extra queries (`specdec/batch/branches.py`) see two intervals; they
+are only guesses, so torch's own attention serves them, while the text beside them keeps its bits.
 """
 
 from __future__ import annotations

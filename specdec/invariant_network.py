@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.branches import Branches, ExtraQueries
-from specdec.cache import RaggedCache
+from specdec.batch.branches import Branches, ExtraQueries
+from specdec.batch.cache import RaggedCache
+from specdec.batch.layout import Layout
 from specdec.invariant import is_batch_invariant, is_invariant_forward
 from specdec.invariant_guard import own_arithmetic
 from specdec.invariant_layers import Head, Norm, layers_of
@@ -29,7 +30,6 @@ from specdec.invariant_step import Step, branch_step, text_step, tree_step
 from specdec.kernels.persistent_step import is_faster
 from specdec.kernels.ragged_attention import TREE_SLOTS
 from specdec.known_classes import FAMILIES, is_known_class, is_plain
-from specdec.layout import Layout
 from specdec.network import CachePlan, Network, NetworkOutput
 from specdec.one_launch import one_launch_step
 from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket, width_bucket

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.branches import Branches
+from specdec.batch.branches import Branches
 from specdec.kernels.ragged_attention import Tree
 
 Windows = Iterable[int | None]

@@ -23,7 +23,7 @@ from specdec.errors import ConfigError, DrafterError
 
 if TYPE_CHECKING:
     from specdec.acceptance import Estimate
-    from specdec.rows import Rows, StepReport
+    from specdec.batch.rows import Rows, StepReport
 
 DEFAULT_FIXED = 5
 DEFAULT_MOST = 20  # of policies that stop by themselves

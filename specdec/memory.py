@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
+from specdec.batch.layout import Layout
 from specdec.compatibility import NetworkType, choose_network, probe_key
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
 from specdec.footprint import PROBE_SLOTS, cached_bytes
 from specdec.invariant_network import InvariantNetwork
-from specdec.layout import Layout
 from specdec.target import Target
 
 GIB = 2**30

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from specdec.rows import StepReport
+from specdec.batch.rows import StepReport
 
 NUM_BINS = 10
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.branches import ExtraQueries
-from specdec.layout import Layout, Ragged
-from specdec.rows import Rows
+from specdec.batch.branches import ExtraQueries
+from specdec.batch.layout import Layout, Ragged
+from specdec.batch.rows import Rows
 
 # Tokens per prefill forward. They bound the memory of masks and activations; on a CPU these also stay in the cache.
 PREFILL_TOKENS = {"cpu": 512}
@@ -100,7 +100,7 @@ class Network(ABC):
         used_slots: an upper bound of starts + width known to the host. layers: hidden states to return, numbered as
         in transformers (0 = embeddings, -1 = behind the final norm). host_starts: `starts` on the host; a layout that
         needs them copies them there if they are not given.
-        extra_queries: stand behind every token (`specdec/branches.py`) and take slots of the cache until the next
+        extra_queries: stand behind every token (`specdec/batch/branches.py`) and take slots of the cache until the next
         forward: width * extra behind the tokens, which `used_slots` counts.
         """
         width, ahead = token_ids.shape[1], None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
 from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent_step import LayerTensors, PersistentStep, StepTensors, refusal
 from specdec.kernels.rotary_write import HeadNorm

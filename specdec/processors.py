@@ -20,11 +20,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from specdec.batch.rows import Rows
 from specdec.errors import ConfigError
 from specdec.kernels.distribution import Truncation
 from specdec.network import vocab_size_of
 from specdec.options import GenerationOptions
-from specdec.rows import Rows
 
 # Scores of a position depend on that position's scores alone.
 BLIND = (

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from specdec.batch.rows import Rows
+from specdec.batch.slots import to_device
 from specdec.drafter import NO_TOKEN, Draft, Drafter
 from specdec.errors import DrafterError
-from specdec.rows import Rows
-from specdec.slots import to_device
 
 
 def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, max_tokens: int, vocab_size: int) -> Draft:

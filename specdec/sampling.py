@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.batch.rows import Rows
 from specdec.kernels.sample import sample
 from specdec.processors import Processors
 from specdec.random_streams import Purpose, RowStreams
-from specdec.rows import Rows
 
 
 class Sampler:

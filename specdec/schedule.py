@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.batch.rows import Rows, StepReport
+from specdec.batch.slots import Slots
 from specdec.network import prefill_budget
-from specdec.rows import Rows, StepReport
-from specdec.slots import Slots
 
 if TYPE_CHECKING:
     from specdec.drafter import Drafter

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
 from specdec.network import NetworkOutput
 
 MAX_STEP_WIDTH = 33  # the newest token and 32 draft tokens

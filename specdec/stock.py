@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec import attention
-from specdec.branches import ExtraQueries
+from specdec.batch.branches import ExtraQueries
+from specdec.batch.layout import Layout
 from specdec.invariant_attention import INVARIANT
-from specdec.layout import Layout
 from specdec.model_cache import cache_argument
 from specdec.network import Network, NetworkOutput
 

@@ -8,9 +8,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
+from specdec.batch.rows import Rows, StepReport
 from specdec.errors import ConfigError
 from specdec.options import GenerationOptions
-from specdec.rows import Rows, StepReport
 
 
 class Stopping:

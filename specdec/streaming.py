@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
+from specdec.batch.rows import StepReport
 from specdec.errors import ConfigError
-from specdec.rows import StepReport
 
 
 class Streamers:

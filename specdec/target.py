@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.batch.layout import Layout, Ragged
+from specdec.batch.rows import Rows, StepReport
+from specdec.batch.slots import to_device
 from specdec.compatibility import build_network
 from specdec.drafter import Draft, Verified
 from specdec.emitted import Emitted, committed
 from specdec.errors import DrafterError, NumericalError
-from specdec.layout import Layout, Ragged
 from specdec.network import NetworkOutput, vocab_size_of
 from specdec.processors import Processors
-from specdec.rows import Rows, StepReport
-from specdec.slots import to_device
 from specdec.verify import BAD_SCORES, Verification
 
 

@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft
 from specdec.kernels.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
 from specdec.kernels.greedy_commit import BAD_SCORES, Committed, greedy_commit
 from specdec.kernels.sampled_commit import sampled_commit
 from specdec.lossy import Lenient, Lossy, TopBeta, Typical
 from specdec.random_streams import Purpose, RowStreams
-from specdec.rows import Rows
 
 BAD_DRAFT = 2 * BAD_SCORES  # a fault: the drafter's probabilities are no distribution
 

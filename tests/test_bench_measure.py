@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_llama
 
 import specdec
+from specdec.batch.rows import StepReport
 from specdec.bench.latency import StepClock
 from specdec.bench.loops import ends_in_loop
 from specdec.bench.measure import Result, measure, observe
@@ -27,7 +28,6 @@ from specdec.bench.methods import (
 )
 from specdec.bench.stages import STAGES, profile
 from specdec.oracle import greedy_settings, run_plain
-from specdec.rows import StepReport
 from specdec.ways import Way
 
 NEW = 8

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
 
 
 @st.composite

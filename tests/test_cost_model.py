@@ -13,13 +13,13 @@ from test_generate import OTHER, TARGET, some_prompts
 from specdec import cost_model
 from specdec.acceptance import DraftProbability, HeadEstimate
 from specdec.acceptance_head import AcceptanceHead
+from specdec.batch.rows import StepReport
 from specdec.cost_model import CostModel, Knowledge, knowledge_of
 from specdec.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
 from specdec.drafter import NO_TOKEN
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.length import Shown
-from specdec.rows import StepReport
 
 K = 20
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import VOCAB, left_pad, tiny_llama
 
 import specdec
+from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
@@ -19,7 +20,6 @@ from specdec.drafters.registry import DRAFTERS, drafter_class
 from specdec.drafters.synthetic import Synthetic
 from specdec.errors import DrafterError
 from specdec.proposal import usable
-from specdec.rows import Rows
 
 CPU = torch.device("cpu")
 

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM
 
-from specdec import batch_invariant, branches, invariant_network
-from specdec.branches import Branches, ExtraQueries
+from specdec import batch_invariant, invariant_network
+from specdec.batch import branches
+from specdec.batch.branches import Branches, ExtraQueries
+from specdec.batch.layout import Ragged, Repad
+from specdec.batch.rows import Rows
 from specdec.compatibility import build_network
 from specdec.errors import UnsupportedModelError
 from specdec.extra_queries import check_extra_queries, probe
 from specdec.fused import FusedNetwork
 from specdec.invariant_network import InvariantNetwork
-from specdec.layout import Ragged, Repad
 from specdec.network import NetworkOutput
-from specdec.rows import Rows
 from specdec.step_graphs import MAX_STEP_WIDTH, row_bucket, slot_bucket, width_bucket
 from specdec.stock import StockNetwork
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import specdec
 from specdec import compatibility, network
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
 from specdec.compatibility import probe, relative_difference
 from specdec.drafters.synthetic import Synthetic
 from specdec.errors import SpecDecError, UnsupportedModelError

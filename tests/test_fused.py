@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import specdec
 from specdec import fused
+from specdec.batch.rows import Rows
 from specdec.fused import FusedNetwork, can_fuse, fused_weights
 from specdec.packed_linear import MergedLinear, can_pack
-from specdec.rows import Rows
 
 SHAPE = dict(
     vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

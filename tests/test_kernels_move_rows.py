@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
+from specdec.batch.slots import Slots, moves_of
 from specdec.kernels.move_rows import is_sequential, move_rows, triton
-from specdec.slots import Slots, moves_of
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

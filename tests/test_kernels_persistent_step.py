@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
 from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent_step import (
     MAX_TOKENS,

@@ -12,9 +12,9 @@ from test_generate import EOS, OTHER, PAD, TARGET, drafters, some_prompts
 from tiny import VOCAB, continuations, left_pad, plain_greedy
 
 import specdec
+from specdec.batch.layout import LAYOUTS
+from specdec.batch.layout.repad import RepadCache
 from specdec.drafters.draft_model import DraftModel
-from specdec.layout import LAYOUTS
-from specdec.layout.repad import RepadCache
 
 CPU = torch.device("cpu")
 NAMES = ["none", "draft_model", "itself", "prompt_lookup", "hostile", "synthetic", "ragged"]

@@ -12,12 +12,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import specdec
 from specdec import ConfigError, batch_invariant, invariant_network, memory
-from specdec.cache import RaggedLayer
+from specdec.batch.cache import RaggedLayer
+from specdec.batch.layout import Ragged, Repad
 from specdec.compatibility import choose_network
 from specdec.footprint import PROBE_SLOTS
 from specdec.fused import FusedNetwork
 from specdec.invariant_network import SPARE_SLOTS, InvariantNetwork, kept_forward
-from specdec.layout import Ragged, Repad
 from specdec.stock import StockNetwork
 
 PROMPTS = torch.tensor([[5, 9, 7, 5], [11, 4, 8, 6]])

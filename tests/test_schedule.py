@@ -13,11 +13,11 @@ from tiny import VOCAB, left_pad, plain_greedy
 
 import specdec
 from specdec import generate_many
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
+from specdec.batch.layout import LAYOUTS, Grouped
+from specdec.batch.rows import Rows
 from specdec.drafter import Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
-from specdec.layout import LAYOUTS, Grouped
-from specdec.rows import Rows
 
 token = st.integers(0, VOCAB - 1)
 

@@ -68,6 +68,7 @@ def test_public_names():
         "Drafter",
         "DrafterError",
         "EquivalenceReport",
+        "Grouped",
         "InputError",
         "LengthPolicy",
         "Lenient",

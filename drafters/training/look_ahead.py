@@ -2,7 +2,7 @@
 
 At a split behind token n of a text, embedding i stands at position n + i and is to predict token n + 1 + i; the loss
 is its cross-entropy. Many splits of a text share one forward, each with its embeddings as a branch of the text
-(`specdec/branches.py`): the text sees none of them, and no split sees another. So the text's keys and values come
+(`specdec/batch/branches.py`): the text sees none of them, and no split sees another. So the text's keys and values come
 first, without gradients, and only the embeddings' own columns are differentiated.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from specdec.branches import Branches
+from specdec.batch.branches import Branches
 from specdec.drafters.look_ahead import LookAheadEmbeddings
 from specdec.drafters.training.data import Batch
 from specdec.drafters.training.distill import CROSS_ENTROPY, Distillation, Reader, seed_of

@@ -18,12 +18,12 @@ import torch
 
 import specdec.drafters.draft_model
 import specdec.target
+from specdec.batch.cache import RaggedCache
+from specdec.batch.layout.repad import RepadCache
 from specdec.bench.latency import synchronise
 from specdec.bench.measure import run
 from specdec.bench.methods import Method, Pair
-from specdec.cache import RaggedCache
 from specdec.drafters.registry import DRAFTERS, drafter_class
-from specdec.layout.repad import RepadCache
 from specdec.target import Target
 
 OTHER = "other"

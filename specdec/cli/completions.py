@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
+from specdec.batch.rows import StepReport
 from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars
 from specdec.config import speculative_config
 from specdec.drafter import NoDrafts
@@ -23,7 +24,6 @@ from specdec.lossy import GREEDY, SAMPLED, Lossy, verification_named
 from specdec.metrics import Speculation
 from specdec.options import whole_number
 from specdec.oracle import greedy_settings, left_pad, now, tell
-from specdec.rows import StepReport
 
 DEFAULT_NEW_TOKENS = 128
 

@@ -5,6 +5,6 @@ column, as stock attention wants them, and are moved there whenever they have ac
 (EQSPEC). `grouped`: a pool of rows, of which each step takes some that end in one column already (EXSPEC).
 """
 
-from specdec.layout.base import LAYOUTS, Grouped, Layout, Ragged, Repad, resolve_layout
+from specdec.batch.layout.base import LAYOUTS, Grouped, Layout, Ragged, Repad, resolve_layout
 
 __all__ = ["LAYOUTS", "Grouped", "Layout", "Ragged", "Repad", "resolve_layout"]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.batch.slots import ON_DEVICE, ON_HOST, Slots, to_device
 from specdec.drafter import NO_TOKEN
 from specdec.kernels.greedy_commit import (
     FAULT,
@@ -19,7 +20,6 @@ from specdec.kernels.greedy_commit import (
     NUM_DRAFTED,
     Committed,
 )
-from specdec.slots import ON_DEVICE, ON_HOST, Slots, to_device
 
 
 @dataclass(frozen=True)

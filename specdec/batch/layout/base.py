@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
+from specdec.batch.layout.grouped import next_group
+from specdec.batch.layout.repad import RepadCache
 from specdec.errors import ConfigError
-from specdec.layout.grouped import next_group
-from specdec.layout.repad import RepadCache
 
 if TYPE_CHECKING:
-    from specdec.slots import Slots
+    from specdec.batch.slots import Slots
 
 
 class Layout:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specdec.branches import Branches
+from specdec.batch.branches import Branches
+from specdec.batch.slots import moves_of, to_device
 from specdec.kernels.move_rows import is_sequential, move_rows
-from specdec.slots import moves_of, to_device
 
 ALIGNMENT = 64  # elements: kernels read whole words where an address is a multiple of one
 

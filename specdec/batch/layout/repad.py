@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.cache import RaggedCache
+from specdec.batch.cache import RaggedCache
 
 
 class RepadCache(RaggedCache):
