@@ -38,8 +38,8 @@ from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
 from specdec.bench.record import describe_pair
 from specdec.bench.tables import markdown
-from specdec.environment import environment
-from specdec.loading import encode_prompts, read_prompts
+from specdec.files.environment import environment
+from specdec.files.loading import encode_prompts, read_prompts
 from specdec.oracle import greedy_settings, run_plain
 
 MODES = ("equality", "kill", "throughput")

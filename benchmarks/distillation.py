@@ -34,8 +34,8 @@ from specdec.bench.tables import markdown
 from specdec.drafters.training.divergences import NAMES
 from specdec.drafters.training.trainer import read_losses
 from specdec.drafters.training.validation import Validation, weighted_mean
-from specdec.environment import environment
-from specdec.loading import encode_prompts, load_model, read_prompts, resolve_device
+from specdec.files.environment import environment
+from specdec.files.loading import encode_prompts, load_model, read_prompts, resolve_device
 
 DATA = ("fixed", "target", "on-policy")
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specdec
 from specdec import invariant_layers
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.invariant_network import InvariantForward, InvariantNetwork
 from specdec.kernels.persistent_step import is_faster
 from specdec.step_graphs import row_bucket, slot_bucket

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import specdec
 from specdec import StepReport
 from specdec.bench.latency import synchronise
-from specdec.loading import read_prompts
+from specdec.files.loading import read_prompts
 
 
 class Record:

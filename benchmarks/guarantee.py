@@ -46,7 +46,7 @@ from specdec.bench.record import describe_pair
 from specdec.bench.statistics import estimate
 from specdec.bench.tables import cell, markdown
 from specdec.cost_model import CostModel, Knowledge
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.oracle import greedy_settings
 
 FIRST_STEPS = 32

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, XLNetLMHeadMode
 import specdec
 from specdec.any_subset import Order, XLNet, conditionals_of
 from specdec.bench.measure import log_to_stderr as log
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.infill import Forbidding, rows_of, sequences_of
 from specdec.kernels.sample import sample_tokens
 from specdec.masked_text import MaskedText, mask_lines

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from specdec import batch_invariant
 from specdec.bench.measure import log_to_stderr as log
-from specdec.environment import environment
+from specdec.files.environment import environment
 
 DRAFTERS = ("draft_model", "prompt_lookup")
 PARTS = ("bits", "speed", "logits", "tokens", "large")

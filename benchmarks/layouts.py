@@ -30,7 +30,7 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
 from specdec.bench.record import describe_pair, describe_result, describe_suite
 from specdec.bench.stages import profile
 from specdec.bench.tables import markdown
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.oracle import greedy_settings
 
 PROMPTS_PER_PLACE = 2  # of the largest pool

@@ -30,7 +30,7 @@ from specdec.bench.suite import Suite
 from specdec.bench.tables import cell, markdown
 from specdec.drafter import Drafter
 from specdec.drafters.look_ahead import LookAhead
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.oracle import greedy_settings
 
 LOOKUP = "prompt_lookup"

@@ -16,7 +16,7 @@ from python_corpus import Document, encode_stream, load_corpus
 from transformers import AutoTokenizer
 
 from specdec.drafters.training.data import save_stream
-from specdec.loading import read_prompts
+from specdec.files.loading import read_prompts
 
 
 def without(documents: Sequence[Document], prompts: Sequence[str]) -> list[Document]:

@@ -49,7 +49,7 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, generat
 from specdec.bench.record import describe_pair, describe_suite
 from specdec.bench.statistics import rate
 from specdec.bench.suite import Suite
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.length import Fixed
 from specdec.oracle import greedy_settings
 

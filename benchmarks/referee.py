@@ -27,7 +27,7 @@ from specdec.bench.methods import Pair
 from specdec.bench.record import describe_pair
 from specdec.bench.tables import markdown
 from specdec.certify import certify
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.oracle import greedy_settings, run_batched, run_plain
 from specdec.outputs import OutputRow
 

@@ -33,12 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 
 import specdec
 from specdec import StepReport
-from specdec.environment import environment
+from specdec.files.environment import environment
+from specdec.files.loading import read_prompts
 from specdec.kernels.distribution import NO_TRUNCATION, Truncation, distribution_of
 from specdec.kernels.greedy_commit import greedy_commit
 from specdec.kernels.sample import sample
 from specdec.kernels.sampled_commit import sampled_commit
-from specdec.loading import read_prompts
 
 PARTS = ("steps", "kernels", "memory")
 GREEDY = "greedy"

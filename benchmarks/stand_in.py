@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from specdec.loading import read_prompts
+from specdec.files.loading import read_prompts
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import specdec
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.invariant_network import InvariantForward
 from specdec.kernels import persistent_step, persistent_step_triton
 

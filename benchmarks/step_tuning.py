@@ -41,7 +41,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specdec import invariant_layers
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.invariant_network import InvariantForward
 from specdec.invariant_step import text_step
 from specdec.kernels import in_order_linear, overlap

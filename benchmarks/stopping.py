@@ -30,7 +30,7 @@ from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.methods import Pair
 from specdec.bench.tables import markdown
 from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, product, speed
-from specdec.environment import environment
+from specdec.files.environment import environment
 from specdec.kernels.token_statistics import token_statistics
 from specdec.oracle import greedy_settings
 

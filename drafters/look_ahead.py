@@ -24,8 +24,8 @@ from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.errors import ConfigError, DrafterError
 from specdec.extra_queries import check_extra_queries
-from specdec.fingerprint import Fingerprint
-from specdec.trained import Trained
+from specdec.files.fingerprint import Fingerprint
+from specdec.files.trained import Trained
 
 
 class LookAheadEmbeddings(Trained):

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.compatibility import check_model
-from specdec.environment import versions
 from specdec.errors import ConfigError, InputError, NumericalError
+from specdec.files.environment import versions
 from specdec.oracle import ends_of, greedy_settings, now
 from specdec.outputs import OutputRow
 from specdec.referee import name_of, precise_copy

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from specdec.batch.layout import LAYOUTS, Layout
 from specdec.compatibility import build_network, check_architecture, check_lengths
 from specdec.drafter import Drafter
-from specdec.environment import machine, versions
 from specdec.errors import SpecDecError, UnsupportedModelError
+from specdec.files.environment import machine, versions
 from specdec.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
 from specdec.invariant import batch_invariant, invariant_forward
 from specdec.network import vocab_size_of

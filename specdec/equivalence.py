@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from specdec.compatibility import check_architecture, check_lengths, check_model
 from specdec.config import SpeculativeConfig, speculative_config
 from specdec.drafter import Drafter
-from specdec.environment import versions
 from specdec.errors import ConfigError, InputError
+from specdec.files.environment import versions
 from specdec.inputs import check_input_ids
 from specdec.length import DEFAULT_FIXED
 from specdec.metrics import Speculation

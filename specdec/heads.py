@@ -1,6 +1,6 @@
 """What the small trained networks that stop a draft have in common: the pair they belong to.
 
-A head lies beside its drafter, in the drafter's own folder or in one of its own; see `specdec/trained.py`.
+A head lies beside its drafter, in the drafter's own folder or in one of its own; see `specdec/files/trained.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from specdec.fingerprint import Fingerprint
-from specdec.trained import Trained
+from specdec.files.fingerprint import Fingerprint
+from specdec.files.trained import Trained
 
 
 class Head(Trained):

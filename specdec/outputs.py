@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from specdec.errors import InputError
-from specdec.loading import read_json_lines
+from specdec.files.loading import read_json_lines
 
 
 @dataclass(frozen=True)

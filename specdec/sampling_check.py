@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec.drafter import Drafter
-from specdec.environment import versions
 from specdec.errors import ConfigError
+from specdec.files.environment import versions
 from specdec.generate import generate
 from specdec.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
 from specdec.lossy import Lossy, Typical

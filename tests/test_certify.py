@@ -238,7 +238,7 @@ def test_malformed_rows_are_named_by_line(checkpoint, tmp_path, monkeypatch, lin
 
 
 def test_ids_are_preferred_to_text(checkpoint, tmp_path):
-    from specdec.loading import load_tokenizer
+    from specdec.files.loading import load_tokenizer
 
     path = lines(tmp_path / "out.jsonl", {"prompt": "w5 w6", "completion": "w7", "completion_ids": [8, 9]})
     (row,) = read_outputs(path, load_tokenizer(checkpoint, "target"), VOCAB)

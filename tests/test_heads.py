@@ -11,7 +11,7 @@ from tiny import tiny_llama
 from specdec.acceptance_head import AcceptanceHead
 from specdec.disco import Disco
 from specdec.errors import ConfigError, InputError
-from specdec.fingerprint import SAMPLES, Fingerprint, sample
+from specdec.files.fingerprint import SAMPLES, Fingerprint, sample
 
 HEADS = {"acceptance_head": lambda: AcceptanceHead(32, 2, 6.0), "disco": lambda: Disco(5, 16)}
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
 from specdec.errors import ConfigError, DrafterError, InputError
-from specdec.loading import (
+from specdec.files.loading import (
     Prompt,
     check_same_tokenizer,
     encode_prompts,

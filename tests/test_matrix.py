@@ -16,7 +16,7 @@ from specdec import oracle
 from specdec.cli.app import app
 from specdec.config import speculative_config
 from specdec.errors import ConfigError
-from specdec.junit import Case, write_junit
+from specdec.files.junit import Case, write_junit
 from specdec.ways import AXES, DRAFTED, Way, ways, whole_numbers, words
 
 

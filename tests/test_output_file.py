@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import specdec
 from specdec.cli.app import app
-from specdec.output_file import OutputFile
+from specdec.files.output_file import OutputFile
 
 ROOT = Path(__file__).parent.parent
 PAIR = ROOT / "specdec" / "assets" / "demo_pair"

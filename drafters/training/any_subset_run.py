@@ -27,7 +27,7 @@ from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.trainer import TrainConfig, as_json, finish, make_accelerator, train
 from specdec.errors import InputError
-from specdec.loading import LOADING_ERRORS, first_line
+from specdec.files.loading import LOADING_ERRORS, first_line
 
 HELD_OUT_ROWS = 256
 

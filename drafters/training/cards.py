@@ -15,8 +15,8 @@ import transformers
 
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.trainer import TrainRecord
+from specdec.files.trained import Trained
 from specdec.heads import Head
-from specdec.trained import Trained
 from specdec.version import __version__
 
 HEAD_CARD = """# {title}

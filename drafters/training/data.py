@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from specdec.errors import ConfigError, InputError
-from specdec.loading import first_line
+from specdec.files.loading import first_line
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from specdec.bench.suite import Question, Suite, ask, of_length
 from specdec.bench.sweeps import forced_acceptance
 from specdec.compatibility import check_model
 from specdec.config import speculative_config
-from specdec.environment import environment
 from specdec.equivalence import check_prompts
 from specdec.errors import ConfigError
+from specdec.files.environment import environment
 from specdec.footprint import kv_bytes_per_token
 from specdec.invariant import is_batch_invariant
 from specdec.oracle import greedy_settings

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.errors import InputError
-from specdec.loading import Prompt, encode_prompts, read_json_lines, read_prompts
+from specdec.files.loading import Prompt, encode_prompts, read_json_lines, read_prompts
 from specdec.oracle import run_plain
 
 OnPrompt = Callable[[str, int], None]

@@ -21,8 +21,8 @@ from specdec.cli.common import (
 )
 from specdec.equivalence import EquivalenceReport, check_matrix
 from specdec.errors import DrafterError
-from specdec.junit import Case
-from specdec.loading import read_prompts
+from specdec.files.junit import Case
+from specdec.files.loading import read_prompts
 from specdec.referee import TIE_MULTIPLE
 from specdec.ways import PLAIN, Way, axis_values, ways, whole_numbers, words
 

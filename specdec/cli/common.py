@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from specdec.drafter import Drafter
-    from specdec.junit import Case
-    from specdec.loading import Prompt
+    from specdec.files.junit import Case
+    from specdec.files.loading import Prompt
     from specdec.oracle import OnProgress
 
 STAGES = {
@@ -112,7 +112,7 @@ class Models:
         return {**({} if self.draft is None else {"draft_model": self.draft}), **self.named}
 
     def encode(self, prompts: list[Prompt]) -> list[Tensor]:
-        from specdec.loading import encode_chats, encode_prompts
+        from specdec.files.loading import encode_chats, encode_prompts
 
         return (encode_chats if self.is_chat else encode_prompts)(self.tokenizer, prompts)
 
@@ -131,7 +131,7 @@ def load_models(
         which say which drafter they are for.
     """
     from specdec.errors import DrafterError
-    from specdec.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
+    from specdec.files.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
 
     if draft is not None and isinstance(drafters, str):
         raise DrafterError(f"--draft {draft} and --drafter {drafters} both choose a drafter; pass one of them")
@@ -208,7 +208,7 @@ class Reports:
             self.json.write_text(json.dumps({**report, "command": command}, indent=1) + "\n")
 
     def write_junit(self, suite: str, cases: Sequence[Case]) -> None:
-        from specdec.junit import write_junit
+        from specdec.files.junit import write_junit
 
         if self.junit is not None:
             write_junit(self.junit, suite, cases)

@@ -18,8 +18,8 @@ from specdec.config import speculative_config
 from specdec.drafter import NoDrafts
 from specdec.equivalence import check_prompts
 from specdec.errors import ConfigError
+from specdec.files.loading import Prompt, read_generation_config
 from specdec.generate import generate
-from specdec.loading import Prompt, read_generation_config
 from specdec.lossy import GREEDY, SAMPLED, Lossy, verification_named
 from specdec.metrics import Speculation
 from specdec.options import whole_number

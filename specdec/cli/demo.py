@@ -47,7 +47,7 @@ def demo(
     """
     from specdec.config import speculative_config
     from specdec.equivalence import check_prompts, first_differences
-    from specdec.loading import read_prompts
+    from specdec.files.loading import read_prompts
     from specdec.oracle import greedy_settings, run_plain
 
     folder = models or shipped_pair()

@@ -44,7 +44,7 @@ def doctor(
     from specdec.cli.common import quiet_transformers
     from specdec.compatibility import check_model
     from specdec.doctor import diagnose
-    from specdec.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
+    from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
 
     place = resolve_device(device)
     folder = find_checkpoint(model, "target")
@@ -73,7 +73,7 @@ def candidates(
     """Every registered drafter, or what it lacks; and the name of the one that `draft` is."""
     from specdec.drafters.registry import DRAFTERS, drafter_class, resolve
     from specdec.errors import DrafterError
-    from specdec.loading import check_same_tokenizer
+    from specdec.files.loading import check_same_tokenizer
 
     given = None if draft is None else resolve(draft)
     found: dict[str, Drafter | str] = {}

@@ -94,7 +94,7 @@ def generate(
     """
     from specdec.cli.completions import DEFAULT_NEW_TOKENS, Decoding, print_completions
     from specdec.errors import ConfigError, InputError
-    from specdec.loading import Prompt, read_prompts
+    from specdec.files.loading import Prompt, read_prompts
 
     if (prompt is None) == (prompts is None):
         raise InputError("pass either --prompt TEXT or --prompts FILE")

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from specdec.cli.common import Models, say_ignored
 from specdec.cli.completions import print_summary
-from specdec.fingerprint import Fingerprint
+from specdec.files.fingerprint import Fingerprint
+from specdec.files.loading import Prompt
+from specdec.files.output_file import OutputFile
 from specdec.generate_many import Completion, generate_many
-from specdec.loading import Prompt
 from specdec.oracle import greedy_settings
-from specdec.output_file import OutputFile
 
 
 def write_completions(

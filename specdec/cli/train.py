@@ -91,7 +91,7 @@ class TrainingPair(TrainingModel):
 def load_pair(target: str, draft: str, device: str, config: TrainConfig) -> TrainingPair:
     """The draft in float32, the target in what the run computes in."""
     from specdec.drafters.draft_model import DraftModel, vocab_size_of
-    from specdec.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
+    from specdec.files.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
 
     place = resolve_device(device)
     folders = find_checkpoint(target, "target"), find_checkpoint(draft, "draft")
@@ -110,7 +110,7 @@ def prompts_of(
     """From --prompts if given, else from --text."""
     from specdec.drafters.training.own_text import Prompts
     from specdec.errors import InputError
-    from specdec.loading import encode_prompts, read_prompts
+    from specdec.files.loading import encode_prompts, read_prompts
 
     if prompts is not None:
         return Prompts(encode_prompts(model.tokenizer, read_prompts(prompts)))

@@ -65,7 +65,7 @@ def any_subset(
     from specdec.drafters.training.any_subset_run import AnySubsetRun, load_xlnet
     from specdec.drafters.training.data import read_stream
     from specdec.errors import ConfigError
-    from specdec.loading import find_checkpoint, load_tokenizer, resolve_device
+    from specdec.files.loading import find_checkpoint, load_tokenizer, resolve_device
 
     if (tokenizer is None) == (model is None):
         raise ConfigError("pass either --tokenizer FOLDER to train from scratch, or --model FOLDER to go on from")

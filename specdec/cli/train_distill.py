@@ -153,7 +153,7 @@ def shares_of(data: str, mix_share: float) -> dict[str, float]:
 
 
 def held_out_prompts(path: Path | None, model: TrainingModel) -> list[Tensor]:
-    from specdec.loading import encode_prompts, read_prompts
+    from specdec.files.loading import encode_prompts, read_prompts
 
     return [] if path is None else encode_prompts(model.tokenizer, read_prompts(path))
 

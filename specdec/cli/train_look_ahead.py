@@ -85,7 +85,7 @@ def look_ahead(
     from specdec.drafters.training.look_ahead import OPTIMISER, LookAheadRecipe
     from specdec.drafters.training.look_ahead_run import Measure, check_free, train_look_ahead
     from specdec.drafters.training.trainer import finish, make_accelerator
-    from specdec.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
+    from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
 
     recipe = LookAheadRecipe(
         num_tokens,

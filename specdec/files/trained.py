@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from specdec.errors import ConfigError, InputError
-from specdec.fingerprint import Fingerprint
+from specdec.files.fingerprint import Fingerprint
 
 
 class Trained(nn.Module, ABC):
