@@ -33,11 +33,11 @@ from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specdec
-from specdec import invariant_layers
 from specdec.files.environment import environment
-from specdec.invariant_network import InvariantForward, InvariantNetwork
 from specdec.kernels.persistent_step import is_faster
-from specdec.step_graphs import row_bucket, slot_bucket
+from specdec.network.invariant import layers as invariant_layers
+from specdec.network.invariant.graphs import row_bucket, slot_bucket
+from specdec.network.invariant.network import InvariantForward, InvariantNetwork
 
 PARTS = ("copy", "agreement", "steps", "oracle", "tokens", "profile", "peers")
 GRID = "grid"  # not among the parts of a call that names none

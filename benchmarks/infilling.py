@@ -7,7 +7,7 @@ log-likelihood of the samples under the model's joint density, which an exact me
 Part `lines`: single lines and blocks are filled greedily; exact matches and ROUGE-L against what stood there.
 Every method fills the same texts, with the same seeds, in the same run, the order turning from repeat to repeat. Calls
 are those of one text at a time. `forward="recomputed"` is transformers' own forward, every position anew in each call;
-`kept` keeps the keys of what is committed (`specdec/two_stream.py`), for sequential filling too.
+`kept` keeps the keys of what is committed (`specdec/network/any_subset/two_stream.py`), for sequential filling too.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, XLNetLMHeadModel
 
 import specdec
-from specdec.any_subset import Order, XLNet, conditionals_of
 from specdec.bench.measure import log_to_stderr as log
 from specdec.files.environment import environment
 from specdec.infill import Forbidding, rows_of, sequences_of
 from specdec.kernels.sample import sample_tokens
 from specdec.masked_text import MaskedText, mask_lines
+from specdec.network.any_subset.model import Order, XLNet, conditionals_of
 from specdec.random_streams import Purpose, RowStreams
 
 ASSETS = Path(__file__).resolve().parent.parent / "specdec" / "assets"

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.batch.rows import Rows
-from specdec.compatibility import build_network
 from specdec.kernels.in_order_linear import in_order_linear
 from specdec.kernels.linear_tiles import Tile
 from specdec.kernels.norms import layer_norm, rms_norm
 from specdec.kernels.ragged_attention import ragged_attention
-from specdec.model_cache import cache_argument
+from specdec.network.choose import build_network
+from specdec.network.model_cache import cache_argument
 
 ROW_COUNTS = (1, 2, 3, 5, 8, 16, 17, 33, 40, 64, 100, 160, 256)
 WIDTHS = (1, 2, 5, 6, 9, 33)  # tokens of a row in one forward

@@ -15,7 +15,7 @@ import specdec
 from specdec.bench.methods import Pair
 from specdec.bench.suite import Asked, Suite
 from specdec.costs import HostClock
-from specdec.invariant import is_batch_invariant
+from specdec.network.invariant.swap import is_batch_invariant
 from specdec.oracle import run_batched, run_plain
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec.files.environment import environment
-from specdec.invariant_network import InvariantForward
 from specdec.kernels import persistent_step, persistent_step_triton
+from specdec.network.invariant.network import InvariantForward
 
 PHASES = ("query, key, value", "attention", "output projection", "gate and up", "down")
 PASSED, DONE = range(2)  # a barrier was passed; the phase's results are stored

@@ -40,15 +40,15 @@ from stand_in import SHAPES, Shape
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from specdec import invariant_layers
 from specdec.files.environment import environment
-from specdec.invariant_network import InvariantForward
-from specdec.invariant_step import text_step
 from specdec.kernels import in_order_linear, overlap
 from specdec.kernels.linear_tiles import BUCKETS as BUCKETS_TODAY
 from specdec.kernels.linear_tiles import DEFAULTS, TUNED, Tile, choose_tile
-from specdec.network import NetworkOutput
-from specdec.step_graphs import StepGraphs, row_bucket, width_bucket
+from specdec.network.base import NetworkOutput
+from specdec.network.invariant import layers as invariant_layers
+from specdec.network.invariant.graphs import StepGraphs, row_bucket, width_bucket
+from specdec.network.invariant.network import InvariantForward
+from specdec.network.invariant.step import text_step
 
 CELLS = "1x1,8x1,32x1,8x6,32x4,32x6"
 LAYERS = {"8B": 6, "0.6B": 12}  # more weights than the cache holds

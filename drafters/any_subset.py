@@ -1,6 +1,7 @@
 """Who drafts while an any-subset model fills in (ASSD), and an any-subset model as the drafter of a causal target.
 
-ASSD: Guo and Ermon 2025, arXiv 2504.20456, algorithms 1 and 2. Rows stand in rank order (see `specdec/any_subset.py`).
+ASSD: Guo and Ermon 2025, arXiv 2504.20456, algorithms 1 and 2. Rows stand in rank order (see
+`specdec/network/any_subset/model.py`).
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
-from specdec.any_subset import Conditionals, Order, XLNet
 from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft, Drafter
 from specdec.errors import DrafterError
 from specdec.kernels.distribution import Truncation
 from specdec.kernels.greedy_commit import Committed
 from specdec.kernels.sample import sample, sample_tokens
-from specdec.network import vocab_size_of
+from specdec.network.any_subset.model import Conditionals, Order, XLNet
+from specdec.network.any_subset.two_stream import TwoStreamCache
+from specdec.network.base import vocab_size_of
 from specdec.random_streams import Purpose, RowStreams
-from specdec.two_stream import TwoStreamCache
 
 
 class Proposal(NamedTuple):

@@ -23,9 +23,9 @@ from specdec.batch.branches import ExtraQueries
 from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.errors import ConfigError, DrafterError
-from specdec.extra_queries import check_extra_queries
 from specdec.files.fingerprint import Fingerprint
 from specdec.files.trained import Trained
+from specdec.network.extra_queries import check_extra_queries
 
 
 class LookAheadEmbeddings(Trained):

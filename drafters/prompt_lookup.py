@@ -8,7 +8,7 @@ from specdec.batch.rows import Rows
 from specdec.drafter import Draft, Drafter
 from specdec.errors import ConfigError
 from specdec.kernels.prompt_lookup import prompt_lookup
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
 
 
 class PromptLookup(Drafter):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from specdec.version import __version__
 
 if TYPE_CHECKING:
-    from specdec.any_subset import AnySubsetModel
     from specdec.batch.layout import Grouped
     from specdec.batch.rows import Rows, StepReport
     from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
     from specdec.generate import SpeculativeOutput, generate, speculative
     from specdec.generate_many import Completion, Completions, generate_many
     from specdec.infill import infill
-    from specdec.invariant import batch_invariant, make_batch_invariant
     from specdec.length import LengthPolicy
     from specdec.lossy import Lenient, TopBeta, Typical
     from specdec.metrics import Speculation
+    from specdec.network.any_subset.model import AnySubsetModel
+    from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
 
 __all__ = [
     "NO_TOKEN",
@@ -65,14 +65,14 @@ __all__ = [
 
 # Public names are imported when they are first used, so that `specdec --help` does not wait for torch.
 _HOMES = {
-    "any_subset": "AnySubsetModel",
+    "network.any_subset.model": "AnySubsetModel",
     "drafter": "NO_TOKEN Draft Drafter Verified",
     "equivalence": "EquivalenceReport check_equivalence",
     "errors": "ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
     "generate": "SpeculativeOutput generate speculative",
     "infill": "infill",
     "generate_many": "Completion Completions generate_many",
-    "invariant": "batch_invariant make_batch_invariant",
+    "network.invariant.swap": "batch_invariant make_batch_invariant",
     "length": "LengthPolicy",
     "lossy": "Lenient TopBeta Typical",
     "metrics": "Speculation",

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.compatibility import check_model
 from specdec.errors import ConfigError, InputError, NumericalError
 from specdec.files.environment import versions
+from specdec.network.choose import check_model
+from specdec.network.stock import evaluating
 from specdec.oracle import ends_of, greedy_settings, now
 from specdec.outputs import OutputRow
 from specdec.referee import name_of, precise_copy
-from specdec.stock import evaluating
 from specdec.teacher_forcing import pieces
 
 EQUAL, TIE, BUG = "equal", "tie", "bug"

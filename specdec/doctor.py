@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.batch.layout import LAYOUTS, Layout
-from specdec.compatibility import build_network, check_architecture, check_lengths
 from specdec.drafter import Drafter
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.files.environment import machine, versions
-from specdec.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
-from specdec.invariant import batch_invariant, invariant_forward
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
+from specdec.network.choose import build_network, check_architecture, check_lengths
+from specdec.network.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
+from specdec.network.invariant.swap import batch_invariant, invariant_forward
 
 # What each network is, by its class.
 NETWORKS = {"FusedNetwork": "fused", "InvariantNetwork": "invariant", "StockNetwork": "stock"}

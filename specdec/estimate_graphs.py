@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdec.step_graphs import capture, row_bucket
+from specdec.network.invariant.graphs import capture, row_bucket
 
 if TYPE_CHECKING:
     from specdec.acceptance import Estimate

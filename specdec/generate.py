@@ -19,7 +19,6 @@ from transformers.generation import (
 
 from specdec.batch.layout import Layout
 from specdec.batch.rows import Rows, StepReport
-from specdec.compatibility import check_architecture, check_lengths, check_model
 from specdec.config import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
 from specdec.decode import OnCommit, decode
 from specdec.drafter import Drafter
@@ -28,9 +27,10 @@ from specdec.errors import ConfigError, DrafterError
 from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
-from specdec.memory import check_memory
 from specdec.metrics import Speculation
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
+from specdec.network.choose import check_architecture, check_lengths, check_model
+from specdec.network.memory import check_memory
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options, whole_number
 from specdec.processors import processors_of, users_own
 from specdec.sampling import Sampler

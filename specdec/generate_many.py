@@ -14,7 +14,6 @@ from transformers.generation import LogitsProcessorList
 
 from specdec.batch.layout import Layout
 from specdec.batch.rows import Rows, StepReport
-from specdec.compatibility import check_architecture, check_lengths, check_model
 from specdec.config import Randomness, SpeculativeConfig, speculative_config
 from specdec.decode import OnCommit, check_shared_slots, decode_steps
 from specdec.drafter import Drafter
@@ -23,9 +22,10 @@ from specdec.generate import Callbacks
 from specdec.inputs import check_input_ids
 from specdec.length import LengthPolicy
 from specdec.lossy import Lossy
-from specdec.memory import check_memory
 from specdec.metrics import Speculation
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
+from specdec.network.choose import check_architecture, check_lengths, check_model
+from specdec.network.memory import check_memory
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
 from specdec.processors import processors_of
 from specdec.sampling import Sampler

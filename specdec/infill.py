@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.any_subset import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
 from specdec.batch.rows import Rows, StepReport
 from specdec.config import MAX_SPECULATIVE_TOKENS, Randomness
 from specdec.drafter import Draft
@@ -27,6 +26,7 @@ from specdec.inputs import check_input_ids
 from specdec.kernels.distribution import Truncation
 from specdec.lossy import Lossy
 from specdec.metrics import Speculation
+from specdec.network.any_subset.model import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
 from specdec.options import is_whole
 from specdec.verify import GreedyVerification, SampledVerification, Verification
 

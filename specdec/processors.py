@@ -23,7 +23,7 @@ from transformers.generation import logits_process as hf
 from specdec.batch.rows import Rows
 from specdec.errors import ConfigError
 from specdec.kernels.distribution import Truncation
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
 from specdec.options import GenerationOptions
 
 # Scores of a position depend on that position's scores alone.

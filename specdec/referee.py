@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from specdec.model_cache import cache_argument, returned_cache
+from specdec.network.model_cache import cache_argument, returned_cache
 
 # |margin| <= TIE_MULTIPLE * error is a tie. If rounding alone exchanged two tokens, one run's margin is not below 0 and
 # the other's not above, so the float64 margin is at most what one run's margin is off by: the errors of two logits.

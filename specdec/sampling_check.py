@@ -28,7 +28,7 @@ from specdec.files.environment import versions
 from specdec.generate import generate
 from specdec.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
 from specdec.lossy import Lossy, Typical
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
 from specdec.oracle import OnProgress, greedy_settings, tell
 from specdec.ways import PLAIN, Way
 

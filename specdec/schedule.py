@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specdec.batch.rows import Rows, StepReport
 from specdec.batch.slots import Slots
-from specdec.network import prefill_budget
+from specdec.network.base import prefill_budget
 
 if TYPE_CHECKING:
     from specdec.drafter import Drafter

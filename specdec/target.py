@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows, StepReport
 from specdec.batch.slots import to_device
-from specdec.compatibility import build_network
 from specdec.drafter import Draft, Verified
 from specdec.emitted import Emitted, committed
 from specdec.errors import DrafterError, NumericalError
-from specdec.network import NetworkOutput, vocab_size_of
+from specdec.network.base import NetworkOutput, vocab_size_of
+from specdec.network.choose import build_network
 from specdec.processors import Processors
 from specdec.verify import BAD_SCORES, Verification
 

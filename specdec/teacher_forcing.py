@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.model_cache import cache_argument, returned_cache
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
+from specdec.network.model_cache import cache_argument, returned_cache
 from specdec.referee import float64_throughout, only_last
 
 TOKENS_PER_FORWARD = {"cpu": 2048}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from specdec.drafters.draft_model import DraftModel
-from specdec.invariant_network import InvariantNetwork
+from specdec.network.invariant.network import InvariantNetwork
 from specdec.target import Target
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 from tiny_xlnet import tiny_xlnet
 
-from specdec.any_subset import Order, XLNet, relative_positions_in
 from specdec.drafter import NO_TOKEN
 from specdec.errors import UnsupportedModelError
-from specdec.two_stream import TwoStreamCache, TwoStreamText, shifted
+from specdec.network.any_subset.model import Order, XLNet, relative_positions_in
+from specdec.network.any_subset.two_stream import TwoStreamCache, TwoStreamText, shifted
 
 VOCAB = 11
 MODEL = tiny_xlnet()

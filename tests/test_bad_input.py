@@ -25,8 +25,8 @@ def no_forward(monkeypatch):
     def run(self, *args, **kwargs):
         raise AssertionError("the model ran before the error")
 
-    monkeypatch.setattr("specdec.network.Network.prefill", run)
-    monkeypatch.setattr("specdec.compatibility.probe", run)
+    monkeypatch.setattr("specdec.network.base.Network.prefill", run)
+    monkeypatch.setattr("specdec.network.choose.probe", run)
 
 
 def refused(kind, *parts, ids=IDS, model=TARGET, **options):

@@ -13,7 +13,7 @@ from tiny import tiny_llama
 from typer.testing import CliRunner
 
 from specdec.cli.app import app
-from specdec.footprint import footprint, kv_bytes_per_token
+from specdec.network.footprint import footprint, kv_bytes_per_token
 
 MIB = 2**20
 
@@ -115,7 +115,7 @@ def test_a_missing_checkpoint_is_bad_input(folder):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_the_cache_of_a_token_is_what_a_long_cache_takes(family):
     """Against the bytes that a generation allocates: rows x slots x bytes a token."""
-    from specdec.compatibility import build_network
+    from specdec.network.choose import build_network
 
     model = tiny(family)
     network = build_network(model, 3, 40)

@@ -68,7 +68,7 @@ def test_draft_model_caches_every_token_once():
     target = tiny_llama(0)
     drafter = DraftModel(target)
     widths = []
-    network_forward = specdec.network.Network.forward
+    network_forward = specdec.network.base.Network.forward
 
     def forward(self, token_ids, *args, **kwargs):
         if len(token_ids) == 1:  # the probe of a new model has two rows
@@ -76,7 +76,7 @@ def test_draft_model_caches_every_token_once():
         return network_forward(self, token_ids, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specdec.network.Network.forward", forward)
+        patch.setattr("specdec.network.base.Network.forward", forward)
         specdec.generate(
             target, torch.tensor([[5, 6, 7]]), drafter=drafter, num_speculative_tokens=3, max_new_tokens=13,
             eos_token_id=None,

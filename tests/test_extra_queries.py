@@ -11,19 +11,20 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM
 
-from specdec import batch_invariant, invariant_network
+from specdec import batch_invariant
 from specdec.batch import branches
 from specdec.batch.branches import Branches, ExtraQueries
 from specdec.batch.layout import Ragged, Repad
 from specdec.batch.rows import Rows
-from specdec.compatibility import build_network
 from specdec.errors import UnsupportedModelError
-from specdec.extra_queries import check_extra_queries, probe
-from specdec.fused import FusedNetwork
-from specdec.invariant_network import InvariantNetwork
-from specdec.network import NetworkOutput
-from specdec.step_graphs import MAX_STEP_WIDTH, row_bucket, slot_bucket, width_bucket
-from specdec.stock import StockNetwork
+from specdec.network.base import NetworkOutput
+from specdec.network.choose import build_network
+from specdec.network.extra_queries import check_extra_queries, probe
+from specdec.network.fused import FusedNetwork
+from specdec.network.invariant import network as invariant_network
+from specdec.network.invariant.graphs import MAX_STEP_WIDTH, row_bucket, slot_bucket, width_bucket
+from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.stock import StockNetwork
 
 # Per-layer inputs looked up by token id, and ALiBi biases by slot: there is no such query.
 NO_EXTRA_QUERIES = ("gemma3n_text", "gemma4_text", "bloom", "mpt", "falcon_alibi")

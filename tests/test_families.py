@@ -18,12 +18,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import specdec
-from specdec import compatibility, network
 from specdec.batch.cache import RaggedCache
-from specdec.compatibility import probe, relative_difference
 from specdec.drafters.synthetic import Synthetic
 from specdec.errors import SpecDecError, UnsupportedModelError
-from specdec.stock import StockNetwork
+from specdec.network import base as network
+from specdec.network import choose as compatibility
+from specdec.network.choose import probe, relative_difference
+from specdec.network.stock import StockNetwork
 
 NEW_TOKENS = 14
 FUSED = ("llama", "mistral", "qwen2", "qwen3")

@@ -19,10 +19,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import specdec
-from specdec import fused
 from specdec.batch.rows import Rows
-from specdec.fused import FusedNetwork, can_fuse, fused_weights
-from specdec.packed_linear import MergedLinear, can_pack
+from specdec.network import fused
+from specdec.network.fused import FusedNetwork, can_fuse, fused_weights
+from specdec.network.packed_linear import MergedLinear, can_pack
 
 SHAPE = dict(
     vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -203,7 +203,7 @@ def test_merged_linear(bias, rows):
 
 
 def test_packing_leaves_memory(monkeypatch):
-    monkeypatch.setattr("specdec.packed_linear.MAX_SHARE_OF_FREE_MEMORY", 0.0)
+    monkeypatch.setattr("specdec.network.packed_linear.MAX_SHARE_OF_FREE_MEMORY", 0.0)
     assert not can_pack([torch.zeros(4, 4)])
     monkeypatch.undo()
     assert not can_pack([torch.zeros(4, 4, dtype=torch.float64)])

@@ -300,7 +300,7 @@ def test_a_drafter_can_be_used_again():
 
 
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch):
-    monkeypatch.setitem(specdec.network.PREFILL_TOKENS, "cpu", 8)
+    monkeypatch.setitem(specdec.network.base.PREFILL_TOKENS, "cpu", 8)
     check_equal(some_prompts(11, 4, 5, 1, 8), "draft_model", 3, max_new_tokens=12)
 
 
@@ -340,7 +340,7 @@ def test_vocabularies_padded_differently_are_served():
 
 
 def test_stock_modules_give_the_same(monkeypatch):
-    monkeypatch.setattr("specdec.compatibility.can_fuse", lambda model: False)
+    monkeypatch.setattr("specdec.network.choose.can_fuse", lambda model: False)
     check_equal(some_prompts(6, 3, 8, 1), "draft_model", 4, max_new_tokens=14)
     assert TARGET.config._attn_implementation == "sdpa"
 

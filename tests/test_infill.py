@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, XLNetLMHeadModel
 from typer.testing import CliRunner
 
 import specdec
-from specdec.any_subset import XLNet
 from specdec.cli.app import app
 from specdec.drafters.any_subset import AnySubsetDrafter
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError, UnsupportedModelError
+from specdec.network.any_subset.model import XLNet
 
 VOCAB, MASK = 11, 10
 MODEL = tiny_xlnet(1, spread=0.7)

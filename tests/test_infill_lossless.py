@@ -12,13 +12,13 @@ from scipy.stats import chisquare
 from tiny_xlnet import tiny_xlnet
 
 import specdec
-from specdec.any_subset import Order, XLNet, conditionals_of
 from specdec.drafter import Draft
 from specdec.drafters.any_subset import AheadDraft, NgramDraft, Proposal, Sampling, SelfDraft
 from specdec.infill import Filling, Forbidding, fill, rows_of, sequences_of
 from specdec.kernels.distribution import NO_TRUNCATION
 from specdec.kernels.greedy_commit import commit
 from specdec.kernels.sample import sample_tokens
+from specdec.network.any_subset.model import Order, XLNet, conditionals_of
 from specdec.random_streams import Purpose, RowStreams
 from specdec.verify import SampledVerification
 

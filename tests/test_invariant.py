@@ -35,16 +35,16 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import specdec
 from specdec import batch_invariant, make_batch_invariant
-from specdec.attention import ragged_mask
-from specdec.compatibility import build_network
 from specdec.errors import ConfigError, InputError, UnsupportedModelError
-from specdec.fused import can_fuse
-from specdec.invariant import invariant_forward, is_batch_invariant, rms_norm_variant
-from specdec.invariant_attention import INVARIANT, span_mask
-from specdec.invariant_guard import is_harmless
-from specdec.invariant_network import InvariantNetwork
-from specdec.model_cache import cache_argument
-from specdec.stock import StockNetwork
+from specdec.network.attention import ragged_mask
+from specdec.network.choose import build_network
+from specdec.network.fused import can_fuse
+from specdec.network.invariant.attention import INVARIANT, span_mask
+from specdec.network.invariant.guard import is_harmless
+from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.invariant.swap import invariant_forward, is_batch_invariant, rms_norm_variant
+from specdec.network.model_cache import cache_argument
+from specdec.network.stock import StockNetwork
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -101,7 +101,7 @@ def test_an_interrupt_while_swapping_restores_the_model(monkeypatch):
         assert state(model) != before
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("specdec.invariant.check_invariance", interrupted)
+    monkeypatch.setattr("specdec.network.invariant.swap.check_invariance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_batch_invariant(model)
     assert state(model) == before

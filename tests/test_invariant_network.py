@@ -16,10 +16,11 @@ from transformers import (
 )
 
 import specdec
-from specdec import batch_invariant, invariant_network
-from specdec.compatibility import build_network
-from specdec.invariant_network import InvariantNetwork, kept_forward
-from specdec.stock import StockNetwork
+from specdec import batch_invariant
+from specdec.network.choose import build_network
+from specdec.network.invariant import network as invariant_network
+from specdec.network.invariant.network import InvariantNetwork, kept_forward
+from specdec.network.stock import StockNetwork
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,

@@ -18,7 +18,7 @@ from specdec.kernels.persistent_step import (
     persistent_step_reference,
     refusal,
 )
-from specdec.one_launch import step_tensors
+from specdec.network.invariant.one_launch import step_tensors
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")

@@ -58,7 +58,7 @@ def test_samples_do_not_depend_on_the_layout(layout, verification):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stock_modules_in_every_layout(layout, monkeypatch):
-    monkeypatch.setattr("specdec.compatibility.can_fuse", lambda model: False)
+    monkeypatch.setattr("specdec.network.choose.can_fuse", lambda model: False)
     check_equal(layout, some_prompts(6, 3, 8, 1), "ragged", 4, max_new_tokens=14, eos_token_id=None)
 
 

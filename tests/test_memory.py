@@ -11,14 +11,16 @@ from tiny import tiny_llama
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import specdec
-from specdec import ConfigError, batch_invariant, invariant_network, memory
+from specdec import ConfigError, batch_invariant
 from specdec.batch.cache import RaggedLayer
 from specdec.batch.layout import Ragged, Repad
-from specdec.compatibility import choose_network
-from specdec.footprint import PROBE_SLOTS
-from specdec.fused import FusedNetwork
-from specdec.invariant_network import SPARE_SLOTS, InvariantNetwork, kept_forward
-from specdec.stock import StockNetwork
+from specdec.network import memory
+from specdec.network.choose import choose_network
+from specdec.network.footprint import PROBE_SLOTS
+from specdec.network.fused import FusedNetwork
+from specdec.network.invariant import network as invariant_network
+from specdec.network.invariant.network import SPARE_SLOTS, InvariantNetwork, kept_forward
+from specdec.network.stock import StockNetwork
 
 PROMPTS = torch.tensor([[5, 9, 7, 5], [11, 4, 8, 6]])
 

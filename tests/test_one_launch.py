@@ -15,11 +15,13 @@ from tiny import continuations, left_pad, plain_greedy, tiny_llama
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import specdec
-from specdec import batch_invariant, invariant_network, one_launch
-from specdec.compatibility import build_network
-from specdec.invariant_network import InvariantForward, InvariantNetwork, kept_forward
+from specdec import batch_invariant
 from specdec.kernels import persistent_step
 from specdec.kernels.persistent_step import MAX_TOKENS, PersistentStep
+from specdec.network.choose import build_network
+from specdec.network.invariant import network as invariant_network
+from specdec.network.invariant import one_launch
+from specdec.network.invariant.network import InvariantForward, InvariantNetwork, kept_forward
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 7, 5, 9, 7, 5, 9], [11, 4, 8], [6, 13, 21, 34, 6, 13, 3, 8, 6, 13, 40])]

@@ -8,7 +8,7 @@ from tiny import continuations, left_pad, plain_greedy, tiny_llama
 from torch import nn
 
 import specdec
-from specdec.fused import can_fuse
+from specdec.network.fused import can_fuse
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 6, 5, 6, 7], [9], [11, 12, 13, 11])]
 

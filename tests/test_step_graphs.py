@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specdec import step_graphs
-from specdec.network import NetworkOutput
-from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs
+from specdec.network.base import NetworkOutput
+from specdec.network.invariant import graphs as step_graphs
+from specdec.network.invariant.graphs import MAX_STEP_WIDTH, StepGraphs
 
 
 class FakeStream:

@@ -86,7 +86,7 @@ def test_a_list_of_one_is_one(capsys):
     ],
 )
 def test_refusals(streamer, message, monkeypatch):
-    monkeypatch.setattr("specdec.network.Network.prefill", None)  # no token may be generated
+    monkeypatch.setattr("specdec.network.base.Network.prefill", None)  # no token may be generated
     ids, mask = left_pad(PROMPTS)
     with pytest.raises(specdec.ConfigError, match=message):
         specdec.generate(TARGET, ids, mask, drafter=OTHER, streamer=streamer, max_new_tokens=4)

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import specdec
-from specdec.any_subset import Order, XLNet
 from specdec.cli.app import app
 from specdec.cli.demo import shipped_pair
 from specdec.drafters.training.any_subset import (
@@ -29,6 +28,7 @@ from specdec.drafters.training.any_subset_run import load_xlnet
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.trainer import Step
 from specdec.errors import ConfigError
+from specdec.network.any_subset.model import Order, XLNet
 
 VOCAB = 11
 

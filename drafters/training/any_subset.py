@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.trainer import Step
 from specdec.errors import ConfigError
-from specdec.two_stream import TwoStreamText
+from specdec.network.any_subset.two_stream import TwoStreamText
 
 MASK_TOKEN = "<|mask|>"
 FIRST_MASK_RATE = 0.15

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, XLNetLMHeadModel
 
-from specdec.any_subset import XLNet
 from specdec.drafters.training.any_subset import (
     AnySubsetLoss,
     AnySubsetStep,
@@ -28,6 +27,7 @@ from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.trainer import TrainConfig, as_json, finish, make_accelerator, train
 from specdec.errors import InputError
 from specdec.files.loading import LOADING_ERRORS, first_line
+from specdec.network.any_subset.model import XLNet
 
 HELD_OUT_ROWS = 256
 

@@ -22,7 +22,7 @@ from specdec.drafters.training.data import Batch
 from specdec.drafters.training.distill import CROSS_ENTROPY, Distillation, Reader, seed_of
 from specdec.drafters.training.trainer import Step
 from specdec.errors import ConfigError
-from specdec.model_cache import cache_argument
+from specdec.network.model_cache import cache_argument
 
 INITS = ("mean", "frequent")
 OPTIMISER: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.99)}  # of `TrainConfig`

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from specdec import Speculation
 from specdec.bench.latency import RowTimes, synchronise
-from specdec.footprint import available_bytes
+from specdec.network.footprint import available_bytes
 
 COPY_BYTES = 2**30  # at most; a fourth of the free memory where that is less
 NUM_COPIES = 10

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from specdec.certify import BUG, EQUAL, TIE, Certificate, RowVerdict, certify
 from specdec.cli.common import Reports, invariant_if, load_models, print_table, say_ignored, stage_bars
 from specdec.files.junit import Case
-from specdec.network import vocab_size_of
+from specdec.network.base import vocab_size_of
 from specdec.outputs import read_outputs
 
 MAX_LISTED = 20

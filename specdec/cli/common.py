@@ -179,7 +179,7 @@ def invariant_if(wanted: bool, model: PreTrainedModel) -> AbstractContextManager
     """`batch_invariant(model)` where it is wanted."""
     import torch
 
-    from specdec.invariant import batch_invariant
+    from specdec.network.invariant.swap import batch_invariant
 
     if wanted and model.device.type == "cpu":
         torch.set_num_threads(1)  # several would share element-wise operations in ways that depend on the batch

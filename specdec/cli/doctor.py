@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from specdec.doctor import Diagnosis
     from specdec.drafter import Drafter
-    from specdec.footprint import Footprint
+    from specdec.network.footprint import Footprint
 
 MIB = 2**20
 DEFAULT_LENGTH = 1024
@@ -42,9 +42,9 @@ def doctor(
     Exit status: 0 if the model, the draft and the memory serve, 2 if one of them does not.
     """
     from specdec.cli.common import quiet_transformers
-    from specdec.compatibility import check_model
     from specdec.doctor import diagnose
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
+    from specdec.network.choose import check_model
 
     place = resolve_device(device)
     folder = find_checkpoint(model, "target")

@@ -55,11 +55,11 @@ def infill(
     Around the masks as much text is read as the model has positions for.
     """
     import specdec
-    from specdec.any_subset import XLNet
     from specdec.errors import ConfigError, DrafterError, InputError
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
     from specdec.infill import DRAFTERS
     from specdec.masked_text import mask_lines, parse_masks
+    from specdec.network.any_subset.model import XLNet
 
     if (text is None) == (file is None):
         raise InputError("pass either --text TEXT or --file FILE")

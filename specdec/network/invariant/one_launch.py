@@ -14,7 +14,7 @@ from specdec.batch.cache import RaggedCache
 from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent_step import LayerTensors, PersistentStep, StepTensors, refusal
 from specdec.kernels.rotary_write import HeadNorm
-from specdec.known_classes import LLAMA_LIKE, is_known_class, windows
+from specdec.network.known_classes import LLAMA_LIKE, is_known_class, windows
 
 ROOMY_DEVICES = ((9, 0), (10, 0), (10, 3))  # 227 KB a program; most others have 99
 

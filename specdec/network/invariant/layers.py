@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 
-from specdec.invariant import rms_norm_arithmetic
-from specdec.invariant_step import Step
 from specdec.kernels.gated import gelu_tanh_mul, silu_mul
 from specdec.kernels.in_order_linear import in_order_linears
 from specdec.kernels.norms import add_rms_norm, rms_norm
 from specdec.kernels.ragged_attention import ragged_attention
 from specdec.kernels.rotary_write import HeadNorm, rotary_write
-from specdec.known_classes import FAMILIES, SANDWICH_NORMS, windows
+from specdec.network.invariant.step import Step
+from specdec.network.invariant.swap import rms_norm_arithmetic
+from specdec.network.known_classes import FAMILIES, SANDWICH_NORMS, windows
 
 GATED: dict[type, Callable[[Tensor], Tensor]] = {
     nn.SiLU: silu_mul,

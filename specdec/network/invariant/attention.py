@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from specdec import attention
-from specdec.attention import branches_of_forward, visible_slots
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.invariant_guard import own_arithmetic
 from specdec.kernels.ragged_attention import ragged_attention
+from specdec.network import attention
+from specdec.network.attention import branches_of_forward, visible_slots
+from specdec.network.invariant.guard import own_arithmetic
 
 INVARIANT = "specdec_invariant"
 

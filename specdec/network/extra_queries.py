@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
-from specdec.compatibility import (
+from specdec.errors import UnsupportedModelError
+from specdec.network.base import Network
+from specdec.network.choose import (
     PROBE_ATTEMPTS,
     PROBE_ERRORS,
     build_network,
@@ -24,9 +26,7 @@ from specdec.compatibility import (
     probe_tolerance,
     relative_difference,
 )
-from specdec.errors import UnsupportedModelError
-from specdec.network import Network
-from specdec.stock import evaluating
+from specdec.network.stock import evaluating
 
 WIDTH, NUM_EXTRA, PROMPT_LENGTHS = 3, 2, (4, 2)
 _probed: WeakKeyDictionary[PreTrainedModel, set[tuple]] = WeakKeyDictionary()

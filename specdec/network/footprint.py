@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.batch.layout import Layout
-from specdec.compatibility import build_network
-from specdec.fused import FusedNetwork
-from specdec.network import Network, vocab_size_of
+from specdec.network.base import Network, vocab_size_of
+from specdec.network.choose import build_network
+from specdec.network.fused import FusedNetwork
 
 PROBE_SLOTS = 8
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from specdec.batch.layout import Layout, Ragged, Repad
 from specdec.batch.rows import Rows
 from specdec.errors import ConfigError, UnsupportedModelError
-from specdec.fused import FusedNetwork, can_fuse
-from specdec.invariant_network import InvariantDraftNetwork, InvariantNetwork, can_shorten
-from specdec.network import Network
-from specdec.stock import StockNetwork, evaluating
+from specdec.network.base import Network
+from specdec.network.fused import FusedNetwork, can_fuse
+from specdec.network.invariant.network import InvariantDraftNetwork, InvariantNetwork, can_shorten
+from specdec.network.stock import StockNetwork, evaluating
 
 SERVED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "rwkv", "hybrid")
@@ -55,7 +55,7 @@ def build_network(
 ) -> Network:
     """The fastest network that serves `model`. max_length: no row grows longer, though drafts may reach behind it.
     must_be_exact: whether the output depends on this model's bits. A target's always does; only a draft model may pass
-    False. Each takes extra queries; whether the model does, `specdec/extra_queries.py` finds out.
+    False. Each takes extra queries; whether the model does, `specdec/network/extra_queries.py` finds out.
 
     Raises UnsupportedModelError if none does, naming the layout that would.
     """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch.cache import RaggedCache
-from specdec.network import NetworkOutput
+from specdec.network.base import NetworkOutput
 
 MAX_STEP_WIDTH = 33  # the newest token and 32 draft tokens
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)

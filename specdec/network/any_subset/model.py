@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, XLNetLMHeadModel
 from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN
 from specdec.errors import ConfigError, UnsupportedModelError
-from specdec.two_stream import TwoStreamCache
+from specdec.network.any_subset.two_stream import TwoStreamCache
 
 
 @dataclass(frozen=True)

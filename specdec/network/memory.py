@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.batch.layout import Layout
-from specdec.compatibility import NetworkType, choose_network, probe_key
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
-from specdec.footprint import PROBE_SLOTS, cached_bytes
-from specdec.invariant_network import InvariantNetwork
+from specdec.network.choose import NetworkType, choose_network, probe_key
+from specdec.network.footprint import PROBE_SLOTS, cached_bytes
+from specdec.network.invariant.network import InvariantNetwork
 from specdec.target import Target
 
 GIB = 2**30

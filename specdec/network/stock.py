@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec import attention
 from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout
-from specdec.invariant_attention import INVARIANT
-from specdec.model_cache import cache_argument
-from specdec.network import Network, NetworkOutput
+from specdec.network import attention
+from specdec.network.base import Network, NetworkOutput
+from specdec.network.invariant.attention import INVARIANT
+from specdec.network.model_cache import cache_argument
 
 
 class StockNetwork(Network):

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from specdec.batch.branches import ExtraQueries
 from specdec.batch.cache import RaggedLayer
 from specdec.batch.layout import Layout
-from specdec.known_classes import LLAMA_LIKE, head_norm_eps, is_known_class, is_plain, windows
-from specdec.network import Network, NetworkOutput
-from specdec.packed_linear import MergedLinear, can_pack
+from specdec.network.base import Network, NetworkOutput
+from specdec.network.known_classes import LLAMA_LIKE, head_norm_eps, is_known_class, is_plain, windows
+from specdec.network.packed_linear import MergedLinear, can_pack
 
 
 def can_fuse(model: PreTrainedModel) -> bool:

@@ -23,16 +23,16 @@ from transformers import PreTrainedModel
 from specdec.batch.branches import Branches, ExtraQueries
 from specdec.batch.cache import RaggedCache
 from specdec.batch.layout import Layout
-from specdec.invariant import is_batch_invariant, is_invariant_forward
-from specdec.invariant_guard import own_arithmetic
-from specdec.invariant_layers import Head, Norm, layers_of
-from specdec.invariant_step import Step, branch_step, text_step, tree_step
 from specdec.kernels.persistent_step import is_faster
 from specdec.kernels.ragged_attention import TREE_SLOTS
-from specdec.known_classes import FAMILIES, is_known_class, is_plain
-from specdec.network import CachePlan, Network, NetworkOutput
-from specdec.one_launch import one_launch_step
-from specdec.step_graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket, width_bucket
+from specdec.network.base import CachePlan, Network, NetworkOutput
+from specdec.network.invariant.graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket, width_bucket
+from specdec.network.invariant.guard import own_arithmetic
+from specdec.network.invariant.layers import Head, Norm, layers_of
+from specdec.network.invariant.one_launch import one_launch_step
+from specdec.network.invariant.step import Step, branch_step, text_step, tree_step
+from specdec.network.invariant.swap import is_batch_invariant, is_invariant_forward
+from specdec.network.known_classes import FAMILIES, is_known_class, is_plain
 
 # Behind the texts of a cache: what a step takes along with its text, and what pads a graph's rows and columns.
 SPARE_SLOTS = TREE_SLOTS

@@ -1,0 +1,1 @@
+"""A causal language model over a ragged cache, and which of its forms serves a given model."""

@@ -1,0 +1,1 @@
+"""Any-subset models (XLNet): tokens in any order, two streams with kept keys."""
