@@ -32,7 +32,7 @@ from specdec.infill import Forbidding, rows_of, sequences_of
 from specdec.kernels.sample import sample_tokens
 from specdec.masked_text import MaskedText, mask_lines
 from specdec.network.any_subset.model import Order, XLNet, conditionals_of
-from specdec.random_streams import Purpose, RowStreams
+from specdec.verify.random_streams import Purpose, RowStreams
 
 ASSETS = Path(__file__).resolve().parent.parent / "specdec" / "assets"
 SEQUENTIAL, PARALLEL = "sequential", "parallel, unverified"

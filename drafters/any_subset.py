@@ -21,7 +21,7 @@ from specdec.kernels.sample import sample, sample_tokens
 from specdec.network.any_subset.model import Conditionals, Order, XLNet
 from specdec.network.any_subset.two_stream import TwoStreamCache
 from specdec.network.base import vocab_size_of
-from specdec.random_streams import Purpose, RowStreams
+from specdec.verify.random_streams import Purpose, RowStreams
 
 
 class Proposal(NamedTuple):

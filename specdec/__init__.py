@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from specdec.generate_many import Completion, Completions, generate_many
     from specdec.infill import infill
     from specdec.length import LengthPolicy
-    from specdec.lossy import Lenient, TopBeta, Typical
     from specdec.metrics import Speculation
     from specdec.network.any_subset.model import AnySubsetModel
     from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
+    from specdec.verify.lossy import Lenient, TopBeta, Typical
 
 __all__ = [
     "NO_TOKEN",
@@ -74,7 +74,7 @@ _HOMES = {
     "generate_many": "Completion Completions generate_many",
     "network.invariant.swap": "batch_invariant make_batch_invariant",
     "length": "LengthPolicy",
-    "lossy": "Lenient TopBeta Typical",
+    "verify.lossy": "Lenient TopBeta Typical",
     "metrics": "Speculation",
     "batch.layout": "Grouped",
     "batch.rows": "Rows StepReport",

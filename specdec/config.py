@@ -14,9 +14,9 @@ from specdec.batch.layout import Layout, Ragged, resolve_layout
 from specdec.drafter import Drafter, NoDrafts
 from specdec.errors import ConfigError, DrafterError
 from specdec.length import DEFAULT_FIXED, Confidence, Fixed, Heuristic, LengthPolicy, resolve_length_policy
-from specdec.lossy import GREEDY, SAMPLED, Lossy
 from specdec.options import is_whole
-from specdec.random_streams import RowStreams
+from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
+from specdec.verify.random_streams import RowStreams
 
 MAX_SPECULATIVE_TOKENS = 32
 VERIFICATIONS = ("token", "block")

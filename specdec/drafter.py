@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from specdec.batch.layout import Layout
     from specdec.batch.rows import Rows
     from specdec.length import LengthPolicy
-    from specdec.sampling import Sampler
+    from specdec.verify.sampler import Sampler
 
 NO_TOKEN = -1  # in a draft: nothing was proposed here; in committed tokens: nothing was committed here
 

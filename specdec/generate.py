@@ -26,18 +26,18 @@ from specdec.emitted import Emitted
 from specdec.errors import ConfigError, DrafterError
 from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.length import LengthPolicy
-from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options, whole_number
-from specdec.processors import processors_of, users_own
-from specdec.sampling import Sampler
 from specdec.stopping import Stopping, users_criteria
 from specdec.streaming import Streamers
 from specdec.target import Target
-from specdec.verify import verification_of
+from specdec.verify.lossy import Lossy
+from specdec.verify.processors import processors_of, users_own
+from specdec.verify.sampler import Sampler
+from specdec.verify.verification import verification_of
 
 
 @dataclass

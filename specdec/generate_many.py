@@ -21,18 +21,18 @@ from specdec.errors import ConfigError, InputError
 from specdec.generate import Callbacks
 from specdec.inputs import check_input_ids
 from specdec.length import LengthPolicy
-from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
-from specdec.processors import processors_of
-from specdec.sampling import Sampler
 from specdec.schedule import Continuous, Request
 from specdec.stopping import Stopping
 from specdec.target import Target
-from specdec.verify import verification_of
+from specdec.verify.lossy import Lossy
+from specdec.verify.processors import processors_of
+from specdec.verify.sampler import Sampler
+from specdec.verify.verification import verification_of
 
 ORDERS = ("arrival", "longest_first")
 

@@ -24,11 +24,11 @@ from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
 from specdec.generate import SpeculativeOutput
 from specdec.inputs import check_input_ids
 from specdec.kernels.distribution import Truncation
-from specdec.lossy import Lossy
 from specdec.metrics import Speculation
 from specdec.network.any_subset.model import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
 from specdec.options import is_whole
-from specdec.verify import GreedyVerification, SampledVerification, Verification
+from specdec.verify.lossy import Lossy
+from specdec.verify.verification import GreedyVerification, SampledVerification, Verification
 
 if TYPE_CHECKING:
     from specdec.drafters.any_subset import InfillDrafter, Sampling

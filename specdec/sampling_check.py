@@ -27,9 +27,9 @@ from specdec.errors import ConfigError
 from specdec.files.environment import versions
 from specdec.generate import generate
 from specdec.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
-from specdec.lossy import Lossy, Typical
 from specdec.network.base import vocab_size_of
 from specdec.oracle import OnProgress, greedy_settings, tell
+from specdec.verify.lossy import Lossy, Typical
 from specdec.ways import PLAIN, Way
 
 ALPHA = 1e-3  # of all tests of a check together

@@ -19,8 +19,8 @@ from specdec.emitted import Emitted, committed
 from specdec.errors import DrafterError, NumericalError
 from specdec.network.base import NetworkOutput, vocab_size_of
 from specdec.network.choose import build_network
-from specdec.processors import Processors
-from specdec.verify import BAD_SCORES, Verification
+from specdec.verify.processors import Processors
+from specdec.verify.verification import BAD_SCORES, Verification
 
 
 class Begun(NamedTuple):

@@ -19,8 +19,8 @@ from specdec.kernels.distribution import NO_TRUNCATION
 from specdec.kernels.greedy_commit import commit
 from specdec.kernels.sample import sample_tokens
 from specdec.network.any_subset.model import Order, XLNet, conditionals_of
-from specdec.random_streams import Purpose, RowStreams
-from specdec.verify import SampledVerification
+from specdec.verify.random_streams import Purpose, RowStreams
+from specdec.verify.verification import SampledVerification
 
 VOCAB, MASK = 4, 3  # three tokens and the mask
 MODEL = tiny_xlnet(3, vocab_size=VOCAB, spread=0.6)

@@ -17,7 +17,7 @@ from verification import ALPHA, LENGTH, NUM_ROWS, VOCAB, K, behind, joint, of_pr
 from specdec.kernels import sampled_commit as module
 from specdec.kernels.greedy_commit import NO_TOKEN
 from specdec.kernels.sampled_commit import block_chances, final_mass, sampled_commit, token_chances
-from specdec.random_streams import Purpose
+from specdec.verify.random_streams import Purpose
 
 # ---- by exact enumeration: no randomness, the accept decisions are integrated out
 

@@ -15,8 +15,8 @@ import specdec
 from specdec.drafter import NO_TOKEN
 from specdec.errors import ConfigError
 from specdec.kernels.sampled_commit import final_mass, token_chances
-from specdec.lossy import Lenient, TopBeta, Typical, verification_named
-from specdec.verify import lets_pass, typical_prefix
+from specdec.verify.lossy import Lenient, TopBeta, Typical, verification_named
+from specdec.verify.verification import lets_pass, typical_prefix
 
 TARGET = tiny_llama(0, eos_token_id=None)
 DRAFT = tiny_llama(1, num_hidden_layers=1, eos_token_id=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from specdec.errors import ConfigError
-from specdec.random_streams import Purpose, RowStreams, philox
+from specdec.verify.random_streams import Purpose, RowStreams, philox
 
 ALPHA = 1e-3  # every test below has fixed seeds: it passes or fails once and for all
 

@@ -12,7 +12,7 @@ from specdec.kernels.distribution import Distribution
 from specdec.kernels.greedy_commit import NO_TOKEN
 from specdec.kernels.sample import sample_tokens
 from specdec.kernels.sampled_commit import sampled_commit
-from specdec.random_streams import Purpose, RowStreams
+from specdec.verify.random_streams import Purpose, RowStreams
 
 NO_EOS = torch.empty(0, dtype=torch.long)
 ALPHA = 1e-3

@@ -20,10 +20,10 @@ from specdec.equivalence import check_prompts
 from specdec.errors import ConfigError
 from specdec.files.loading import Prompt, read_generation_config
 from specdec.generate import generate
-from specdec.lossy import GREEDY, SAMPLED, Lossy, verification_named
 from specdec.metrics import Speculation
 from specdec.options import whole_number
 from specdec.oracle import greedy_settings, left_pad, now, tell
+from specdec.verify.lossy import GREEDY, SAMPLED, Lossy, verification_named
 
 DEFAULT_NEW_TOKENS = 128
 

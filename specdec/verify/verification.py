@@ -14,8 +14,8 @@ from specdec.drafter import NO_TOKEN, Draft
 from specdec.kernels.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
 from specdec.kernels.greedy_commit import BAD_SCORES, Committed, greedy_commit
 from specdec.kernels.sampled_commit import sampled_commit
-from specdec.lossy import Lenient, Lossy, TopBeta, Typical
-from specdec.random_streams import Purpose, RowStreams
+from specdec.verify.lossy import Lenient, Lossy, TopBeta, Typical
+from specdec.verify.random_streams import Purpose, RowStreams
 
 BAD_DRAFT = 2 * BAD_SCORES  # a fault: the drafter's probabilities are no distribution
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from specdec.batch.rows import Rows
 from specdec.kernels.sample import sample
-from specdec.processors import Processors
-from specdec.random_streams import Purpose, RowStreams
+from specdec.verify.processors import Processors
+from specdec.verify.random_streams import Purpose, RowStreams
 
 
 class Sampler:

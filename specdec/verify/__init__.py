@@ -1,0 +1,1 @@
+"""From the scores of the target and a draft to committed tokens."""
