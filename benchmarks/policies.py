@@ -50,8 +50,8 @@ from specdec.bench.record import describe_pair, describe_suite
 from specdec.bench.statistics import rate
 from specdec.bench.suite import Suite
 from specdec.files.environment import environment
-from specdec.length import Fixed
 from specdec.oracle import greedy_settings
+from specdec.policies.length import Fixed
 
 HEADS_ON_STAND_INS = (
     "trained for the small pair; they see the stand-in's hidden states mapped back to the small draft's"

@@ -12,13 +12,13 @@ import torch
 from stand_in_pair import ByAcceptanceHeadOnStandIn, CostModelOnStandIn, StandIns
 
 import specdec
-from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.methods import Pair
-from specdec.cost_model import CostModel
-from specdec.costs import HostClock
-from specdec.disco import Disco
-from specdec.heads import Head
-from specdec.length import ByAcceptanceHead, ByDisco, Confidence, Fixed, LengthPolicy
+from specdec.policies.cost_model import CostModel
+from specdec.policies.costs import HostClock
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.heads.disco import Disco
+from specdec.policies.heads.files import Head
+from specdec.policies.length import ByAcceptanceHead, ByDisco, Confidence, Fixed, LengthPolicy
 
 MOST = 20
 THRESHOLDS = {

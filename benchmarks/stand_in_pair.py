@@ -17,14 +17,14 @@ from stand_in import SHAPES, stand_in
 from torch import Tensor
 
 import specdec
-from specdec.acceptance import Estimate, HeadEstimate
-from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.methods import Pair
-from specdec.cost_model import CostModel
-from specdec.costs import Clock
 from specdec.drafter import Drafter
-from specdec.heads import Head
-from specdec.length import ByAcceptanceHead, Shown
+from specdec.policies.cost_model import CostModel
+from specdec.policies.costs import Clock
+from specdec.policies.estimates import Estimate, HeadEstimate
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.heads.files import Head
+from specdec.policies.length import ByAcceptanceHead, Shown
 
 
 @dataclass(frozen=True)

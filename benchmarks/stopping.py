@@ -26,13 +26,13 @@ from pairs import DEMO_PAIR, load_pair, positive
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.methods import Pair
 from specdec.bench.tables import markdown
 from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.files.environment import environment
 from specdec.kernels.token_statistics import token_statistics
 from specdec.oracle import greedy_settings
+from specdec.policies.heads.acceptance_head import AcceptanceHead
 
 DRAFTED = 3  # tokens of the row that a decision in the middle of a draft does not know the fate of
 PRIOR_ACCEPTED, PRIOR_TOKENS = 1.5, 2.0

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from specdec.generate import SpeculativeOutput, generate, speculative
     from specdec.generate_many import Completion, Completions, generate_many
     from specdec.infill import infill
-    from specdec.length import LengthPolicy
     from specdec.metrics import Speculation
     from specdec.network.any_subset.model import AnySubsetModel
     from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
+    from specdec.policies.length import LengthPolicy
     from specdec.verify.lossy import Lenient, TopBeta, Typical
 
 __all__ = [
@@ -73,7 +73,7 @@ _HOMES = {
     "infill": "infill",
     "generate_many": "Completion Completions generate_many",
     "network.invariant.swap": "batch_invariant make_batch_invariant",
-    "length": "LengthPolicy",
+    "policies.length": "LengthPolicy",
     "verify.lossy": "Lenient TopBeta Typical",
     "metrics": "Speculation",
     "batch.layout": "Grouped",

@@ -18,7 +18,7 @@ import numpy as np
 
 from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
-from specdec.length import LengthPolicy
+from specdec.policies.length import LengthPolicy
 from specdec.proposal import propose
 from specdec.target import Target
 

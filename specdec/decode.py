@@ -15,8 +15,8 @@ from specdec.batch.layout.grouped import order_with_first
 from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Drafter
 from specdec.errors import DrafterError
-from specdec.length import LengthPolicy, widths_of
 from specdec.metrics import Speculation
+from specdec.policies.length import LengthPolicy, widths_of
 from specdec.proposal import propose
 from specdec.schedule import FixedBatch, Schedule
 from specdec.stopping import Stopping

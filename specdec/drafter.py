@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from specdec.batch.branches import ExtraQueries
     from specdec.batch.layout import Layout
     from specdec.batch.rows import Rows
-    from specdec.length import LengthPolicy
+    from specdec.policies.length import LengthPolicy
     from specdec.verify.sampler import Sampler
 
 NO_TOKEN = -1  # in a draft: nothing was proposed here; in committed tokens: nothing was committed here
@@ -127,9 +127,10 @@ class Drafter(ABC):
     # Set before `check`: how the caches of this generation are laid out. A drafter with a network of its own builds
     # it with this layout.
     layout: Layout | None = None
-    # What it can show of a token it has just drafted, of "logits" and "hidden_states" (see `specdec.length.Shown`). One
-    # that shows anything drafts token by token and asks `length_policy.goes_on` behind each, where that is set: rows
-    # that do not go on get no further token. The others draft as many tokens as they are asked for.
+    # What it can show of a token it has just drafted, of "logits" and "hidden_states" (see
+    # `specdec.policies.length.Shown`). One that shows anything drafts token by token and asks `length_policy.goes_on`
+    # behind each, where that is set: rows that do not go on get no further token. The others draft as many tokens as
+    # they are asked for.
     shows: frozenset[str] = frozenset()
     length_policy: LengthPolicy | None = None  # set before `start` if the policy sees drafted tokens
     model: Any = None  # its own network, a PreTrainedModel, for which a head may have been trained

@@ -25,12 +25,12 @@ from specdec.drafter import Drafter
 from specdec.emitted import Emitted
 from specdec.errors import ConfigError, DrafterError
 from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
-from specdec.length import LengthPolicy
 from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options, whole_number
+from specdec.policies.length import LengthPolicy
 from specdec.stopping import Stopping, users_criteria
 from specdec.streaming import Streamers
 from specdec.target import Target

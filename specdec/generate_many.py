@@ -20,12 +20,12 @@ from specdec.drafter import Drafter
 from specdec.errors import ConfigError, InputError
 from specdec.generate import Callbacks
 from specdec.inputs import check_input_ids
-from specdec.length import LengthPolicy
 from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
 from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
+from specdec.policies.length import LengthPolicy
 from specdec.schedule import Continuous, Request
 from specdec.stopping import Stopping
 from specdec.target import Target

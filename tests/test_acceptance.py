@@ -8,12 +8,12 @@ from test_length import DISCO, HIDDEN, random_head
 from tiny import VOCAB, tiny_llama
 
 from specdec import ConfigError
-from specdec.acceptance import DiscoEstimate, DraftProbability, HeadEstimate
-from specdec.acceptance_head import AcceptanceHead
-from specdec.disco import Disco
 from specdec.drafters.draft_model import DraftModel
 from specdec.kernels.token_statistics import token_statistics
-from specdec.length import ByAcceptanceHead, Shown
+from specdec.policies.estimates import DiscoEstimate, DraftProbability, HeadEstimate
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.heads.disco import Disco
+from specdec.policies.length import ByAcceptanceHead, Shown
 
 
 @pytest.mark.parametrize("rows", [1, 3])

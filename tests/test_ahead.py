@@ -13,11 +13,11 @@ from running_ahead import running_ahead
 from tiny import VOCAB, continuations, left_pad, plain_greedy, tiny_llama
 
 import specdec
-from specdec.cost_model import CostModel
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.length import Confidence, LengthPolicy, Shown
+from specdec.policies.cost_model import CostModel
+from specdec.policies.length import Confidence, LengthPolicy, Shown
 from specdec.target import Target
 
 TARGET, OTHER, CLOSE = map(tiny_llama, (0, 1, 0))

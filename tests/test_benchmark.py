@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec import Speculation, StepReport
-from specdec.acceptance_head import AcceptanceHead
 from specdec.bench.measure import Result
 from specdec.bench.methods import Batch, Method, Pair
 from specdec.drafters.look_ahead import LookAheadEmbeddings
 from specdec.kernels.token_statistics import token_statistics
+from specdec.policies.heads.acceptance_head import AcceptanceHead
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ARGUMENTS = ["--num-prompts", "2", "--max-new-tokens", "6", "--repeats", "2", "--batch-sizes", "1,2"]

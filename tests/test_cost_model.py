@@ -10,16 +10,16 @@ import pytest
 import torch
 from test_generate import OTHER, TARGET, some_prompts
 
-from specdec import cost_model
-from specdec.acceptance import DraftProbability, HeadEstimate
-from specdec.acceptance_head import AcceptanceHead
 from specdec.batch.rows import StepReport
-from specdec.cost_model import CostModel, Knowledge, knowledge_of
-from specdec.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
 from specdec.drafter import NO_TOKEN
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.length import Shown
+from specdec.policies import cost_model
+from specdec.policies.cost_model import CostModel, Knowledge, knowledge_of
+from specdec.policies.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
+from specdec.policies.estimates import DraftProbability, HeadEstimate
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.length import Shown
 
 K = 20
 

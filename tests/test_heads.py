@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from specdec.acceptance_head import AcceptanceHead
-from specdec.disco import Disco
 from specdec.errors import ConfigError, InputError
 from specdec.files.fingerprint import SAMPLES, Fingerprint, sample
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.heads.disco import Disco
 
 HEADS = {"acceptance_head": lambda: AcceptanceHead(32, 2, 6.0), "disco": lambda: Disco(5, 16)}
 

@@ -16,15 +16,15 @@ from transformers import GenerationConfig
 
 import specdec
 from specdec import ConfigError, DrafterError, SpecDecError, generate_many
-from specdec.acceptance_head import AcceptanceHead
 from specdec.batch.layout import LAYOUTS
-from specdec.cost_model import CostModel, Knowledge
-from specdec.disco import Disco
 from specdec.drafter import Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.kernels.token_statistics import token_statistics
-from specdec.length import (
+from specdec.policies.cost_model import CostModel, Knowledge
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.heads.disco import Disco
+from specdec.policies.length import (
     LENGTH_POLICIES,
     ByAcceptanceHead,
     ByDisco,

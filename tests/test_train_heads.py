@@ -11,9 +11,7 @@ from checkpoints import save_checkpoint
 from tiny import VOCAB, tiny_llama
 from typer.testing import CliRunner
 
-from specdec.acceptance_head import AcceptanceHead
 from specdec.cli.app import app
-from specdec.disco import Disco
 from specdec.drafters.training.data import Batch
 from specdec.drafters.training.heads import (
     AcceptanceHeadRecipe,
@@ -30,6 +28,8 @@ from specdec.drafters.training.simulate import Trace, below, compare_rules, fixe
 from specdec.drafters.training.trainer import TrainConfig, make_accelerator
 from specdec.errors import ConfigError
 from specdec.generate import generate
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.heads.disco import Disco
 
 CPU = torch.device("cpu")
 SMALL = 7  # tokens of a vocabulary that brute force can walk

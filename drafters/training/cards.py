@@ -16,7 +16,7 @@ import transformers
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.trainer import TrainRecord
 from specdec.files.trained import Trained
-from specdec.heads import Head
+from specdec.policies.heads.files import Head
 from specdec.version import __version__
 
 HEAD_CARD = """# {title}

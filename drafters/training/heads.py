@@ -16,14 +16,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.acceptance_head import NUM_NUMBERS, AcceptanceHead
-from specdec.disco import Disco
 from specdec.drafters.training.labels import Proposals, draft_places, propose_everywhere
 from specdec.drafters.training.own_text import Pool, Prompts, Writing, fill_pool
 from specdec.drafters.training.simulate import Trace, compare_rules
 from specdec.drafters.training.trainer import Step, TrainConfig, as_json, finish, train
 from specdec.errors import ConfigError, InputError
-from specdec.heads import Head
+from specdec.policies.heads.acceptance_head import NUM_NUMBERS, AcceptanceHead
+from specdec.policies.heads.disco import Disco
+from specdec.policies.heads.files import Head
 
 LABELS = {"greedy": (0.0,), "sampled": (1.0,), "both": (0.0, 1.0)}  # temperatures of the target's text
 POOL = "target_text.safetensors"

@@ -29,7 +29,7 @@ from specdec.cli.train import (
 if TYPE_CHECKING:
     from specdec.drafters.training.heads import HeadData
     from specdec.drafters.training.trainer import TrainConfig
-    from specdec.heads import Head
+    from specdec.policies.heads.files import Head
 
 DraftOption = Annotated[str, Folder(help="The draft model's checkpoint; it stays as it is.")]
 TextsOption = Annotated[int, Count(help="Texts that the target writes to train on.")]
@@ -77,8 +77,8 @@ def acceptance_head(
     The target continues prompts; the head learns from the drafter's hidden state how likely the target is to accept
     each token. Only the head learns. Use it with length_policy="acceptance_head".
     """
-    from specdec.acceptance_head import AcceptanceHead
     from specdec.drafters.training.heads import HeadData
+    from specdec.policies.heads.acceptance_head import AcceptanceHead
 
     data = HeadData(texts, held_out, new_tokens, labels, mix_share, batch_rows, write_batch, draft_cost=draft_cost)
     config = train_config(steps, learning_rate, checkpoint_every, seed, precision)
@@ -117,8 +117,8 @@ def disco(
     It learns from the drafter's largest probabilities, their entropy and the place in the draft whether the target
     accepts a token. Only the classifier learns. Use it with length_policy="disco".
     """
-    from specdec.disco import Disco
     from specdec.drafters.training.heads import HeadData
+    from specdec.policies.heads.disco import Disco
 
     data = HeadData(
         texts,

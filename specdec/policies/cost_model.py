@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from specdec.acceptance import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
-from specdec.acceptance_head import AcceptanceHead
 from specdec.batch.rows import Rows, StepReport
-from specdec.costs import MAX_TOKENS, Clock, CostTable, CudaClock, Curve, HostClock, Recalibrated, Survival
-from specdec.disco import Disco
 from specdec.drafter import Draft, Drafter
-from specdec.length import LengthPolicy, Shown, with_predictions
 from specdec.metrics import decided
+from specdec.policies.costs import MAX_TOKENS, Clock, CostTable, CudaClock, Curve, HostClock, Recalibrated, Survival
+from specdec.policies.estimates import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
+from specdec.policies.heads.acceptance_head import AcceptanceHead
+from specdec.policies.heads.disco import Disco
+from specdec.policies.length import LengthPolicy, Shown, with_predictions
 
 # Draft tokens of the first steps with a pair, whose costs are unknown: few and short, so that a drafter that loses has
 # lost little, and each twice, because the first time of a shape tells little. What they show decides from then on.

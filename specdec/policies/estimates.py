@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from specdec.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
-from specdec.disco import Disco
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
-from specdec.estimate_graphs import EstimateGraphs
-from specdec.heads import Head
 from specdec.kernels.token_statistics import log_prob, token_statistics, token_statistics_of_few
+from specdec.policies.estimate_graphs import EstimateGraphs
+from specdec.policies.heads.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
+from specdec.policies.heads.disco import Disco
+from specdec.policies.heads.files import Head
 
 if TYPE_CHECKING:
-    from specdec.length import Shown
+    from specdec.policies.length import Shown
 
 AnyHead = TypeVar("AnyHead", bound=Head)
 # Within which a head sees statistics, as `numbers` has it.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.heads import Head
+from specdec.policies.heads.files import Head
 
 
 class Disco(Head):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.heads import Head
+from specdec.policies.heads.files import Head
 
 LEAST_LOG_PROB = -12.0
 MOST_ENTROPY = 12.0

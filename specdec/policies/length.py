@@ -22,8 +22,8 @@ from specdec.drafter import Draft, Drafter
 from specdec.errors import ConfigError, DrafterError
 
 if TYPE_CHECKING:
-    from specdec.acceptance import Estimate
     from specdec.batch.rows import Rows, StepReport
+    from specdec.policies.estimates import Estimate
 
 DEFAULT_FIXED = 5
 DEFAULT_MOST = 20  # of policies that stop by themselves
@@ -212,7 +212,7 @@ class Confidence(Stopping):
         super().__init__(threshold, min_tokens)
 
     def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
-        from specdec.acceptance import DraftProbability
+        from specdec.policies.estimates import DraftProbability
 
         return DraftProbability.of(drafter)
 
@@ -232,7 +232,7 @@ class ByAcceptanceHead(Stopping):
         self.head = head
 
     def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
-        from specdec.acceptance import HeadEstimate
+        from specdec.policies.estimates import HeadEstimate
 
         return HeadEstimate.of(self.name, self.head, target, drafter)
 
@@ -252,7 +252,7 @@ class ByDisco(Stopping):
         self.head = head
 
     def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
-        from specdec.acceptance import DiscoEstimate
+        from specdec.policies.estimates import DiscoEstimate
 
         return DiscoEstimate.of(self.name, self.head, target, drafter)
 
@@ -270,7 +270,7 @@ def with_predictions(report: StepReport, predicted: list[np.ndarray]) -> StepRep
 
 
 def _cost_model() -> LengthPolicy:
-    from specdec.cost_model import CostModel
+    from specdec.policies.cost_model import CostModel
 
     return CostModel()
 

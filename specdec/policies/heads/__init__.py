@@ -1,0 +1,1 @@
+"""Small trained networks that stop a draft, and their files."""
