@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.config import SpeculativeConfig, speculative_config
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError, InputError
 from specdec.files.environment import versions
-from specdec.inputs import check_input_ids
 from specdec.metrics import Speculation
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.stock import evaluating
+from specdec.options.inputs import check_input_ids
+from specdec.options.speculation import SpeculativeConfig, speculative_config
 from specdec.oracle import OnProgress, Run, greedy_settings, run_plain, run_speculative, tell
 from specdec.policies.length import DEFAULT_FIXED
 from specdec.referee import TIE_MULTIPLE, Referee, name_of

@@ -19,17 +19,17 @@ from transformers.generation import (
 
 from specdec.batch.layout import Layout
 from specdec.batch.rows import Rows, StepReport
-from specdec.config import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
 from specdec.decode import OnCommit, decode
 from specdec.drafter import Drafter
 from specdec.emitted import Emitted
 from specdec.errors import ConfigError, DrafterError
-from specdec.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
-from specdec.options import GenerationOptions, check_served, merge_config, resolve_options, whole_number
+from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options, whole_number
+from specdec.options.inputs import check_input_ids, refuse_model_inputs, split_prompts
+from specdec.options.speculation import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
 from specdec.policies.length import LengthPolicy
 from specdec.stopping import Stopping, users_criteria
 from specdec.streaming import Streamers

@@ -14,17 +14,17 @@ from transformers.generation import LogitsProcessorList
 
 from specdec.batch.layout import Layout
 from specdec.batch.rows import Rows, StepReport
-from specdec.config import Randomness, SpeculativeConfig, speculative_config
 from specdec.decode import OnCommit, check_shared_slots, decode_steps
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError, InputError
 from specdec.generate import Callbacks
-from specdec.inputs import check_input_ids
 from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
-from specdec.options import GenerationOptions, check_served, merge_config, resolve_options
+from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options
+from specdec.options.inputs import check_input_ids
+from specdec.options.speculation import Randomness, SpeculativeConfig, speculative_config
 from specdec.policies.length import LengthPolicy
 from specdec.schedule import Continuous, Request
 from specdec.stopping import Stopping

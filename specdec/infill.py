@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.batch.rows import Rows, StepReport
-from specdec.config import MAX_SPECULATIVE_TOKENS, Randomness
 from specdec.drafter import Draft
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
 from specdec.generate import SpeculativeOutput
-from specdec.inputs import check_input_ids
 from specdec.kernels.distribution import Truncation
 from specdec.metrics import Speculation
 from specdec.network.any_subset.model import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
-from specdec.options import is_whole
+from specdec.options.generation import is_whole
+from specdec.options.inputs import check_input_ids
+from specdec.options.speculation import MAX_SPECULATIVE_TOKENS, Randomness
 from specdec.verify.lossy import Lossy
 from specdec.verify.verification import GreedyVerification, SampledVerification, Verification
 

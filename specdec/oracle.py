@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.batch.rows import StepReport
-from specdec.config import SpeculativeConfig
 from specdec.generate import generate
 from specdec.metrics import Speculation
+from specdec.options.speculation import SpeculativeConfig
 
 # Settings that make decoding other than N plain greedy tokens, each with the value that does not (beside None).
 # Sampling warpers are not among them: they do nothing without do_sample.

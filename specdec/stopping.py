@@ -10,7 +10,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 
 from specdec.batch.rows import Rows, StepReport
 from specdec.errors import ConfigError
-from specdec.options import GenerationOptions
+from specdec.options.generation import GenerationOptions
 
 
 class Stopping:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec.options import is_whole
+from specdec.options.generation import is_whole
 
 PLAIN = "none"  # no drafter
 # Keywords of `specdec.generate` that can be varied beside drafter, K and batch size, with the value that is meant where

@@ -12,7 +12,7 @@ from specdec import ConfigError, DrafterError, InputError, SpecDecError, Unsuppo
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.synthetic import Synthetic
-from specdec.options import NEUTRAL, SERVED, WITHOUT_EFFECT
+from specdec.options.generation import NEUTRAL, SERVED, WITHOUT_EFFECT
 
 TARGET = tiny_llama(0)
 IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])

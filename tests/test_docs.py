@@ -16,7 +16,7 @@ from transformers import GenerationMixin
 from typer.testing import CliRunner
 
 import specdec
-from specdec.options import NEUTRAL, SERVED, WITHOUT_EFFECT
+from specdec.options.generation import NEUTRAL, SERVED, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import specdec
 from specdec import oracle
 from specdec.cli.app import app
-from specdec.config import speculative_config
 from specdec.errors import ConfigError
 from specdec.files.junit import Case, write_junit
+from specdec.options.speculation import speculative_config
 from specdec.ways import AXES, DRAFTED, Way, ways, whole_numbers, words
 
 

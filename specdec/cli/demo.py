@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from specdec.config import SpeculativeConfig
+    from specdec.options.speculation import SpeculativeConfig
     from specdec.oracle import OnProgress, Run
 
 NUM_PROMPTS = 8
@@ -45,9 +45,9 @@ def demo(
     Decodes eight prompts in under a minute on a CPU, with small models of Python code that come with specdec.
     Exit status 1 if any output differs from transformers' plain greedy decoding of that prompt alone.
     """
-    from specdec.config import speculative_config
     from specdec.equivalence import check_prompts, first_differences
     from specdec.files.loading import read_prompts
+    from specdec.options.speculation import speculative_config
     from specdec.oracle import greedy_settings, run_plain
 
     folder = models or shipped_pair()
@@ -87,7 +87,7 @@ def ways_to_decode(
     model: PreTrainedModel, prompts: list[Tensor], speculation: SpeculativeConfig
 ) -> dict[str, Callable[[int], Run]]:
     """Name -> a function of max_new_tokens; each decodes all prompts in one batch."""
-    from specdec.config import speculative_config
+    from specdec.options.speculation import speculative_config
     from specdec.oracle import run_batched, run_speculative
 
     rows = len(prompts)

@@ -24,7 +24,7 @@ from specdec.batch.rows import Rows
 from specdec.errors import ConfigError
 from specdec.kernels.distribution import Truncation
 from specdec.network.base import vocab_size_of
-from specdec.options import GenerationOptions
+from specdec.options.generation import GenerationOptions
 
 # Scores of a position depend on that position's scores alone.
 BLIND = (

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from specdec.batch.layout import Layout, Ragged, resolve_layout
 from specdec.drafter import Drafter, NoDrafts
 from specdec.errors import ConfigError, DrafterError
-from specdec.options import is_whole
+from specdec.options.generation import is_whole
 from specdec.policies.length import DEFAULT_FIXED, Confidence, Fixed, Heuristic, LengthPolicy, resolve_length_policy
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
 from specdec.verify.random_streams import RowStreams

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.errors import ConfigError
-from specdec.inputs import CACHES, WITHOUT_CACHE
+from specdec.options.inputs import CACHES, WITHOUT_CACHE
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own default
 

@@ -1,0 +1,1 @@
+"""What the caller chose, checked before work starts."""
