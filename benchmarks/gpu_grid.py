@@ -27,8 +27,8 @@ from specdec.bench.latency import synchronise
 from specdec.bench.methods import assistant_settings
 from specdec.bench.roofline import weight_bytes
 from specdec.bench.stages import own_methods
+from specdec.engine.target import Target
 from specdec.errors import SpecDecError
-from specdec.target import Target
 
 OURS = ("oracle", "plain", "draft", "lookup")
 PEERS = ("peer_plain", "peer_static", "peer_assisted", "peer_lookup")

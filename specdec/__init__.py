@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from specdec.batch.layout import Grouped
     from specdec.batch.rows import Rows, StepReport
     from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
+    from specdec.engine.metrics import Speculation
     from specdec.equivalence import EquivalenceReport, check_equivalence
     from specdec.errors import (
         ConfigError,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from specdec.generate import SpeculativeOutput, generate, speculative
     from specdec.generate_many import Completion, Completions, generate_many
     from specdec.infill import infill
-    from specdec.metrics import Speculation
     from specdec.network.any_subset.model import AnySubsetModel
     from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
     from specdec.policies.length import LengthPolicy
@@ -75,7 +75,7 @@ _HOMES = {
     "network.invariant.swap": "batch_invariant make_batch_invariant",
     "policies.length": "LengthPolicy",
     "verify.lossy": "Lenient TopBeta Typical",
-    "metrics": "Speculation",
+    "engine.metrics": "Speculation",
     "batch.layout": "Grouped",
     "batch.rows": "Rows StepReport",
 }

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafter import Drafter
+from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
 from specdec.files.environment import versions
-from specdec.metrics import Speculation
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.stock import evaluating
 from specdec.options.inputs import check_input_ids

@@ -19,11 +19,14 @@ from transformers.generation import (
 
 from specdec.batch.layout import Layout
 from specdec.batch.rows import Rows, StepReport
-from specdec.decode import OnCommit, decode
 from specdec.drafter import Drafter
-from specdec.emitted import Emitted
+from specdec.engine.decode import OnCommit, decode
+from specdec.engine.emitted import Emitted
+from specdec.engine.metrics import Speculation
+from specdec.engine.stopping import Stopping, users_criteria
+from specdec.engine.streaming import Streamers
+from specdec.engine.target import Target
 from specdec.errors import ConfigError, DrafterError
-from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
@@ -31,9 +34,6 @@ from specdec.options.generation import GenerationOptions, check_served, merge_co
 from specdec.options.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.options.speculation import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
 from specdec.policies.length import LengthPolicy
-from specdec.stopping import Stopping, users_criteria
-from specdec.streaming import Streamers
-from specdec.target import Target
 from specdec.verify.lossy import Lossy
 from specdec.verify.processors import processors_of, users_own
 from specdec.verify.sampler import Sampler

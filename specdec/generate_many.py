@@ -14,11 +14,14 @@ from transformers.generation import LogitsProcessorList
 
 from specdec.batch.layout import Layout
 from specdec.batch.rows import Rows, StepReport
-from specdec.decode import OnCommit, check_shared_slots, decode_steps
 from specdec.drafter import Drafter
+from specdec.engine.decode import OnCommit, check_shared_slots, decode_steps
+from specdec.engine.metrics import Speculation
+from specdec.engine.schedule import Continuous, Request
+from specdec.engine.stopping import Stopping
+from specdec.engine.target import Target
 from specdec.errors import ConfigError, InputError
 from specdec.generate import Callbacks
-from specdec.metrics import Speculation
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
@@ -26,9 +29,6 @@ from specdec.options.generation import GenerationOptions, check_served, merge_co
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import Randomness, SpeculativeConfig, speculative_config
 from specdec.policies.length import LengthPolicy
-from specdec.schedule import Continuous, Request
-from specdec.stopping import Stopping
-from specdec.target import Target
 from specdec.verify.lossy import Lossy
 from specdec.verify.processors import processors_of
 from specdec.verify.sampler import Sampler

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.batch.rows import StepReport
+from specdec.engine.metrics import Speculation
 from specdec.generate import generate
-from specdec.metrics import Speculation
 from specdec.options.speculation import SpeculativeConfig
 
 # Settings that make decoding other than N plain greedy tokens, each with the value that does not (beside None).

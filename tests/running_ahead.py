@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 from specdec.drafters.draft_model import DraftModel
+from specdec.engine.target import Target
 from specdec.network.invariant.network import InvariantNetwork
-from specdec.target import Target
 
 
 @contextmanager

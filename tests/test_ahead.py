@@ -16,9 +16,9 @@ import specdec
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.engine.target import Target
 from specdec.policies.cost_model import CostModel
 from specdec.policies.length import Confidence, LengthPolicy, Shown
-from specdec.target import Target
 
 TARGET, OTHER, CLOSE = map(tiny_llama, (0, 1, 0))
 with torch.no_grad():

@@ -18,8 +18,8 @@ from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.registry import DRAFTERS, drafter_class
 from specdec.drafters.synthetic import Synthetic
+from specdec.engine.proposal import usable
 from specdec.errors import DrafterError
-from specdec.proposal import usable
 
 CPU = torch.device("cpu")
 

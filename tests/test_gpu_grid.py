@@ -14,7 +14,7 @@ from tiny import tiny_llama
 
 import specdec
 from specdec import Speculation
-from specdec.target import Target
+from specdec.engine.target import Target
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

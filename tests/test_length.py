@@ -456,7 +456,7 @@ def test_widths_of_another_kind_are_named(said, found):
     ],
 )  # fmt: skip
 def test_refusals_come_before_any_work(options, message, monkeypatch):
-    monkeypatch.setattr("specdec.target.Target.prefill", None)
+    monkeypatch.setattr("specdec.engine.target.Target.prefill", None)
     with pytest.raises(SpecDecError, match=message.replace("(", r"\(")):
         specdec.generate(TARGET, some_prompts(5)[0][None], max_new_tokens=4, **options)
 

@@ -18,9 +18,9 @@ from specdec.drafters.training.distill import OnProgress, Reader, target_texts
 from specdec.drafters.training.look_ahead import LookAheadLoss, LookAheadRecipe, LookAheadStep, initialise
 from specdec.drafters.training.own_text import Pool, Prompts
 from specdec.drafters.training.trainer import TrainConfig, TrainRecord, as_json, train
+from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
 from specdec.generate import generate
-from specdec.metrics import Speculation
 from specdec.oracle import greedy_settings, left_pad
 
 COUNTED_TOKENS = 1_000_000  # of a training text, to find its most frequent ones

@@ -17,14 +17,14 @@ from unittest import mock
 import torch
 
 import specdec.drafters.draft_model
-import specdec.target
+import specdec.engine.target
 from specdec.batch.cache import RaggedCache
 from specdec.batch.layout.repad import RepadCache
 from specdec.bench.latency import synchronise
 from specdec.bench.measure import run
 from specdec.bench.methods import Method, Pair
 from specdec.drafters.registry import DRAFTERS, drafter_class
-from specdec.target import Target
+from specdec.engine.target import Target
 
 OTHER = "other"
 
@@ -37,7 +37,7 @@ def own_methods(name: str) -> list[tuple[Any, str]]:
 
 # stage -> (owner, attribute) of what it times
 STAGES: dict[str, list[tuple[Any, str]]] = {
-    "set-up": [(specdec.target, "build_network"), (specdec.drafters.draft_model, "build_network")],
+    "set-up": [(specdec.engine.target, "build_network"), (specdec.drafters.draft_model, "build_network")],
     "target prefill": [(Target, "prefill")],
     "draft prefill": own_methods("start"),
     "draft": own_methods("propose") + own_methods("begin") + own_methods("observe"),

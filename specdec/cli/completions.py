@@ -15,11 +15,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from specdec.batch.rows import StepReport
 from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars
 from specdec.drafter import NoDrafts
+from specdec.engine.metrics import Speculation
 from specdec.equivalence import check_prompts
 from specdec.errors import ConfigError
 from specdec.files.loading import Prompt, read_generation_config
 from specdec.generate import generate
-from specdec.metrics import Speculation
 from specdec.options.generation import whole_number
 from specdec.options.speculation import speculative_config
 from specdec.oracle import greedy_settings, left_pad, now, tell

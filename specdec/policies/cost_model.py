@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Draft, Drafter
-from specdec.metrics import decided
+from specdec.engine.metrics import decided
 from specdec.policies.costs import MAX_TOKENS, Clock, CostTable, CudaClock, Curve, HostClock, Recalibrated, Survival
 from specdec.policies.estimates import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
 from specdec.policies.heads.acceptance_head import AcceptanceHead

@@ -18,9 +18,9 @@ import numpy as np
 
 from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
+from specdec.engine.proposal import propose
+from specdec.engine.target import Target
 from specdec.policies.length import LengthPolicy
-from specdec.proposal import propose
-from specdec.target import Target
 
 
 def next_forward(

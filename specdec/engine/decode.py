@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.ahead import next_forward
 from specdec.batch.layout.grouped import order_with_first
 from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Drafter
+from specdec.engine.ahead import next_forward
+from specdec.engine.metrics import Speculation
+from specdec.engine.proposal import propose
+from specdec.engine.schedule import FixedBatch, Schedule
+from specdec.engine.stopping import Stopping
+from specdec.engine.target import Target
 from specdec.errors import DrafterError
-from specdec.metrics import Speculation
 from specdec.policies.length import LengthPolicy, widths_of
-from specdec.proposal import propose
-from specdec.schedule import FixedBatch, Schedule
-from specdec.stopping import Stopping
-from specdec.target import Target
 
 OnCommit = Callable[[StepReport], None]
 

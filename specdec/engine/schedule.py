@@ -24,7 +24,7 @@ from specdec.network.base import prefill_budget
 
 if TYPE_CHECKING:
     from specdec.drafter import Drafter
-    from specdec.target import Target
+    from specdec.engine.target import Target
 
 ROUNDING = 64  # a row's capacity grows by so many tokens at a time
 PIECE = {"cpu": 128}  # newcomers' tokens per forward between two steps: about what a step costs

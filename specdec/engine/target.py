@@ -15,7 +15,7 @@ from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows, StepReport
 from specdec.batch.slots import to_device
 from specdec.drafter import Draft, Verified
-from specdec.emitted import Emitted, committed
+from specdec.engine.emitted import Emitted, committed
 from specdec.errors import DrafterError, NumericalError
 from specdec.network.base import NetworkOutput, vocab_size_of
 from specdec.network.choose import build_network
