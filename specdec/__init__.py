@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from specdec.version import __version__
 
 if TYPE_CHECKING:
+    from specdec.api.generate import SpeculativeOutput, generate, speculative
+    from specdec.api.generate_many import Completion, Completions, generate_many
     from specdec.batch.layout import Grouped
     from specdec.batch.rows import Rows, StepReport
     from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
         SpecDecError,
         UnsupportedModelError,
     )
-    from specdec.generate import SpeculativeOutput, generate, speculative
-    from specdec.generate_many import Completion, Completions, generate_many
     from specdec.infill import infill
     from specdec.network.any_subset.model import AnySubsetModel
     from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
@@ -69,9 +69,9 @@ _HOMES = {
     "drafter": "NO_TOKEN Draft Drafter Verified",
     "equivalence": "EquivalenceReport check_equivalence",
     "errors": "ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
-    "generate": "SpeculativeOutput generate speculative",
+    "api.generate": "SpeculativeOutput generate speculative",
     "infill": "infill",
-    "generate_many": "Completion Completions generate_many",
+    "api.generate_many": "Completion Completions generate_many",
     "network.invariant.swap": "batch_invariant make_batch_invariant",
     "policies.length": "LengthPolicy",
     "verify.lossy": "Lenient TopBeta Typical",

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.api.generate import SpeculativeOutput
 from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Draft
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
-from specdec.generate import SpeculativeOutput
 from specdec.kernels.distribution import Truncation
 from specdec.network.any_subset.model import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
 from specdec.options.generation import is_whole

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from specdec.api.generate import generate
 from specdec.batch.rows import StepReport
 from specdec.engine.metrics import Speculation
-from specdec.generate import generate
 from specdec.options.speculation import SpeculativeConfig
 
 # Settings that make decoding other than N plain greedy tokens, each with the value that does not (beside None).

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from specdec.api.generate import generate
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
 from specdec.files.environment import versions
-from specdec.generate import generate
 from specdec.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
 from specdec.network.base import vocab_size_of
 from specdec.oracle import OnProgress, greedy_settings, tell

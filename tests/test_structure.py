@@ -106,9 +106,9 @@ def test_the_command_line_answers_without_torch():
 
 
 def test_the_submodule_generate_does_not_hide_the_function():
-    import specdec.generate
+    import specdec.api.generate
 
-    assert callable(specdec.generate) and specdec.generate.__module__ == "specdec.generate"
+    assert callable(specdec.generate) and specdec.generate.__module__ == "specdec.api.generate"
 
 
 def test_importing_specdec_imports_no_drafter():

@@ -11,6 +11,7 @@ from checkpoints import save_checkpoint
 from tiny import VOCAB, tiny_llama
 from typer.testing import CliRunner
 
+from specdec.api.generate import generate
 from specdec.cli.app import app
 from specdec.drafters.training.data import Batch
 from specdec.drafters.training.heads import (
@@ -27,7 +28,6 @@ from specdec.drafters.training.own_text import Prompts
 from specdec.drafters.training.simulate import Trace, below, compare_rules, fixed, oracle, product, speed
 from specdec.drafters.training.trainer import TrainConfig, make_accelerator
 from specdec.errors import ConfigError
-from specdec.generate import generate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.api.generate import generate
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.distill import OnProgress, Reader, target_texts
@@ -20,7 +21,6 @@ from specdec.drafters.training.own_text import Pool, Prompts
 from specdec.drafters.training.trainer import TrainConfig, TrainRecord, as_json, train
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
-from specdec.generate import generate
 from specdec.oracle import greedy_settings, left_pad
 
 COUNTED_TOKENS = 1_000_000  # of a training text, to find its most frequent ones

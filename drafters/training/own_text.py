@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.api.generate import generate
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.data import Batch, TokenStream, pad_right
 from specdec.errors import ConfigError
-from specdec.generate import generate
 from specdec.oracle import ends_of, greedy_settings, left_pad, until_end
 
 MIN_PROMPT_TOKENS = 8

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.api.generate import generate
 from specdec.drafters.training.own_text import Pool, Writing, fill_pool
-from specdec.generate import generate
 from specdec.oracle import greedy_settings, left_pad
 
 BATCH_ROWS = 16

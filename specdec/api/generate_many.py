@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation import LogitsProcessorList
 
+from specdec.api.generate import Callbacks
 from specdec.batch.layout import Layout
 from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Drafter
@@ -21,7 +22,6 @@ from specdec.engine.schedule import Continuous, Request
 from specdec.engine.stopping import Stopping
 from specdec.engine.target import Target
 from specdec.errors import ConfigError, InputError
-from specdec.generate import Callbacks
 from specdec.network.base import vocab_size_of
 from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
