@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         SpecDecError,
         UnsupportedModelError,
     )
-    from specdec.infill import infill
+    from specdec.infill.infill import infill
     from specdec.network.any_subset.model import AnySubsetModel
     from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
     from specdec.policies.length import LengthPolicy
@@ -70,7 +70,7 @@ _HOMES = {
     "equivalence": "EquivalenceReport check_equivalence",
     "errors": "ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
     "api.generate": "SpeculativeOutput generate speculative",
-    "infill": "infill",
+    "infill.infill": "infill",
     "api.generate_many": "Completion Completions generate_many",
     "network.invariant.swap": "batch_invariant make_batch_invariant",
     "policies.length": "LengthPolicy",

@@ -14,7 +14,7 @@ from tiny_xlnet import tiny_xlnet
 import specdec
 from specdec.drafter import Draft
 from specdec.drafters.any_subset import AheadDraft, NgramDraft, Proposal, Sampling, SelfDraft
-from specdec.infill import Filling, Forbidding, fill, rows_of, sequences_of
+from specdec.infill.infill import Filling, Forbidding, fill, rows_of, sequences_of
 from specdec.kernels.distribution import NO_TRUNCATION
 from specdec.kernels.greedy_commit import commit
 from specdec.kernels.sample import sample_tokens

@@ -14,7 +14,7 @@ from specdec.cli.app import app
 from specdec.cli.demo import shipped_pair
 from specdec.drafters.training.any_subset import MASK_TOKEN
 from specdec.errors import InputError
-from specdec.masked_text import MaskedText, mask_lines, parse_masks
+from specdec.infill.masked_text import MaskedText, mask_lines, parse_masks
 
 TEXT = "import os\n\n\ndef f(x):\n    y = x + 1\n    return y\n"
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "specdec": ("specdec",),
     "drafters": ("specdec",),
 }
-MAY_NAME_DRAFTERS = {"specdec/options/speculation.py", "specdec/infill.py"}
+MAY_NAME_DRAFTERS = {"specdec/options/speculation.py", "specdec/infill/infill.py"}
 # Above the drafters: these may import everything, and nothing below may import them.
 FACES = ("specdec/cli/", "specdec/bench/", "specdec/__main__.py")
 

@@ -1,0 +1,1 @@
+"""Any-subset infilling: masks in text, and the loop in rank order."""
