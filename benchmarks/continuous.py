@@ -38,9 +38,9 @@ from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
 from specdec.bench.record import describe_pair
 from specdec.bench.tables import markdown
+from specdec.check.oracle import greedy_settings, run_plain
 from specdec.files.environment import environment
 from specdec.files.loading import encode_prompts, read_prompts
-from specdec.oracle import greedy_settings, run_plain
 
 MODES = ("equality", "kill", "throughput")
 REPOSITORY = Path(__file__).resolve().parent.parent

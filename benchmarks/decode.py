@@ -21,8 +21,8 @@ from specdec.bench.measure import log_to_stderr
 from specdec.bench.run import Plan, Subject, run
 from specdec.bench.suite import read_questions
 from specdec.bench.tables import all_tables, markdown, summary
+from specdec.check.ways import PLAIN, ways
 from specdec.cli.common import load_models
-from specdec.ways import PLAIN, ways
 
 DRAFTERS = (PLAIN, "draft_model", "prompt_lookup")
 

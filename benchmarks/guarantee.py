@@ -45,8 +45,8 @@ from specdec.bench.methods import Batch, Pair, batch_of
 from specdec.bench.record import describe_pair
 from specdec.bench.statistics import estimate
 from specdec.bench.tables import cell, markdown
+from specdec.check.oracle import greedy_settings
 from specdec.files.environment import environment
-from specdec.oracle import greedy_settings
 from specdec.policies.cost_model import CostModel, Knowledge
 
 FIRST_STEPS = 32

@@ -15,7 +15,7 @@ from pairs import load_pair
 
 from specdec import make_batch_invariant
 from specdec.bench.methods import Pair, batch_of, new_tokens, our_method, transformers_method
-from specdec.ways import Way
+from specdec.check.ways import Way
 
 PROMPTS_PER_TASK = 8  # of the batch-1 settings, so that processes finish together
 

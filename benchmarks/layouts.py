@@ -30,8 +30,8 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
 from specdec.bench.record import describe_pair, describe_result, describe_suite
 from specdec.bench.stages import profile
 from specdec.bench.tables import markdown
+from specdec.check.oracle import greedy_settings
 from specdec.files.environment import environment
-from specdec.oracle import greedy_settings
 
 PROMPTS_PER_PLACE = 2  # of the largest pool
 SHOWN = ("draft", "verify", "realign", "move rows")

@@ -28,10 +28,10 @@ from specdec.bench.record import describe_pair, describe_result, describe_suite,
 from specdec.bench.statistics import speedup
 from specdec.bench.suite import Suite
 from specdec.bench.tables import cell, markdown
+from specdec.check.oracle import greedy_settings
 from specdec.drafter import Drafter
 from specdec.drafters.look_ahead import LookAhead
 from specdec.files.environment import environment
-from specdec.oracle import greedy_settings
 
 LOOKUP = "prompt_lookup"
 LOOKUP_K = 5

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import specdec
 from specdec.bench.methods import Pair
 from specdec.bench.suite import Asked, Suite
+from specdec.check.oracle import run_batched, run_plain
 from specdec.network.invariant.swap import is_batch_invariant
-from specdec.oracle import run_batched, run_plain
 from specdec.policies.costs import HostClock
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -49,8 +49,8 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, generat
 from specdec.bench.record import describe_pair, describe_suite
 from specdec.bench.statistics import rate
 from specdec.bench.suite import Suite
+from specdec.check.oracle import greedy_settings
 from specdec.files.environment import environment
-from specdec.oracle import greedy_settings
 from specdec.policies.length import Fixed
 
 HEADS_ON_STAND_INS = (

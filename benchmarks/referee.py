@@ -26,10 +26,10 @@ from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
 from specdec.bench.record import describe_pair
 from specdec.bench.tables import markdown
-from specdec.certify import certify
+from specdec.check.certify import certify
+from specdec.check.oracle import greedy_settings, run_batched, run_plain
+from specdec.check.outputs import OutputRow
 from specdec.files.environment import environment
-from specdec.oracle import greedy_settings, run_batched, run_plain
-from specdec.outputs import OutputRow
 
 Ids = list[int]
 Corrupt = Callable[[random.Random, Ids, Sequence[Ids], int], Ids]

@@ -28,10 +28,10 @@ from transformers.utils import logging as transformers_logging
 
 from specdec.bench.methods import Pair
 from specdec.bench.tables import markdown
+from specdec.check.oracle import greedy_settings
 from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.files.environment import environment
 from specdec.kernels.token_statistics import token_statistics
-from specdec.oracle import greedy_settings
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 
 DRAFTED = 3  # tokens of the row that a decision in the middle of a draft does not know the fate of

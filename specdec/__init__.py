@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from specdec.api.generate_many import Completion, Completions, generate_many
     from specdec.batch.layout import Grouped
     from specdec.batch.rows import Rows, StepReport
+    from specdec.check.equivalence import EquivalenceReport, check_equivalence
     from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
     from specdec.engine.metrics import Speculation
-    from specdec.equivalence import EquivalenceReport, check_equivalence
     from specdec.errors import (
         ConfigError,
         DrafterError,
@@ -67,7 +67,7 @@ __all__ = [
 _HOMES = {
     "network.any_subset.model": "AnySubsetModel",
     "drafter": "NO_TOKEN Draft Drafter Verified",
-    "equivalence": "EquivalenceReport check_equivalence",
+    "check.equivalence": "EquivalenceReport check_equivalence",
     "errors": "ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
     "api.generate": "SpeculativeOutput generate speculative",
     "infill.infill": "infill",

@@ -19,12 +19,12 @@ from specdec.bench.latency import RowTimes
 from specdec.bench.page import page
 from specdec.bench.roofline import bytes_read, measured_bandwidth, weight_bytes
 from specdec.bench.suite import Question, ask, encode, of_length, read_questions
+from specdec.check.oracle import greedy_settings
+from specdec.check.ways import AXES
 from specdec.cli.app import app
 from specdec.cli.bench import bench
 from specdec.cli.check import check
 from specdec.errors import InputError
-from specdec.oracle import greedy_settings
-from specdec.ways import AXES
 
 NEW = 6
 SPEC_BENCH = [

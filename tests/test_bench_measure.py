@@ -27,8 +27,8 @@ from specdec.bench.methods import (
     transformers_method,
 )
 from specdec.bench.stages import STAGES, profile
-from specdec.oracle import greedy_settings, run_plain
-from specdec.ways import Way
+from specdec.check.oracle import greedy_settings, run_plain
+from specdec.check.ways import Way
 
 NEW = 8
 

@@ -13,12 +13,12 @@ from test_equivalence import PROMPTS, with_twins
 from tiny import VOCAB, plain_greedy, tiny_llama
 from typer.testing import CliRunner
 
-from specdec import teacher_forcing
-from specdec.certify import Certificate, certify
+from specdec.check import teacher_forcing
+from specdec.check.certify import Certificate, certify
+from specdec.check.oracle import greedy_settings, run_batched, run_plain
+from specdec.check.outputs import OutputRow, read_outputs
 from specdec.cli.app import app
 from specdec.errors import ConfigError, InputError, NumericalError
-from specdec.oracle import greedy_settings, run_batched, run_plain
-from specdec.outputs import OutputRow, read_outputs
 
 NEW = 16
 

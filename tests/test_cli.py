@@ -16,7 +16,7 @@ from tiny import VOCAB, plain_greedy, tiny_llama
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-from specdec import oracle
+from specdec.check import oracle
 from specdec.cli.app import app
 from specdec.version import __version__
 
@@ -181,8 +181,8 @@ def bad_input(pair, tmp_path):
 
 
 def test_bad_input_is_one_line_and_exit_status_2(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("specdec.equivalence.run_plain", None)  # no token may be generated
-    monkeypatch.setattr("specdec.equivalence.run_speculative", None)
+    monkeypatch.setattr("specdec.check.equivalence.run_plain", None)  # no token may be generated
+    monkeypatch.setattr("specdec.check.equivalence.run_speculative", None)
     for name, (arguments, message) in bad_input(pair, tmp_path).items():
         result = run("check", "--max-new-tokens", NEW, *arguments)
         assert result.exit_code == 2, f"{name}: {result.output} {result.exception!r}"
@@ -204,7 +204,7 @@ def test_an_interrupt_is_exit_status_130(pair, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("specdec.equivalence.run_plain", interrupt)
+    monkeypatch.setattr("specdec.check.equivalence.run_plain", interrupt)
     result = check(pair, "--drafter", "prompt_lookup")
     assert result.exit_code == 130 and result.stderr.endswith("interrupted\n") and "Traceback" not in result.output
 

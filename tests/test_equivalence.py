@@ -12,12 +12,12 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 import specdec
-from specdec import equivalence, oracle, referee
+from specdec.check import equivalence, oracle, referee
+from specdec.check.equivalence import check_equivalence, first_differences
+from specdec.check.oracle import greedy_settings, until_end
+from specdec.check.referee import TIE_MULTIPLE, Judgement, KeepFloat64, Referee, last_logits
 from specdec.drafters.synthetic import Synthetic
-from specdec.equivalence import check_equivalence, first_differences
 from specdec.errors import ConfigError, DrafterError, InputError
-from specdec.oracle import greedy_settings, until_end
-from specdec.referee import TIE_MULTIPLE, Judgement, KeepFloat64, Referee, last_logits
 from specdec.verify import verification as verify
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 6, 7], [11], [40, 3, 9, 22, 31], [17, 17], [8, 50, 4, 9])]

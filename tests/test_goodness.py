@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from specdec.goodness import POWER, Fit, chi_square_tail, detectable_distance, g_test, pooled
+from specdec.check.goodness import POWER, Fit, chi_square_tail, detectable_distance, g_test, pooled
 
 
 @pytest.mark.parametrize("freedom", [1, 7, 80, 2500])

@@ -12,12 +12,12 @@ from tiny import VOCAB, tiny_llama
 from typer.testing import CliRunner
 
 import specdec
-from specdec import oracle
+from specdec.check import oracle
+from specdec.check.ways import AXES, DRAFTED, Way, ways, whole_numbers, words
 from specdec.cli.app import app
 from specdec.errors import ConfigError
 from specdec.files.junit import Case, write_junit
 from specdec.options.speculation import speculative_config
-from specdec.ways import AXES, DRAFTED, Way, ways, whole_numbers, words
 
 
 def test_ways_are_the_combinations_that_mean_something():
@@ -61,7 +61,7 @@ def command(tmp_path_factory):
 def test_a_matrix_that_is_equal(command, tmp_path, monkeypatch):
     runs = []
     stock = oracle.run_plain
-    monkeypatch.setattr("specdec.equivalence.run_plain", lambda *a, **k: runs.append(a) or stock(*a, **k))
+    monkeypatch.setattr("specdec.check.equivalence.run_plain", lambda *a, **k: runs.append(a) or stock(*a, **k))
     out, junit = tmp_path / "out.json", tmp_path / "junit.xml"
     done = CliRunner().invoke(app, [*command, "--json", str(out), "--junit", str(junit)])
     assert done.exit_code == 0, done.output
@@ -106,7 +106,7 @@ def test_a_cell_that_is_wrong_is_named(command, tmp_path, monkeypatch):
     ],
 )
 def test_wrong_axes_are_refused_at_once(command, monkeypatch, more, message):
-    monkeypatch.setattr("specdec.equivalence.run_plain", None)
+    monkeypatch.setattr("specdec.check.equivalence.run_plain", None)
     done = CliRunner().invoke(app, [*command, *more])
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
 

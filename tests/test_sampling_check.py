@@ -12,13 +12,13 @@ from tiny import tiny_llama
 from typer.testing import CliRunner
 
 import specdec
-from specdec import sampling_check
+from specdec.check import sampling as sampling_check
+from specdec.check.sampling import CONTROL, check_sampling, joint_of, tiny_model, whole_sequence_test
+from specdec.check.ways import Way
 from specdec.drafter import Draft
 from specdec.drafters.draft_model import DraftModel
 from specdec.errors import ConfigError
 from specdec.kernels import sampled_commit as module
-from specdec.sampling_check import CONTROL, check_sampling, joint_of, tiny_model, whole_sequence_test
-from specdec.ways import Way
 
 VOCAB = 12
 TARGET = tiny_llama(0, vocab_size=VOCAB, eos_token_id=None, initializer_range=0.25)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
+from specdec.check.oracle import greedy_settings, left_pad
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.distill import OnProgress, Reader, target_texts
@@ -21,7 +22,6 @@ from specdec.drafters.training.own_text import Pool, Prompts
 from specdec.drafters.training.trainer import TrainConfig, TrainRecord, as_json, train
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
-from specdec.oracle import greedy_settings, left_pad
 
 COUNTED_TOKENS = 1_000_000  # of a training text, to find its most frequent ones
 

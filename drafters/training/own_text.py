@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
+from specdec.check.oracle import ends_of, greedy_settings, left_pad, until_end
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.data import Batch, TokenStream, pad_right
 from specdec.errors import ConfigError
-from specdec.oracle import ends_of, greedy_settings, left_pad, until_end
 
 MIN_PROMPT_TOKENS = 8
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
+from specdec.check.oracle import greedy_settings, left_pad
 from specdec.drafters.training.own_text import Pool, Writing, fill_pool
-from specdec.oracle import greedy_settings, left_pad
 
 BATCH_ROWS = 16
 SEED = 20_000

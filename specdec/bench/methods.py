@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 import specdec
 from specdec import Speculation
 from specdec.bench.latency import StepClock
+from specdec.check.oracle import ends_of, left_pad
+from specdec.check.ways import PLAIN as NO_DRAFTER
+from specdec.check.ways import Way, generate_options
 from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.registry import resolve
-from specdec.oracle import ends_of, left_pad
-from specdec.ways import PLAIN as NO_DRAFTER
-from specdec.ways import Way, generate_options
 
 PLAIN = "transformers plain"
 ASSISTED = "transformers assisted"

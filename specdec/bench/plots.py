@@ -10,7 +10,7 @@ from specdec.bench.drawing import COLORS, baseline, colored, figure, legend, lin
 from specdec.bench.methods import PLAIN
 from specdec.bench.record import median_of
 from specdec.bench.sweeps import SYNTHETIC
-from specdec.ways import AXES
+from specdec.check.ways import AXES
 
 MOVING = ("realign", "move rows")
 

@@ -21,7 +21,11 @@ from specdec.bench.spec_bench import write_answers
 from specdec.bench.stages import profile
 from specdec.bench.suite import Question, Suite, ask, of_length
 from specdec.bench.sweeps import forced_acceptance
-from specdec.equivalence import check_prompts
+from specdec.check.equivalence import check_prompts
+from specdec.check.oracle import greedy_settings
+from specdec.check.referee import name_of
+from specdec.check.ways import PLAIN as NO_DRAFTER
+from specdec.check.ways import Way, generate_options
 from specdec.errors import ConfigError
 from specdec.files.environment import environment
 from specdec.network.choose import check_model
@@ -29,10 +33,6 @@ from specdec.network.footprint import kv_bytes_per_token
 from specdec.network.invariant.swap import is_batch_invariant
 from specdec.network.stock import evaluating
 from specdec.options.speculation import speculative_config
-from specdec.oracle import greedy_settings
-from specdec.referee import name_of
-from specdec.ways import PLAIN as NO_DRAFTER
-from specdec.ways import Way, generate_options
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.check.oracle import run_plain
 from specdec.errors import InputError
 from specdec.files.loading import Prompt, encode_prompts, read_json_lines, read_prompts
-from specdec.oracle import run_plain
 
 OnPrompt = Callable[[str, int], None]
 

@@ -18,11 +18,11 @@ from specdec.bench.run import Plan, Subject
 from specdec.bench.run import run as run_plan
 from specdec.bench.suite import read_questions
 from specdec.bench.tables import all_tables, document, summary
+from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers, words
 from specdec.cli.common import Models, invariant_if, load_models, print_table
 from specdec.cli.demo import shipped_pair
 from specdec.drafters.registry import DRAFTERS
 from specdec.errors import ConfigError
-from specdec.ways import PLAIN, axis_values, ways, whole_numbers, words
 
 DRAFT_MODEL = "draft_model"
 QUIET_CORES = 0.2

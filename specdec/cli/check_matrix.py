@@ -9,6 +9,9 @@ from pathlib import Path
 import typer
 from transformers import PreTrainedTokenizerBase
 
+from specdec.check.equivalence import EquivalenceReport, check_matrix
+from specdec.check.referee import TIE_MULTIPLE
+from specdec.check.ways import PLAIN, Way, axis_values, ways, whole_numbers, words
 from specdec.cli.common import (
     LOOK_AHEAD,
     Models,
@@ -19,12 +22,9 @@ from specdec.cli.common import (
     say_ignored,
     stage_bars,
 )
-from specdec.equivalence import EquivalenceReport, check_matrix
 from specdec.errors import DrafterError
 from specdec.files.junit import Case
 from specdec.files.loading import read_prompts
-from specdec.referee import TIE_MULTIPLE
-from specdec.ways import PLAIN, Way, axis_values, ways, whole_numbers, words
 
 DRAFT_MODEL = "draft_model"
 

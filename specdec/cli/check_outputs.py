@@ -7,11 +7,11 @@ from pathlib import Path
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from specdec.certify import BUG, EQUAL, TIE, Certificate, RowVerdict, certify
+from specdec.check.certify import BUG, EQUAL, TIE, Certificate, RowVerdict, certify
+from specdec.check.outputs import read_outputs
 from specdec.cli.common import Reports, invariant_if, load_models, print_table, say_ignored, stage_bars
 from specdec.files.junit import Case
 from specdec.network.base import vocab_size_of
-from specdec.outputs import read_outputs
 
 MAX_LISTED = 20
 REASONS = {

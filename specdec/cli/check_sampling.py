@@ -8,15 +8,15 @@ from typing import Any
 
 import typer
 
+from specdec.check.goodness import POWER
+from specdec.check.sampling import SamplingReport, SamplingTest, check_sampling
+from specdec.check.ways import words
 from specdec.cli.check_matrix import Choice
 from specdec.cli.common import Reports, check_temperature, invariant_if, print_table, say_ignored, stage_bars
 from specdec.errors import ConfigError
 from specdec.files.junit import Case
 from specdec.files.loading import read_prompts
-from specdec.goodness import POWER
 from specdec.options.speculation import VERIFICATIONS
-from specdec.sampling_check import SamplingReport, SamplingTest, check_sampling
-from specdec.ways import words
 
 MAX_PROMPTS = 8  # where --limit says nothing; each is continued many times
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from specdec.check.oracle import OnProgress
     from specdec.drafter import Drafter
     from specdec.files.junit import Case
     from specdec.files.loading import Prompt
-    from specdec.oracle import OnProgress
 
 STAGES = {
     "plain": "plain greedy, one by one",

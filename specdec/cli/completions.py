@@ -14,15 +14,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from specdec.api.generate import generate
 from specdec.batch.rows import StepReport
+from specdec.check.equivalence import check_prompts
+from specdec.check.oracle import greedy_settings, left_pad, now, tell
 from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars
 from specdec.drafter import NoDrafts
 from specdec.engine.metrics import Speculation
-from specdec.equivalence import check_prompts
 from specdec.errors import ConfigError
 from specdec.files.loading import Prompt, read_generation_config
 from specdec.options.generation import whole_number
 from specdec.options.speculation import speculative_config
-from specdec.oracle import greedy_settings, left_pad, now, tell
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy, verification_named
 
 DEFAULT_NEW_TOKENS = 128

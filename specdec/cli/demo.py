@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from specdec.check.oracle import OnProgress, Run
     from specdec.options.speculation import SpeculativeConfig
-    from specdec.oracle import OnProgress, Run
 
 NUM_PROMPTS = 8
 NUM_REPEATS = 3
@@ -45,10 +45,10 @@ def demo(
     Decodes eight prompts in under a minute on a CPU, with small models of Python code that come with specdec.
     Exit status 1 if any output differs from transformers' plain greedy decoding of that prompt alone.
     """
-    from specdec.equivalence import check_prompts, first_differences
+    from specdec.check.equivalence import check_prompts, first_differences
+    from specdec.check.oracle import greedy_settings, run_plain
     from specdec.files.loading import read_prompts
     from specdec.options.speculation import speculative_config
-    from specdec.oracle import greedy_settings, run_plain
 
     folder = models or shipped_pair()
     texts = read_prompts(folder / "prompts.json", NUM_PROMPTS)
@@ -87,8 +87,8 @@ def ways_to_decode(
     model: PreTrainedModel, prompts: list[Tensor], speculation: SpeculativeConfig
 ) -> dict[str, Callable[[int], Run]]:
     """Name -> a function of max_new_tokens; each decodes all prompts in one batch."""
+    from specdec.check.oracle import run_batched, run_speculative
     from specdec.options.speculation import speculative_config
-    from specdec.oracle import run_batched, run_speculative
 
     rows = len(prompts)
     return {

@@ -13,7 +13,7 @@ from specdec.cli.common import Count, DeviceOption, DraftOption, DraftTokensOpti
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from specdec.doctor import Diagnosis
+    from specdec.check.doctor import Diagnosis
     from specdec.drafter import Drafter
     from specdec.network.footprint import Footprint
 
@@ -41,8 +41,8 @@ def doctor(
 
     Exit status: 0 if the model, the draft and the memory serve, 2 if one of them does not.
     """
+    from specdec.check.doctor import diagnose
     from specdec.cli.common import quiet_transformers
-    from specdec.doctor import diagnose
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
     from specdec.network.choose import check_model
 

@@ -23,14 +23,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec.api.generate import generate
+from specdec.check.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
+from specdec.check.oracle import OnProgress, greedy_settings, tell
+from specdec.check.ways import PLAIN, Way
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
 from specdec.files.environment import versions
-from specdec.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
 from specdec.network.base import vocab_size_of
-from specdec.oracle import OnProgress, greedy_settings, tell
 from specdec.verify.lossy import Lossy, Typical
-from specdec.ways import PLAIN, Way
 
 ALPHA = 1e-3  # of all tests of a check together
 PROMPT_TOKENS = 16  # of each prompt; a longer text makes no other test, and a slower one

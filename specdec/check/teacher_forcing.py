@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.check.referee import float64_throughout, only_last
 from specdec.network.base import vocab_size_of
 from specdec.network.model_cache import cache_argument, returned_cache
-from specdec.referee import float64_throughout, only_last
 
 TOKENS_PER_FORWARD = {"cpu": 2048}
 TOKENS_PER_FORWARD_ELSEWHERE = 16384

@@ -15,6 +15,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.check.oracle import OnProgress, Run, greedy_settings, run_plain, run_speculative, tell
+from specdec.check.referee import TIE_MULTIPLE, Referee, name_of
+from specdec.check.ways import Way, generate_options
 from specdec.drafter import Drafter
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
@@ -23,10 +26,7 @@ from specdec.network.choose import check_architecture, check_lengths, check_mode
 from specdec.network.stock import evaluating
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import SpeculativeConfig, speculative_config
-from specdec.oracle import OnProgress, Run, greedy_settings, run_plain, run_speculative, tell
 from specdec.policies.length import DEFAULT_FIXED
-from specdec.referee import TIE_MULTIPLE, Referee, name_of
-from specdec.ways import Way, generate_options
 
 TIE, BUG = "tie", "bug"
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec.check.oracle import ends_of, greedy_settings, now
+from specdec.check.outputs import OutputRow
+from specdec.check.referee import name_of, precise_copy
+from specdec.check.teacher_forcing import pieces
 from specdec.errors import ConfigError, InputError, NumericalError
 from specdec.files.environment import versions
 from specdec.network.choose import check_model
 from specdec.network.stock import evaluating
-from specdec.oracle import ends_of, greedy_settings, now
-from specdec.outputs import OutputRow
-from specdec.referee import name_of, precise_copy
-from specdec.teacher_forcing import pieces
 
 EQUAL, TIE, BUG = "equal", "tie", "bug"
 # A tie's margin is at most this many standard deviations of what rounding does to a margin. An engine's tie beyond it
