@@ -23,7 +23,7 @@ from specdec.check.oracle import greedy_settings
 from specdec.check.ways import AXES
 from specdec.cli.app import app
 from specdec.cli.bench import bench
-from specdec.cli.check import check
+from specdec.cli.check.command import check
 from specdec.errors import InputError
 
 NEW = 6

@@ -231,7 +231,7 @@ def lines(path, *items):
     ],
 )
 def test_malformed_rows_are_named_by_line(checkpoint, tmp_path, monkeypatch, line, message):
-    monkeypatch.setattr("specdec.cli.check_outputs.certify", None)  # before any work
+    monkeypatch.setattr("specdec.cli.check.outputs.certify", None)  # before any work
     path = lines(tmp_path / "out.jsonl", {"prompt_ids": [4], "completion": "w5"}, line)
     done = CliRunner().invoke(app, ["check", "--model", str(checkpoint), "--outputs", str(path)])
     assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output

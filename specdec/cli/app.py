@@ -12,16 +12,16 @@ import typer
 from typer.core import TyperGroup
 
 from specdec.cli.bench import app as bench
-from specdec.cli.check import check
+from specdec.cli.check.command import check
 from specdec.cli.demo import demo
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.infill import infill
-from specdec.cli.train import app as train
-from specdec.cli.train_any_subset import any_subset
-from specdec.cli.train_distill import distill
-from specdec.cli.train_heads import acceptance_head, disco
-from specdec.cli.train_look_ahead import look_ahead
+from specdec.cli.train.any_subset import any_subset
+from specdec.cli.train.common import app as train
+from specdec.cli.train.distill import distill
+from specdec.cli.train.heads import acceptance_head, disco
+from specdec.cli.train.look_ahead import look_ahead
 from specdec.errors import SpecDecError
 from specdec.version import __version__
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli.common import Count, DeviceOption, TargetOption, print_table, quiet_transformers
-from specdec.cli.train import (
+from specdec.cli.train.common import (
     BatchRowsOption,
     CheckpointEveryOption,
     LearningRateOption,
@@ -27,7 +27,7 @@ from specdec.cli.train import (
     train_config,
     writing_bar,
 )
-from specdec.cli.train_distill import ValidationOption, held_out_prompts, shares_of
+from specdec.cli.train.distill import ValidationOption, held_out_prompts, shares_of
 
 TokensOption = Annotated[int, Count(max=32, help="Look-ahead embeddings: the longest draft.")]
 HelpersOption = Annotated[int, typer.Option(metavar="N", min=0, help="Embeddings before them that predict nothing.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specdec.cli.common import Count, DeviceOption, DraftTokens, Folder, TargetOption, print_table
-from specdec.cli.train import (
+from specdec.cli.train.common import (
     BatchRowsOption,
     CheckpointEveryOption,
     LearningRateOption,
@@ -31,7 +31,7 @@ from specdec.cli.train import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from specdec.cli.train import TrainingModel
+    from specdec.cli.train.common import TrainingModel
 
 DraftOption = Annotated[str, Folder(help="The draft model to start from; it stays as it is, --out gets the new one.")]
 LossOption = Annotated[

@@ -11,7 +11,7 @@ import typer
 from specdec.check.goodness import POWER
 from specdec.check.sampling import SamplingReport, SamplingTest, check_sampling
 from specdec.check.ways import words
-from specdec.cli.check_matrix import Choice
+from specdec.cli.check.matrix import Choice
 from specdec.cli.common import Reports, check_temperature, invariant_if, print_table, say_ignored, stage_bars
 from specdec.errors import ConfigError
 from specdec.files.junit import Case

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec.cli.common import Count, DeviceOption, Folder, TargetOption
-from specdec.cli.train import (
+from specdec.cli.train.common import (
     BatchRowsOption,
     CheckpointEveryOption,
     LearningRateOption,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from specdec.cli.common import Count, DeviceOption, Folder, quiet_transformers
-from specdec.cli.train import (
+from specdec.cli.train.common import (
     BatchRowsOption,
     CheckpointEveryOption,
     LearningRateOption,

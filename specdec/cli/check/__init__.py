@@ -1,0 +1,1 @@
+"""`specdec check`: equality, matrices, sampling, outputs of other engines."""

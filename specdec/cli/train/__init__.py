@@ -1,0 +1,1 @@
+"""`specdec train`: one file per recipe."""
