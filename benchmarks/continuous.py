@@ -36,8 +36,8 @@ from specdec.batch.layout import LAYOUTS
 from specdec.bench.latency import synchronise
 from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
-from specdec.bench.record import describe_pair
-from specdec.bench.tables import markdown
+from specdec.bench.report.record import describe_pair
+from specdec.bench.report.tables import markdown
 from specdec.check.oracle import greedy_settings, run_plain
 from specdec.files.environment import environment
 from specdec.files.loading import encode_prompts, read_prompts

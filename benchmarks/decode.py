@@ -18,9 +18,9 @@ import transformers
 from pairs import DEMO_PAIR, numbers, positive, write_record
 
 from specdec.bench.measure import log_to_stderr
+from specdec.bench.report.tables import all_tables, markdown, summary
 from specdec.bench.run import Plan, Subject, run
 from specdec.bench.suite import read_questions
-from specdec.bench.tables import all_tables, markdown, summary
 from specdec.check.ways import PLAIN, ways
 from specdec.cli.common import load_models
 

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec.bench.loops import ends_in_loop
-from specdec.bench.tables import markdown
+from specdec.bench.report.tables import markdown
 from specdec.drafters.training.divergences import NAMES
 from specdec.drafters.training.trainer import read_losses
 from specdec.drafters.training.validation import Validation, weighted_mean

@@ -42,9 +42,9 @@ import specdec
 from specdec.bench.latency import synchronise
 from specdec.bench.measure import ForeignLoad, log_to_stderr, older_objects_left_alone
 from specdec.bench.methods import Batch, Pair, batch_of
-from specdec.bench.record import describe_pair
-from specdec.bench.statistics import estimate
-from specdec.bench.tables import cell, markdown
+from specdec.bench.report.record import describe_pair
+from specdec.bench.report.statistics import estimate
+from specdec.bench.report.tables import cell, markdown
 from specdec.check.oracle import greedy_settings
 from specdec.files.environment import environment
 from specdec.policies.cost_model import CostModel, Knowledge

@@ -27,9 +27,9 @@ from specdec.batch.layout import LAYOUTS, Grouped, Layout
 from specdec.bench.latency import StepClock
 from specdec.bench.measure import log_to_stderr, measure, older_objects_left_alone
 from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
-from specdec.bench.record import describe_pair, describe_result, describe_suite
+from specdec.bench.report.record import describe_pair, describe_result, describe_suite
+from specdec.bench.report.tables import markdown
 from specdec.bench.stages import profile
-from specdec.bench.tables import markdown
 from specdec.check.oracle import greedy_settings
 from specdec.files.environment import environment
 

@@ -24,10 +24,10 @@ import specdec
 from specdec.bench.latency import StepClock
 from specdec.bench.measure import Result, log_to_stderr, measure, older_objects_left_alone
 from specdec.bench.methods import PLAIN, Batch, Decoded, Method, Pair, generate, transformers_method
-from specdec.bench.record import describe_pair, describe_result, describe_suite, find
-from specdec.bench.statistics import speedup
+from specdec.bench.report.record import describe_pair, describe_result, describe_suite, find
+from specdec.bench.report.statistics import speedup
+from specdec.bench.report.tables import cell, markdown
 from specdec.bench.suite import Suite
-from specdec.bench.tables import cell, markdown
 from specdec.check.oracle import greedy_settings
 from specdec.drafter import Drafter
 from specdec.drafters.look_ahead import LookAhead

@@ -46,8 +46,8 @@ from specdec import StepReport
 from specdec.bench.latency import StepClock, synchronise
 from specdec.bench.measure import ForeignLoad, Result, checked, log_to_stderr, older_objects_left_alone, time_once
 from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, generate
-from specdec.bench.record import describe_pair, describe_suite
-from specdec.bench.statistics import rate
+from specdec.bench.report.record import describe_pair, describe_suite
+from specdec.bench.report.statistics import rate
 from specdec.bench.suite import Suite
 from specdec.check.oracle import greedy_settings
 from specdec.files.environment import environment

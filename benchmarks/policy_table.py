@@ -10,8 +10,8 @@ import numpy as np
 from policy_ways import Way
 
 from specdec.bench.measure import Result
-from specdec.bench.statistics import Estimate, Timing, rate, speedup
-from specdec.bench.tables import markdown
+from specdec.bench.report.statistics import Estimate, Timing, rate, speedup
+from specdec.bench.report.tables import markdown
 
 
 def judged(ways: Sequence[Way], results: Sequence[Result]) -> list[dict]:

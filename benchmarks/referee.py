@@ -24,8 +24,8 @@ from pairs import DEMO_PAIR, load_pair, positive, write_record
 
 from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
-from specdec.bench.record import describe_pair
-from specdec.bench.tables import markdown
+from specdec.bench.report.record import describe_pair
+from specdec.bench.report.tables import markdown
 from specdec.check.certify import certify
 from specdec.check.oracle import greedy_settings, run_batched, run_plain
 from specdec.check.outputs import OutputRow

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from specdec.bench.methods import Pair
-from specdec.bench.tables import markdown
+from specdec.bench.report.tables import markdown
 from specdec.check.oracle import greedy_settings
 from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.files.environment import environment

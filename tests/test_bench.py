@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import specdec
 from specdec.bench.latency import RowTimes
-from specdec.bench.page import page
+from specdec.bench.report.page import page
 from specdec.bench.roofline import bytes_read, measured_bandwidth, weight_bytes
 from specdec.bench.suite import Question, ask, encode, of_length, read_questions
 from specdec.check.oracle import greedy_settings

@@ -7,10 +7,10 @@ import copy
 import numpy as np
 import pytest
 
-from specdec.bench.compare import FASTER, NOT_EQUAL, SAME, SLOWER, UNCLEAR, compare, read_record, verdict_of
 from specdec.bench.methods import PLAIN
-from specdec.bench.record import FORMAT
-from specdec.bench.statistics import Timing, estimate, percentiles, rate, speedup
+from specdec.bench.report.compare import FASTER, NOT_EQUAL, SAME, SLOWER, UNCLEAR, compare, read_record, verdict_of
+from specdec.bench.report.record import FORMAT
+from specdec.bench.report.statistics import Timing, estimate, percentiles, rate, speedup
 from specdec.errors import ConfigError, InputError
 
 NUM_CALLS, REPEATS, TOKENS = 12, 5, 64

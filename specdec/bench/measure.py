@@ -16,7 +16,7 @@ from specdec import Speculation
 from specdec.bench.latency import RowTimes, StepClock, synchronise
 from specdec.bench.memory import PeakMemory
 from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, new_tokens, total
-from specdec.bench.statistics import Timing
+from specdec.bench.report.statistics import Timing
 
 Clock = Callable[[], float]  # seconds
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdec.bench.latency import RowTimes
 from specdec.bench.measure import Result, measure, older_objects_left_alone
 from specdec.bench.methods import Method, Pair, our_methods, peers
-from specdec.bench.record import FORMAT, describe_pair, describe_result, describe_suite
+from specdec.bench.report.record import FORMAT, describe_pair, describe_result, describe_suite
 from specdec.bench.roofline import bytes_read, measured_bandwidth
 from specdec.bench.spec_bench import write_answers
 from specdec.bench.stages import profile

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import typer
 
-from specdec.bench.compare import Comparison, compare, read_record, table
-from specdec.bench.page import page
-from specdec.bench.plots import plots
+from specdec.bench.report.compare import Comparison, compare, read_record, table
+from specdec.bench.report.page import page
+from specdec.bench.report.plots import plots
+from specdec.bench.report.tables import all_tables, document, summary
 from specdec.bench.run import Plan, Subject
 from specdec.bench.run import run as run_plan
 from specdec.bench.suite import read_questions
-from specdec.bench.tables import all_tables, document, summary
 from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers, words
 from specdec.cli.common import Models, invariant_if, load_models, print_table
 from specdec.cli.demo import shipped_pair

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from specdec.bench.loops import ends_in_loop
 from specdec.bench.measure import Observed, Result
 from specdec.bench.methods import ASSISTED, ASSISTED_K, PLAIN, Pair
-from specdec.bench.statistics import Estimate, percentiles, rate, speedup
+from specdec.bench.report.statistics import Estimate, percentiles, rate, speedup
 from specdec.bench.suite import Suite
 
 FORMAT = 1

@@ -21,9 +21,16 @@ from typing import Any
 import numpy as np
 
 from specdec.bench.methods import PLAIN
-from specdec.bench.record import FORMAT, label_of
-from specdec.bench.statistics import CONFIDENCE, Timing, interval, resampled_calls, resampled_rates, resampled_repeats
-from specdec.bench.tables import Table
+from specdec.bench.report.record import FORMAT, label_of
+from specdec.bench.report.statistics import (
+    CONFIDENCE,
+    Timing,
+    interval,
+    resampled_calls,
+    resampled_rates,
+    resampled_repeats,
+)
+from specdec.bench.report.tables import Table
 from specdec.errors import ConfigError, InputError
 
 MIN_EFFECT = 0.05

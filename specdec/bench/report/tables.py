@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from specdec.bench.record import label_of
+from specdec.bench.report.record import label_of
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
-from specdec.bench.drawing import COLORS, baseline, colored, figure, legend, line, svg
 from specdec.bench.methods import PLAIN
-from specdec.bench.record import median_of
+from specdec.bench.report.drawing import COLORS, baseline, colored, figure, legend, line, svg
+from specdec.bench.report.record import median_of
 from specdec.bench.sweeps import SYNTHETIC
 from specdec.check.ways import AXES
 

@@ -6,8 +6,8 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from specdec.bench.plots import Plot, plots
-from specdec.bench.tables import all_tables, summary
+from specdec.bench.report.plots import Plot, plots
+from specdec.bench.report.tables import all_tables, summary
 
 STYLE = """
 :root { color-scheme: light; }

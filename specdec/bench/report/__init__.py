@@ -1,0 +1,1 @@
+"""Records of a run: statistics, tables, plots, the page, comparisons."""
