@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specdec
 from specdec.files.environment import environment
-from specdec.kernels.persistent_step import is_faster
+from specdec.kernels.persistent.step import is_faster
 from specdec.network.invariant import layers as invariant_layers
 from specdec.network.invariant.graphs import row_bucket, slot_bucket
 from specdec.network.invariant.network import InvariantForward, InvariantNetwork

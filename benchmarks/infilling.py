@@ -30,7 +30,7 @@ from specdec.bench.measure import log_to_stderr as log
 from specdec.files.environment import environment
 from specdec.infill.infill import Forbidding, rows_of, sequences_of
 from specdec.infill.masked_text import MaskedText, mask_lines
-from specdec.kernels.sample import sample_tokens
+from specdec.kernels.commit.sample import sample_tokens
 from specdec.network.any_subset.model import Order, XLNet, conditionals_of
 from specdec.verify.random_streams import Purpose, RowStreams
 

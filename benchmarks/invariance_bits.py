@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.batch.rows import Rows
-from specdec.kernels.in_order_linear import in_order_linear
-from specdec.kernels.linear_tiles import Tile
-from specdec.kernels.norms import layer_norm, rms_norm
-from specdec.kernels.ragged_attention import ragged_attention
+from specdec.kernels.attention.ragged_attention import ragged_attention
+from specdec.kernels.linear.in_order_linear import in_order_linear
+from specdec.kernels.linear.linear_tiles import Tile
+from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.network.choose import build_network
 from specdec.network.model_cache import cache_argument
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.in_order_linear import in_order_linear
-from specdec.kernels.linear_tiles import BUCKETS, Tile, choose_tile
+from specdec.kernels.linear.in_order_linear import in_order_linear
+from specdec.kernels.linear.linear_tiles import BUCKETS, Tile, choose_tile
 
 # (out, in) of the layers of Qwen3-8B and Qwen3-0.6B, those with one input together and apart.
 SHAPES = {
@@ -158,7 +158,7 @@ def microseconds(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor], nu
 
 
 def table_source(records: Sequence[dict]) -> str:
-    """The TUNED table of kernels/linear_tiles.py from the best tiles, to be formatted."""
+    """The TUNED table of kernels/linear/linear_tiles.py from the best tiles, to be formatted."""
     best: dict[tuple[int, int], dict[int, str]] = {}
     for record in records:
         best.setdefault((record["out"], record["in"]), {})[record["rows"]] = f"Tile{tuple(record['best_tile'])}"

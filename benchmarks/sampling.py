@@ -35,10 +35,10 @@ import specdec
 from specdec import StepReport
 from specdec.files.environment import environment
 from specdec.files.loading import read_prompts
-from specdec.kernels.distribution import NO_TRUNCATION, Truncation, distribution_of
-from specdec.kernels.greedy_commit import greedy_commit
-from specdec.kernels.sample import sample
-from specdec.kernels.sampled_commit import sampled_commit
+from specdec.kernels.commit.distribution import NO_TRUNCATION, Truncation, distribution_of
+from specdec.kernels.commit.greedy_commit import greedy_commit
+from specdec.kernels.commit.sample import sample
+from specdec.kernels.commit.sampled_commit import sampled_commit
 
 PARTS = ("steps", "kernels", "memory")
 GREEDY = "greedy"

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec.files.environment import environment
-from specdec.kernels import persistent_step, persistent_step_triton
+from specdec.kernels.persistent import step as persistent_step
+from specdec.kernels.persistent import step_triton as persistent_step_triton
 from specdec.network.invariant.network import InvariantForward
 
 PHASES = ("query, key, value", "attention", "output projection", "gate and up", "down")

@@ -7,7 +7,8 @@ apart. Tiles are compiled ahead by other processes; one whose turn comes when it
 left out, and the record says how many were tried.
 
     python benchmarks/step_tuning.py --seconds 280 --out tuning.json
-    python benchmarks/step_tuning.py --table tuning.json other.json    # the table of kernels/linear_tiles.py, no GPU
+    python benchmarks/step_tuning.py --table tuning.json other.json    # the table of kernels/linear/linear_tiles.py, no
+    GPU
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specdec.files.environment import environment
-from specdec.kernels import in_order_linear, overlap
-from specdec.kernels.linear_tiles import BUCKETS as BUCKETS_TODAY
-from specdec.kernels.linear_tiles import DEFAULTS, TUNED, Tile, choose_tile
+from specdec.kernels import overlap
+from specdec.kernels.linear import in_order_linear
+from specdec.kernels.linear.linear_tiles import BUCKETS as BUCKETS_TODAY
+from specdec.kernels.linear.linear_tiles import DEFAULTS, TUNED, Tile, choose_tile
 from specdec.network.base import NetworkOutput
 from specdec.network.invariant import layers as invariant_layers
 from specdec.network.invariant.graphs import StepGraphs, row_bucket, width_bucket
@@ -461,8 +463,8 @@ def bucket_of(rows: int) -> int:
 
 
 def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
-    """BUCKETS, DEFAULTS and TUNED of kernels/linear_tiles.py, to be formatted; before them, what was found per exact
-    number of rows.
+    """BUCKETS, DEFAULTS and TUNED of kernels/linear/linear_tiles.py, to be formatted; before them, what was found per
+    exact number of rows.
 
     A bucket takes the tile of the largest number of rows measured in it; else what the table holds for it today.
     """

@@ -31,7 +31,7 @@ from specdec.bench.report.tables import markdown
 from specdec.check.oracle import greedy_settings
 from specdec.drafters.training.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.files.environment import environment
-from specdec.kernels.token_statistics import token_statistics
+from specdec.kernels.commit.token_statistics import token_statistics
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 
 DRAFTED = 3  # tokens of the row that a decision in the middle of a draft does not know the fate of

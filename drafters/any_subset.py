@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, XLNetLMHeadModel
 from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft, Drafter
 from specdec.errors import DrafterError
-from specdec.kernels.distribution import Truncation
-from specdec.kernels.greedy_commit import Committed
-from specdec.kernels.sample import sample, sample_tokens
+from specdec.kernels.commit.distribution import Truncation
+from specdec.kernels.commit.greedy_commit import Committed
+from specdec.kernels.commit.sample import sample, sample_tokens
 from specdec.network.any_subset.model import Conditionals, Order, XLNet
 from specdec.network.any_subset.two_stream import TwoStreamCache
 from specdec.network.base import vocab_size_of

@@ -9,7 +9,7 @@ from tiny import VOCAB, tiny_llama
 
 from specdec import ConfigError
 from specdec.drafters.draft_model import DraftModel
-from specdec.kernels.token_statistics import token_statistics
+from specdec.kernels.commit.token_statistics import token_statistics
 from specdec.policies.estimates import DiscoEstimate, DraftProbability, HeadEstimate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco

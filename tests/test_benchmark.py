@@ -20,7 +20,7 @@ from specdec import Speculation, StepReport
 from specdec.bench.measure import Result
 from specdec.bench.methods import Batch, Method, Pair
 from specdec.drafters.look_ahead import LookAheadEmbeddings
-from specdec.kernels.token_statistics import token_statistics
+from specdec.kernels.commit.token_statistics import token_statistics
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from specdec.kernels import block_statistics, distribution
+from specdec.kernels.commit import block_statistics, distribution
+from specdec.kernels.commit.distribution import Truncation, distribution_of
+from specdec.kernels.commit.greedy_commit import NO_TOKEN
+from specdec.kernels.commit.sample import sample, sample_tokens
 from specdec.kernels.dispatch import triton
-from specdec.kernels.distribution import Truncation, distribution_of
-from specdec.kernels.greedy_commit import NO_TOKEN
-from specdec.kernels.sample import sample, sample_tokens
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 needs_interpreter = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.kernels.greedy_commit import NO_TOKEN, NUM_DRAFTED, greedy_commit, triton
+from specdec.kernels.commit.greedy_commit import NO_TOKEN, NUM_DRAFTED, greedy_commit, triton
 
 VOCAB = 10
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

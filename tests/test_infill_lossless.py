@@ -15,9 +15,9 @@ import specdec
 from specdec.drafter import Draft
 from specdec.drafters.any_subset import AheadDraft, NgramDraft, Proposal, Sampling, SelfDraft
 from specdec.infill.infill import Filling, Forbidding, fill, rows_of, sequences_of
-from specdec.kernels.distribution import NO_TRUNCATION
-from specdec.kernels.greedy_commit import commit
-from specdec.kernels.sample import sample_tokens
+from specdec.kernels.commit.distribution import NO_TRUNCATION
+from specdec.kernels.commit.greedy_commit import commit
+from specdec.kernels.commit.sample import sample_tokens
 from specdec.network.any_subset.model import Order, XLNet, conditionals_of
 from specdec.verify.random_streams import Purpose, RowStreams
 from specdec.verify.verification import SampledVerification

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.kernels import ragged_attention as kernels
+from specdec.kernels.attention import ragged_attention as kernels
+from specdec.kernels.attention.ragged_attention import TREE_SLOTS, Tree, ragged_attention
 from specdec.kernels.dispatch import triton
-from specdec.kernels.ragged_attention import TREE_SLOTS, Tree, ragged_attention
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")

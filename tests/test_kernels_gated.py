@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specdec.kernels import gated
 from specdec.kernels.dispatch import triton
-from specdec.kernels.gated import gelu_tanh_mul, silu_mul
+from specdec.kernels.linear import gated
+from specdec.kernels.linear.gated import gelu_tanh_mul, silu_mul
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specdec.kernels import in_order_linear as kernels
 from specdec.kernels.dispatch import triton
-from specdec.kernels.in_order_linear import in_order_linear, in_order_linears
-from specdec.kernels.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile, choose_tile
+from specdec.kernels.linear import in_order_linear as kernels
+from specdec.kernels.linear.in_order_linear import in_order_linear, in_order_linears
+from specdec.kernels.linear.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile, choose_tile
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # The same products in another order: float32 rounds at 6e-8, float16 results at 5e-4.

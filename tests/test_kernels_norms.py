@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specdec.kernels import norms
 from specdec.kernels.dispatch import triton
-from specdec.kernels.norms import add_rms_norm, layer_norm, rms_norm, sum_in_pairs
+from specdec.kernels.linear import norms
+from specdec.kernels.linear.norms import add_rms_norm, layer_norm, rms_norm, sum_in_pairs
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")

@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 
 from specdec.batch.cache import RaggedCache
 from specdec.kernels.dispatch import triton
-from specdec.kernels.persistent_step import (
+from specdec.kernels.persistent.step import (
     MAX_TOKENS,
     PersistentStep,
     Tuning,

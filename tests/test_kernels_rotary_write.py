@@ -9,10 +9,10 @@ import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from specdec.kernels import rotary_write as kernels
+from specdec.kernels.attention import rotary_write as kernels
+from specdec.kernels.attention.rotary_write import HeadNorm, rotary_write
 from specdec.kernels.dispatch import triton
-from specdec.kernels.norms import rms_norm
-from specdec.kernels.rotary_write import HeadNorm, rotary_write
+from specdec.kernels.linear.norms import rms_norm
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")

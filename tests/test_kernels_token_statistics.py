@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from specdec.kernels import token_statistics as module
+from specdec.kernels.commit import token_statistics as module
+from specdec.kernels.commit.token_statistics import log_prob, token_statistics, token_statistics_of_few
 from specdec.kernels.dispatch import triton
-from specdec.kernels.token_statistics import log_prob, token_statistics, token_statistics_of_few
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")

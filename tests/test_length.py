@@ -20,7 +20,7 @@ from specdec.batch.layout import LAYOUTS
 from specdec.drafter import Draft, Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.kernels.token_statistics import token_statistics
+from specdec.kernels.commit.token_statistics import token_statistics
 from specdec.policies.cost_model import CostModel, Knowledge
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco

@@ -14,9 +14,9 @@ import torch
 from scipy import stats
 from verification import ALPHA, LENGTH, NUM_ROWS, VOCAB, K, behind, joint, of_probs, p_value, run, simulate, tables
 
-from specdec.kernels import sampled_commit as module
-from specdec.kernels.greedy_commit import NO_TOKEN
-from specdec.kernels.sampled_commit import block_chances, final_mass, sampled_commit, token_chances
+from specdec.kernels.commit import sampled_commit as module
+from specdec.kernels.commit.greedy_commit import NO_TOKEN
+from specdec.kernels.commit.sampled_commit import block_chances, final_mass, sampled_commit, token_chances
 from specdec.verify.random_streams import Purpose
 
 # ---- by exact enumeration: no randomness, the accept decisions are integrated out

@@ -14,7 +14,7 @@ from verification import of_probs, run
 import specdec
 from specdec.drafter import NO_TOKEN
 from specdec.errors import ConfigError
-from specdec.kernels.sampled_commit import final_mass, token_chances
+from specdec.kernels.commit.sampled_commit import final_mass, token_chances
 from specdec.verify.lossy import Lenient, TopBeta, Typical, verification_named
 from specdec.verify.verification import lets_pass, typical_prefix
 

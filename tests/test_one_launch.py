@@ -16,8 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import specdec
 from specdec import batch_invariant
-from specdec.kernels import persistent_step
-from specdec.kernels.persistent_step import MAX_TOKENS, PersistentStep
+from specdec.kernels.persistent import step as persistent_step
+from specdec.kernels.persistent.step import MAX_TOKENS, PersistentStep
 from specdec.network.choose import build_network
 from specdec.network.invariant import network as invariant_network
 from specdec.network.invariant import one_launch

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from specdec.batch.rows import Rows
 from specdec.batch.slots import fill_holes
-from specdec.kernels.greedy_commit import greedy_commit
+from specdec.kernels.commit.greedy_commit import greedy_commit
 
 
 def make(lengths, max_new_tokens=5):

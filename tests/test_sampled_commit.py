@@ -9,10 +9,10 @@ import pytest
 import torch
 from verification import NO_EOS, run
 
-from specdec.kernels import block_statistics
+from specdec.kernels.commit import block_statistics
+from specdec.kernels.commit.greedy_commit import NO_TOKEN
+from specdec.kernels.commit.sample import sample_tokens
 from specdec.kernels.dispatch import triton
-from specdec.kernels.greedy_commit import NO_TOKEN
-from specdec.kernels.sample import sample_tokens
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

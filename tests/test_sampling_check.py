@@ -18,7 +18,7 @@ from specdec.check.ways import Way
 from specdec.drafter import Draft
 from specdec.drafters.draft_model import DraftModel
 from specdec.errors import ConfigError
-from specdec.kernels import sampled_commit as module
+from specdec.kernels.commit import sampled_commit as module
 
 VOCAB = 12
 TARGET = tiny_llama(0, vocab_size=VOCAB, eos_token_id=None, initializer_range=0.25)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec.kernels import persistent_step_triton
+from specdec.kernels.persistent import step_triton as persistent_step_triton
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

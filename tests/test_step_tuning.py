@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec.kernels import in_order_linear, overlap
-from specdec.kernels.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile
+from specdec.kernels import overlap
+from specdec.kernels.linear import in_order_linear
+from specdec.kernels.linear.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-from specdec.kernels.distribution import Distribution
-from specdec.kernels.greedy_commit import NO_TOKEN
-from specdec.kernels.sample import sample_tokens
-from specdec.kernels.sampled_commit import sampled_commit
+from specdec.kernels.commit.distribution import Distribution
+from specdec.kernels.commit.greedy_commit import NO_TOKEN
+from specdec.kernels.commit.sample import sample_tokens
+from specdec.kernels.commit.sampled_commit import sampled_commit
 from specdec.verify.random_streams import Purpose, RowStreams
 
 NO_EOS = torch.empty(0, dtype=torch.long)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.training.data import Batch
-from specdec.kernels.token_statistics import token_statistics
+from specdec.kernels.commit.token_statistics import token_statistics
 
 
 @dataclass(frozen=True)

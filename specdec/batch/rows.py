@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.batch.slots import ON_DEVICE, ON_HOST, Slots, to_device
 from specdec.drafter import NO_TOKEN
-from specdec.kernels.greedy_commit import (
+from specdec.kernels.commit.greedy_commit import (
     FAULT,
     FINISHED,
     FIRST_TOKEN,

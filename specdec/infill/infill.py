@@ -22,7 +22,7 @@ from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Draft
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
-from specdec.kernels.distribution import Truncation
+from specdec.kernels.commit.distribution import Truncation
 from specdec.network.any_subset.model import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
 from specdec.options.generation import is_whole
 from specdec.options.inputs import check_input_ids

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
-from specdec.kernels.token_statistics import log_prob, token_statistics, token_statistics_of_few
+from specdec.kernels.commit.token_statistics import log_prob, token_statistics, token_statistics_of_few
 from specdec.policies.estimate_graphs import EstimateGraphs
 from specdec.policies.heads.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
 from specdec.policies.heads.disco import Disco

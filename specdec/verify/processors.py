@@ -22,7 +22,7 @@ from transformers.generation import logits_process as hf
 
 from specdec.batch.rows import Rows
 from specdec.errors import ConfigError
-from specdec.kernels.distribution import Truncation
+from specdec.kernels.commit.distribution import Truncation
 from specdec.network.base import vocab_size_of
 from specdec.options.generation import GenerationOptions
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.batch.rows import Rows
-from specdec.kernels.sample import sample
+from specdec.kernels.commit.sample import sample
 from specdec.verify.processors import Processors
 from specdec.verify.random_streams import Purpose, RowStreams
 

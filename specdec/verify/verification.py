@@ -11,9 +11,9 @@ from torch import Tensor
 
 from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft
-from specdec.kernels.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
-from specdec.kernels.greedy_commit import BAD_SCORES, Committed, greedy_commit
-from specdec.kernels.sampled_commit import sampled_commit
+from specdec.kernels.commit.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
+from specdec.kernels.commit.greedy_commit import BAD_SCORES, Committed, greedy_commit
+from specdec.kernels.commit.sampled_commit import sampled_commit
 from specdec.verify.lossy import Lenient, Lossy, TopBeta, Typical
 from specdec.verify.random_streams import Purpose, RowStreams
 
@@ -61,7 +61,8 @@ class GreedyVerification:
 class SampledVerification:
     """Commits samples of the target's distribution, whatever the drafter's.
 
-    method: "token" (rejection sampling) or "block" (block verification), see `kernels/sampled_commit.py`; or a lossy
+    method: "token" (rejection sampling) or "block" (block verification), see `kernels/commit/sampled_commit.py`; or a
+    lossy
         rule, and what is committed follows another distribution.
     """
 

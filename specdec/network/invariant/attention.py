@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from specdec.errors import InputError, UnsupportedModelError
-from specdec.kernels.ragged_attention import ragged_attention
+from specdec.kernels.attention.ragged_attention import ragged_attention
 from specdec.network import attention
 from specdec.network.attention import branches_of_forward, visible_slots
 from specdec.network.invariant.guard import own_arithmetic

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from specdec.batch.branches import Branches, ExtraQueries
 from specdec.batch.cache import RaggedCache
 from specdec.batch.layout import Layout
-from specdec.kernels.persistent_step import is_faster
-from specdec.kernels.ragged_attention import TREE_SLOTS
+from specdec.kernels.attention.ragged_attention import TREE_SLOTS
+from specdec.kernels.persistent.step import is_faster
 from specdec.network.base import CachePlan, Network, NetworkOutput
 from specdec.network.invariant.graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant.guard import own_arithmetic

@@ -1,6 +1,6 @@
 """A draft model's decode step as one launch: whether its model and device allow it, and the tensors that it reads.
 
-Never a target's: the bits are not those of the model's modules (`kernels/persistent_step.py`). Served are llama-,
+Never a target's: the bits are not those of the model's modules (`kernels/persistent/step.py`). Served are llama-,
 qwen2-, qwen3- and mistral-type models without biases outside of query, key and value.
 """
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.batch.cache import RaggedCache
+from specdec.kernels.attention.rotary_write import HeadNorm
 from specdec.kernels.dispatch import triton
-from specdec.kernels.persistent_step import LayerTensors, PersistentStep, StepTensors, refusal
-from specdec.kernels.rotary_write import HeadNorm
+from specdec.kernels.persistent.step import LayerTensors, PersistentStep, StepTensors, refusal
 from specdec.network.known_classes import LLAMA_LIKE, is_known_class, windows
 
 ROOMY_DEVICES = ((9, 0), (10, 0), (10, 3))  # 227 KB a program; most others have 99

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch.branches import Branches
-from specdec.kernels.ragged_attention import Tree
+from specdec.kernels.attention.ragged_attention import Tree
 
 Windows = Iterable[int | None]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.errors import ConfigError, UnsupportedModelError
-from specdec.kernels.in_order_linear import in_order_linear
-from specdec.kernels.norms import layer_norm, rms_norm
+from specdec.kernels.linear.in_order_linear import in_order_linear
+from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.network.attention import configs_of
 from specdec.network.invariant import attention as invariant_attention
 from specdec.network.invariant.attention import INVARIANT

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.kernels.block_statistics import tiles_of
+from specdec.kernels.commit.block_statistics import tiles_of
 from specdec.kernels.dispatch import triton, uses_triton
 
 if triton is not None:

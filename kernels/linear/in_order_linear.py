@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.linear_tiles import Tile, choose_tile
+from specdec.kernels.linear.linear_tiles import Tile, choose_tile
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:

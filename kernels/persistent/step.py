@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kernels.attention.ragged_attention import ragged_attention_reference
+from specdec.kernels.attention.rotary_write import HeadNorm, rotary_write_reference
 from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.norms import rms_norm_reference
-from specdec.kernels.ragged_attention import ragged_attention_reference
-from specdec.kernels.rotary_write import HeadNorm, rotary_write_reference
+from specdec.kernels.linear.norms import rms_norm_reference
 
 if triton is not None:
-    from specdec.kernels.persistent_step_triton import persistent_step_kernel
+    from specdec.kernels.persistent.step_triton import persistent_step_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 32  # rows * width

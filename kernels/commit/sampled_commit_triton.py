@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specdec.kernels.block_statistics import kernel_scores, tiles_of
+from specdec.kernels.commit.block_statistics import kernel_scores, tiles_of
+from specdec.kernels.commit.greedy_commit import Committed, empty_report
 from specdec.kernels.dispatch import triton
-from specdec.kernels.greedy_commit import Committed, empty_report
 
 if TYPE_CHECKING:
-    from specdec.kernels.distribution import Distribution
+    from specdec.kernels.commit.distribution import Distribution
 
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.block_statistics import chosen_block, first_above, prob_of, scores_at
-    from specdec.kernels.greedy_commit import commit_row
+    from specdec.kernels.commit.block_statistics import chosen_block, first_above, prob_of, scores_at
+    from specdec.kernels.commit.greedy_commit import commit_row
 
 
 def sampled_commit_triton(

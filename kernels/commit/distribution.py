@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.kernels.block_statistics import block_statistics, kernel_scores, tiles_of
+from specdec.kernels.commit.block_statistics import block_statistics, kernel_scores, tiles_of
 from specdec.kernels.dispatch import triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.block_statistics import combined
+    from specdec.kernels.commit.block_statistics import combined
 
 FEW = 128  # scores of which the reference ranks the largest whatever the vocabulary
 REFERENCE_ELEMENTS = 2**21  # scores that the reference holds in its own precision at a time

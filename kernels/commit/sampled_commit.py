@@ -25,11 +25,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.kernels.commit.distribution import REFERENCE_ELEMENTS, Distribution
+from specdec.kernels.commit.greedy_commit import BAD_SCORES, NO_TOKEN, Committed, commit, nan_within
+from specdec.kernels.commit.sample import sample_tokens
+from specdec.kernels.commit.sampled_commit_triton import sampled_commit_triton
 from specdec.kernels.dispatch import uses_triton
-from specdec.kernels.distribution import REFERENCE_ELEMENTS, Distribution
-from specdec.kernels.greedy_commit import BAD_SCORES, NO_TOKEN, Committed, commit, nan_within
-from specdec.kernels.sample import sample_tokens
-from specdec.kernels.sampled_commit_triton import sampled_commit_triton
 
 
 def sampled_commit(

@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.block_statistics import block_statistics, kernel_scores, tiles_of
+from specdec.kernels.commit.block_statistics import block_statistics, kernel_scores, tiles_of
+from specdec.kernels.commit.distribution import Truncation, cutoffs, probs_of
+from specdec.kernels.commit.greedy_commit import NO_TOKEN
 from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.distribution import Truncation, cutoffs, probs_of
-from specdec.kernels.greedy_commit import NO_TOKEN
 
 BLOCK = 128  # entries of the vocabulary that the reference sums first
 
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.block_statistics import chosen_block, combined, first_above, prob_of, scores_at
+    from specdec.kernels.commit.block_statistics import chosen_block, combined, first_above, prob_of, scores_at
 
 
 def sample(

@@ -20,7 +20,7 @@ from torch import Tensor
 from specdec.kernels.dispatch import triton
 
 if TYPE_CHECKING:
-    from specdec.kernels.distribution import Truncation
+    from specdec.kernels.commit.distribution import Truncation
 
 if triton is not None:
     import triton.language as tl

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.norms import rms_norm_reference
+from specdec.kernels.linear.norms import rms_norm_reference
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.kernels.block_statistics import kernel_scores, tiles_of
+from specdec.kernels.commit.block_statistics import kernel_scores, tiles_of
 from specdec.kernels.dispatch import triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.block_statistics import scores_at, weight_of
+    from specdec.kernels.commit.block_statistics import scores_at, weight_of
 
 
 def token_statistics(logits: Tensor, token_ids: Tensor, implementation: str = "auto") -> Tensor:
