@@ -31,9 +31,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import specdec
 from specdec.bench.loops import ends_in_loop
 from specdec.bench.report.tables import markdown
-from specdec.drafters.training.divergences import NAMES
+from specdec.drafters.training.distill.divergences import NAMES
+from specdec.drafters.training.distill.validation import Validation, weighted_mean
 from specdec.drafters.training.trainer import read_losses
-from specdec.drafters.training.validation import Validation, weighted_mean
 from specdec.files.environment import environment
 from specdec.files.loading import encode_prompts, load_model, read_prompts, resolve_device
 

@@ -20,8 +20,8 @@ from pair_report import corpus_size, environment
 from python_corpus import Corpus, encode_stream, load_corpus
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from specdec.drafters.training.any_subset import AnySubsetLoss, AnySubsetStep, MaskRecipe, build_xlnet
-from specdec.drafters.training.any_subset_run import AnySubsetRun
+from specdec.drafters.training.any_subset.recipe import AnySubsetLoss, AnySubsetStep, MaskRecipe, build_xlnet
+from specdec.drafters.training.any_subset.run import AnySubsetRun
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.trainer import Step, TrainConfig, build_optimizer
 

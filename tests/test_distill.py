@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from specdec.cli.app import app
 from specdec.drafters.training.data import Batch, TokenStream
-from specdec.drafters.training.distill import (
+from specdec.drafters.training.distill.divergences import NAMES, divergence_of, forward_kl, jensen_shannon, reverse_kl
+from specdec.drafters.training.distill.recipe import (
     Distillation,
     Reader,
     cross_entropy,
@@ -26,10 +27,9 @@ from specdec.drafters.training.distill import (
     row_mean,
     target_texts,
 )
-from specdec.drafters.training.divergences import NAMES, divergence_of, forward_kl, jensen_shannon, reverse_kl
+from specdec.drafters.training.distill.validation import Validation
 from specdec.drafters.training.own_text import Prompts, Writing, write
 from specdec.drafters.training.trainer import Step, TrainConfig, make_accelerator
-from specdec.drafters.training.validation import Validation
 from specdec.errors import ConfigError, InputError
 
 CPU = torch.device("cpu")

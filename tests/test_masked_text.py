@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from specdec.cli.app import app
 from specdec.cli.demo import shipped_pair
-from specdec.drafters.training.any_subset import MASK_TOKEN
+from specdec.drafters.training.any_subset.recipe import MASK_TOKEN
 from specdec.errors import InputError
 from specdec.infill.masked_text import MaskedText, mask_lines, parse_masks
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import specdec
 from specdec.cli.app import app
 from specdec.cli.demo import shipped_pair
-from specdec.drafters.training.any_subset import (
+from specdec.drafters.training.any_subset.recipe import (
     AnySubsetLoss,
     AnySubsetStep,
     MaskRecipe,
@@ -24,7 +24,7 @@ from specdec.drafters.training.any_subset import (
     validate,
     visibility,
 )
-from specdec.drafters.training.any_subset_run import load_xlnet
+from specdec.drafters.training.any_subset.run import load_xlnet
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.trainer import Step
 from specdec.errors import ConfigError

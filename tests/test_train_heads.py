@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from specdec.api.generate import generate
 from specdec.cli.app import app
 from specdec.drafters.training.data import Batch
-from specdec.drafters.training.heads import (
+from specdec.drafters.training.heads.labels import draft_places, propose_everywhere
+from specdec.drafters.training.heads.recipe import (
     AcceptanceHeadRecipe,
     DiscoRecipe,
     HeadData,
@@ -23,9 +24,8 @@ from specdec.drafters.training.heads import (
     proposals_at,
     train_head,
 )
-from specdec.drafters.training.labels import draft_places, propose_everywhere
+from specdec.drafters.training.heads.simulate import Trace, below, compare_rules, fixed, oracle, product, speed
 from specdec.drafters.training.own_text import Prompts
-from specdec.drafters.training.simulate import Trace, below, compare_rules, fixed, oracle, product, speed
 from specdec.drafters.training.trainer import TrainConfig, make_accelerator
 from specdec.errors import ConfigError
 from specdec.policies.heads.acceptance_head import AcceptanceHead

@@ -17,7 +17,7 @@ from specdec.cli.app import app
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.training import look_ahead as module
 from specdec.drafters.training.data import Batch, TokenStream
-from specdec.drafters.training.look_ahead import (
+from specdec.drafters.training.look_ahead.recipe import (
     LookAheadLoss,
     LookAheadRecipe,
     draw_splits,
@@ -25,7 +25,7 @@ from specdec.drafters.training.look_ahead import (
     label_places,
     loss_weights,
 )
-from specdec.drafters.training.look_ahead_run import Measure, train_look_ahead
+from specdec.drafters.training.look_ahead.run import Measure, train_look_ahead
 from specdec.drafters.training.own_text import Prompts
 from specdec.drafters.training.trainer import TrainConfig, make_accelerator, read_losses
 from specdec.errors import ConfigError, InputError

@@ -61,8 +61,8 @@ def any_subset(
     By the joint density under lattice orders. Writes the model in bfloat16 with its tokenizer and a card. --row-tokens
     becomes the longest text it fills.
     """
-    from specdec.drafters.training.any_subset import MaskRecipe, build_xlnet
-    from specdec.drafters.training.any_subset_run import AnySubsetRun, load_xlnet
+    from specdec.drafters.training.any_subset.recipe import MaskRecipe, build_xlnet
+    from specdec.drafters.training.any_subset.run import AnySubsetRun, load_xlnet
     from specdec.drafters.training.data import read_stream
     from specdec.errors import ConfigError
     from specdec.files.loading import find_checkpoint, load_tokenizer, resolve_device

@@ -90,11 +90,11 @@ def distill(
     Writes a checkpoint that from_pretrained loads, with a card that says how it came about and what it gained.
     """
     from specdec.drafters.training.cards import command_line, write_draft_card
-    from specdec.drafters.training.distill import Distillation
-    from specdec.drafters.training.distill import distill as train_draft
-    from specdec.drafters.training.drafts import check_free, save_draft
+    from specdec.drafters.training.distill.drafts import check_free, save_draft
+    from specdec.drafters.training.distill.recipe import Distillation
+    from specdec.drafters.training.distill.recipe import distill as train_draft
+    from specdec.drafters.training.distill.validation import Validation
     from specdec.drafters.training.trainer import finish, make_accelerator
-    from specdec.drafters.training.validation import Validation
 
     check_free(out)
     recipe = Distillation(

@@ -27,7 +27,7 @@ from specdec.cli.train.common import (
 )
 
 if TYPE_CHECKING:
-    from specdec.drafters.training.heads import HeadData
+    from specdec.drafters.training.heads.recipe import HeadData
     from specdec.drafters.training.trainer import TrainConfig
     from specdec.policies.heads.files import Head
 
@@ -77,7 +77,7 @@ def acceptance_head(
     The target continues prompts; the head learns from the drafter's hidden state how likely the target is to accept
     each token. Only the head learns. Use it with length_policy="acceptance_head".
     """
-    from specdec.drafters.training.heads import HeadData
+    from specdec.drafters.training.heads.recipe import HeadData
     from specdec.policies.heads.acceptance_head import AcceptanceHead
 
     data = HeadData(texts, held_out, new_tokens, labels, mix_share, batch_rows, write_batch, draft_cost=draft_cost)
@@ -117,7 +117,7 @@ def disco(
     It learns from the drafter's largest probabilities, their entropy and the place in the draft whether the target
     accepts a token. Only the classifier learns. Use it with length_policy="disco".
     """
-    from specdec.drafters.training.heads import HeadData
+    from specdec.drafters.training.heads.recipe import HeadData
     from specdec.policies.heads.disco import Disco
 
     data = HeadData(
@@ -155,7 +155,7 @@ def run(
     import torch
 
     from specdec.drafters.training.cards import command_line, write_head_card
-    from specdec.drafters.training.heads import check_free, train_head
+    from specdec.drafters.training.heads.recipe import check_free, train_head
     from specdec.drafters.training.trainer import make_accelerator
 
     check_free(out, kind)

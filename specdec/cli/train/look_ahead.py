@@ -82,8 +82,8 @@ def look_ahead(
     from dataclasses import asdict, replace
 
     from specdec.drafters.training.cards import command_line, write_look_ahead_card
-    from specdec.drafters.training.look_ahead import OPTIMISER, LookAheadRecipe
-    from specdec.drafters.training.look_ahead_run import Measure, check_free, train_look_ahead
+    from specdec.drafters.training.look_ahead.recipe import OPTIMISER, LookAheadRecipe
+    from specdec.drafters.training.look_ahead.run import Measure, check_free, train_look_ahead
     from specdec.drafters.training.trainer import finish, make_accelerator
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
 

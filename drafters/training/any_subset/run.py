@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, XLNetLMHeadModel
 
-from specdec.drafters.training.any_subset import (
+from specdec.drafters.training.any_subset.recipe import (
     AnySubsetLoss,
     AnySubsetStep,
     MaskRecipe,

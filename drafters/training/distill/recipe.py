@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from specdec.drafters.training.data import Batch, TokenStream
-from specdec.drafters.training.divergences import Divergence, divergence_of
+from specdec.drafters.training.distill.divergences import Divergence, divergence_of
 from specdec.drafters.training.own_text import Pool, Prompts, Writing, fill_pool
 from specdec.drafters.training.trainer import Step, TrainConfig, TrainRecord, as_json, train
 from specdec.errors import ConfigError, InputError

@@ -16,8 +16,8 @@ from specdec.api.generate import generate
 from specdec.check.oracle import greedy_settings, left_pad
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.training.data import TokenStream
-from specdec.drafters.training.distill import OnProgress, Reader, target_texts
-from specdec.drafters.training.look_ahead import LookAheadLoss, LookAheadRecipe, LookAheadStep, initialise
+from specdec.drafters.training.distill.recipe import OnProgress, Reader, target_texts
+from specdec.drafters.training.look_ahead.recipe import LookAheadLoss, LookAheadRecipe, LookAheadStep, initialise
 from specdec.drafters.training.own_text import Pool, Prompts
 from specdec.drafters.training.trainer import TrainConfig, TrainRecord, as_json, train
 from specdec.engine.metrics import Speculation

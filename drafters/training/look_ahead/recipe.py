@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.batch.branches import Branches
 from specdec.drafters.look_ahead import LookAheadEmbeddings
 from specdec.drafters.training.data import Batch
-from specdec.drafters.training.distill import CROSS_ENTROPY, Distillation, Reader, seed_of
+from specdec.drafters.training.distill.recipe import CROSS_ENTROPY, Distillation, Reader, seed_of
 from specdec.drafters.training.trainer import Step
 from specdec.errors import ConfigError
 from specdec.network.model_cache import cache_argument

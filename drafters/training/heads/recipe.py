@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.drafters.training.labels import Proposals, draft_places, propose_everywhere
+from specdec.drafters.training.heads.labels import Proposals, draft_places, propose_everywhere
+from specdec.drafters.training.heads.simulate import Trace, compare_rules
 from specdec.drafters.training.own_text import Pool, Prompts, Writing, fill_pool
-from specdec.drafters.training.simulate import Trace, compare_rules
 from specdec.drafters.training.trainer import Step, TrainConfig, as_json, finish, train
 from specdec.errors import ConfigError, InputError
 from specdec.policies.heads.acceptance_head import NUM_NUMBERS, AcceptanceHead
