@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_generate import OTHER, TARGET, some_prompts
 
-from specdec.batch.rows import StepReport
-from specdec.drafter import NO_TOKEN
+from specdec.batch.report import StepReport
+from specdec.draft import NO_TOKEN, Shown
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.policies import cost_model
@@ -19,7 +19,6 @@ from specdec.policies.cost_model import CostModel, Knowledge, knowledge_of
 from specdec.policies.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
 from specdec.policies.estimates import DraftProbability, HeadEstimate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
-from specdec.policies.length import Shown
 
 K = 20
 
@@ -66,7 +65,7 @@ class World:
         self.random, self.clock, self.rows = np.random.default_rng(seed), Clock(), Rows(rows)
         self.policy = CostModel(None, self.clock, Knowledge())
         shows = frozenset() if estimate is None else frozenset({"logits"})
-        self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, layout=None)
+        self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, context=None)
         self.policy.check(TARGET, self.drafter)
         self.policy._estimate = self.estimate = estimate
         self.begin()

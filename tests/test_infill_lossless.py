@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from tiny_xlnet import tiny_xlnet
 
 import specdec
-from specdec.drafter import Draft
+from specdec.draft import Draft
 from specdec.drafters.any_subset import AheadDraft, NgramDraft, Proposal, Sampling, SelfDraft
 from specdec.infill.infill import Filling, Forbidding, fill, rows_of, sequences_of
 from specdec.kernels.commit.distribution import NO_TRUNCATION

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from specdec.batch.layout import LAYOUTS, Layout
+from specdec.batch.layout import LAYOUTS, Layout, Ragged
 from specdec.drafter import Drafter
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.files.environment import machine, versions
@@ -18,6 +18,7 @@ from specdec.network.base import vocab_size_of
 from specdec.network.choose import build_network, check_architecture, check_lengths
 from specdec.network.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
 from specdec.network.invariant.swap import batch_invariant, invariant_forward
+from specdec.options.speculation import check_drafter
 
 # What each network is, by its class.
 NETWORKS = {"FusedNetwork": "fused", "InvariantNetwork": "invariant", "StockNetwork": "stock"}
@@ -195,8 +196,7 @@ def fit(drafter: Drafter | str, model: PreTrainedModel, length: int, layout: Lay
     if isinstance(drafter, str):
         return Fit(False, drafter)
     try:
-        drafter.layout = layout
-        drafter.check(model, length)
+        check_drafter(drafter, model, layout or Ragged(), length)
     except SpecDecError as error:
         return Fit(False, str(error))
     return Fit(True)

@@ -26,7 +26,7 @@ from specdec.network.choose import check_architecture, check_lengths, check_mode
 from specdec.network.stock import evaluating
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import SpeculativeConfig, speculative_config
-from specdec.policies.length import DEFAULT_FIXED
+from specdec.policies.fixed import DEFAULT_FIXED
 
 TIE, BUG = "tie", "bug"
 

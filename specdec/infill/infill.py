@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import SpeculativeOutput
-from specdec.batch.rows import Rows, StepReport
-from specdec.drafter import Draft
+from specdec.batch.report import StepReport
+from specdec.batch.rows import Rows
+from specdec.draft import Draft
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
 from specdec.kernels.commit.distribution import Truncation
@@ -131,7 +132,7 @@ def fill(rows: Rows, filling: Filling) -> Speculation:
         if first is not None:  # the same to the last bit: then the first draft token is certain to be accepted
             density[:, 0] = first
         done = filling.verification(within_step(rows, draft, filling.bonus_token), draft, density, no_ends)
-        report = rows.read(done)
+        report = rows.reading(done)()
         check_report(report)
         speculation.add(report)
         if drafter is not None:

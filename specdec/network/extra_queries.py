@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
+from specdec.draft import ExtraQueries
 from specdec.errors import UnsupportedModelError
 from specdec.network.base import Network
 from specdec.network.choose import (

@@ -34,7 +34,7 @@ def check_memory(target: Target, drafter: Drafter, max_rows: int, num_slots: int
     network_type = cast(NetworkType, type(target.network))
     needs = {"target": cache_bytes(network_type, model, max_rows, num_slots, layout)}
     if drafter.kv_model is not None:
-        draft, its_layout = drafter.kv_model, drafter.layout or layout
+        draft, its_layout = drafter.kv_model, layout
         needs["draft model"] = cache_bytes(
             choose_network(draft, its_layout, must_be_exact=False), draft, max_rows, num_slots, its_layout
         )

@@ -26,14 +26,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from specdec.batch.rows import Rows, StepReport
-from specdec.drafter import Draft, Drafter
-from specdec.engine.metrics import decided
+from specdec.batch.report import StepReport, decided
+from specdec.batch.rows import Rows
+from specdec.draft import Draft, Shown
+from specdec.drafter import Drafter
+from specdec.policies.by_estimate import with_predictions
 from specdec.policies.costs import MAX_TOKENS, Clock, CostTable, CudaClock, Curve, HostClock, Recalibrated, Survival
 from specdec.policies.estimates import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.length import LengthPolicy, Shown, with_predictions
+from specdec.policy import LengthPolicy
 
 # Draft tokens of the first steps with a pair, whose costs are unknown: few and short, so that a drafter that loses has
 # lost little, and each twice, because the first time of a shape tells little. What they show decides from then on.
@@ -75,7 +77,7 @@ _known: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Knowledge]] = WeakKeyD
 def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate | None = None) -> Knowledge:
     """Kept as long as the target lives. Each kind of estimate has its own errors, and takes its own time."""
     drafting: Hashable = type(drafter) if drafter.model is None else ref(drafter.model)
-    layout = None if drafter.layout is None else drafter.layout.name
+    layout = None if drafter.context is None else drafter.context.layout.name
     key = (drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
     return _known.setdefault(target, {}).setdefault(key, Knowledge())
 
