@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from specdec.batch.layout import Layout, Ragged, Repad
 from specdec.batch.rows import Rows
 from specdec.errors import ConfigError, UnsupportedModelError
-from specdec.network.base import Network
+from specdec.network.base import Network, evaluating
 from specdec.network.fused import FusedNetwork, can_fuse
 from specdec.network.invariant.network import InvariantDraftNetwork, InvariantNetwork, can_shorten
-from specdec.network.stock import StockNetwork, evaluating
+from specdec.network.stock import StockNetwork
 
 SERVED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 RECURRENT_LAYERS = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "rwkv", "hybrid")

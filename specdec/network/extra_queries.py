@@ -16,7 +16,7 @@ from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
 from specdec.errors import UnsupportedModelError
-from specdec.network.base import Network
+from specdec.network.base import Network, evaluating
 from specdec.network.choose import (
     PROBE_ATTEMPTS,
     PROBE_ERRORS,
@@ -26,7 +26,6 @@ from specdec.network.choose import (
     probe_tolerance,
     relative_difference,
 )
-from specdec.network.stock import evaluating
 
 WIDTH, NUM_EXTRA, PROMPT_LENGTHS = 3, 2, (4, 2)
 _probed: WeakKeyDictionary[PreTrainedModel, set[tuple]] = WeakKeyDictionary()
