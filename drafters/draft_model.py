@@ -14,7 +14,8 @@ from specdec.batch.slots import to_device
 from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.errors import DrafterError
 from specdec.network.base import Network, NetworkOutput, prefill_budget, vocab_size_of
-from specdec.network.choose import build_network, check_architecture, check_lengths
+from specdec.network.choose import build_network
+from specdec.network.refusals import check_architecture, check_lengths
 from specdec.policies.length import Shown
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger

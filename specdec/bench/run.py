@@ -29,9 +29,9 @@ from specdec.check.ways import Way, generate_options
 from specdec.errors import ConfigError
 from specdec.files.environment import environment
 from specdec.network.base import evaluating
-from specdec.network.choose import check_model
 from specdec.network.footprint import kv_bytes_per_token
 from specdec.network.invariant.swap import is_batch_invariant
+from specdec.network.refusals import check_model
 from specdec.options.speculation import speculative_config
 
 

@@ -15,9 +15,10 @@ from specdec.drafter import Drafter
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.files.environment import machine, versions
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import build_network, check_architecture, check_lengths
+from specdec.network.choose import build_network
 from specdec.network.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
 from specdec.network.invariant.swap import batch_invariant, invariant_forward
+from specdec.network.refusals import check_architecture, check_lengths
 
 # What each network is, by its class.
 NETWORKS = {"FusedNetwork": "fused", "InvariantNetwork": "invariant", "StockNetwork": "stock"}

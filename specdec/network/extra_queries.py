@@ -17,10 +17,10 @@ from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
 from specdec.errors import UnsupportedModelError
 from specdec.network.base import Network, evaluating
-from specdec.network.choose import (
+from specdec.network.choose import build_network
+from specdec.network.probe import (
     PROBE_ATTEMPTS,
     PROBE_ERRORS,
-    build_network,
     probe_key,
     probe_tokens,
     probe_tolerance,

@@ -13,9 +13,10 @@ from specdec.batch.layout import Layout
 from specdec.drafter import Drafter
 from specdec.engine.target import Target
 from specdec.errors import ConfigError
-from specdec.network.choose import NetworkType, choose_network, probe_key
+from specdec.network.choose import choose_network
 from specdec.network.footprint import PROBE_SLOTS, cached_bytes
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.probe import NetworkType, probe_key
 
 GIB = 2**30
 _measured: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDictionary()
