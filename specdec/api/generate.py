@@ -267,7 +267,7 @@ def _generate(
         scores,
         logits,
     )
-    check_memory(target, drafter, len(rows), rows.capacity)
+    check_memory(target.network, target.layout, len(rows), rows.capacity, drafter.kv_model, drafter.layout)
 
     def on_commit(report: StepReport) -> None:
         streamers.after_step(report)

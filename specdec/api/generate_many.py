@@ -180,7 +180,7 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         drafter.target_layers,
         speculation.layout,
     )
-    check_memory(target, drafter, len(slots), slots.capacity)
+    check_memory(target.network, target.layout, len(slots), slots.capacity, drafter.kv_model, drafter.layout)
     k = speculation.num_speculative_tokens
     policy = speculation.length_policy
     steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from specdec.check.doctor import Diagnosis
     from specdec.drafter import Drafter
-    from specdec.network.footprint import Footprint
+    from specdec.network.memory import Footprint
 
 MIB = 2**20
 DEFAULT_LENGTH = 1024
