@@ -15,7 +15,8 @@ from specdec.draft import NO_TOKEN, Draft, Shown, Verified
 from specdec.drafter import Context, Drafter
 from specdec.errors import DrafterError
 from specdec.network.base import Network, NetworkOutput, prefill_budget, vocab_size_of
-from specdec.network.choose import build_network, check_lengths
+from specdec.network.choose import build_network
+from specdec.network.refusals import check_lengths
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
 # difference means another tokenizer.

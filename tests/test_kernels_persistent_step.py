@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 
 import pytest
@@ -13,7 +15,10 @@ from specdec.batch.cache import RaggedCache
 from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent.step import (
     MAX_TOKENS,
+    Constants,
+    Numbers,
     PersistentStep,
+    Pointers,
     Tuning,
     persistent_step_reference,
     refusal,
@@ -183,6 +188,17 @@ def test_tunings_change_only_rounding_in_the_interpreter(change, shape):
 
 def test_interpreter_run(run_in_subprocess):
     run_in_subprocess("tests/test_kernels_persistent_step.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+def test_the_kernels_parameters_are_those_of_the_launch():
+    """An argument that only one side knows would be an error on a GPU only."""
+    from specdec.kernels.persistent import step_triton
+
+    source = inspect.getsource(step_triton)
+    [kernel] = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "persistent_step_kernel"]
+    passed = [*Pointers._fields, *Numbers._fields, *Constants._fields]
+    assert sorted(argument.arg for argument in kernel.args.args) == sorted(passed)
 
 
 def test_wrong_operands_are_named():

@@ -29,8 +29,8 @@ from specdec.engine.streaming import Streamers
 from specdec.engine.target import Target
 from specdec.errors import ConfigError, DrafterError
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
+from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options, whole_number
 from specdec.options.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.options.speculation import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
@@ -268,7 +268,7 @@ def _generate(
         scores,
         logits,
     )
-    check_memory(target, drafter, len(rows), rows.capacity)
+    check_memory(target.network, target.layout, len(rows), rows.capacity, drafter.kv_model)
 
     def on_commit(report: StepReport) -> None:
         streamers.after_step(report)

@@ -24,8 +24,8 @@ from specdec.engine.stopping import Stopping
 from specdec.engine.target import Target
 from specdec.errors import ConfigError, InputError
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
+from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import Randomness, SpeculativeConfig, speculative_config
@@ -181,7 +181,7 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         drafter.target_layers,
         speculation.layout,
     )
-    check_memory(target, drafter, len(slots), slots.capacity)
+    check_memory(target.network, target.layout, len(slots), slots.capacity, drafter.kv_model)
     k = speculation.num_speculative_tokens
     policy = speculation.length_policy
     steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping, sampler)

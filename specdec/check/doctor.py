@@ -15,9 +15,11 @@ from specdec.drafter import Drafter
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.files.environment import machine, versions
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import build_network, check_architecture, check_lengths
-from specdec.network.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
+from specdec.network.choose import build_network
+from specdec.network.free_memory import free_bytes
 from specdec.network.invariant.swap import batch_invariant, invariant_forward
+from specdec.network.memory import PROBE_SLOTS, Footprint, footprint
+from specdec.network.refusals import check_architecture, check_lengths
 from specdec.options.speculation import check_drafter
 
 # What each network is, by its class.
@@ -221,5 +223,5 @@ def memory_for(
     total = sum(part.total(batch_size, slots, step) for part, step in parts)
     taken = sum(part.total(0, slots, step) for part, step in parts)
     per_row = sum(part.total(1, slots, step) for part, step in parts) - taken
-    available = available_bytes(model.device)
+    available = free_bytes(model.device)
     return Memory(target, drafted, batch_size, length, total, total - taken, available, available // max(per_row, 1))

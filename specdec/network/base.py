@@ -169,3 +169,16 @@ def vocab_size_of(model: PreTrainedModel) -> int:
         return head.weight.shape[0]
     # A head of several layers: the last one's rows.
     return matrices[-1].shape[0] if matrices else model.config.get_text_config(decoder=True).vocab_size
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Turn dropout off, as decoding needs it. Afterwards each module returns to its own mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

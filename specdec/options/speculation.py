@@ -13,8 +13,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from specdec.batch.layout import Layout, Ragged, resolve_layout
 from specdec.drafter import Drafter, NoDrafts, check_contract
 from specdec.errors import ConfigError, DrafterError
-from specdec.network.choose import check_architecture
+from specdec.limits import MAX_DRAFT_TOKENS
 from specdec.network.extra_queries import check_extra_queries
+from specdec.network.refusals import check_architecture
 from specdec.options.generation import is_whole
 from specdec.policies.by_estimate import Confidence
 from specdec.policies.fixed import DEFAULT_FIXED, Fixed
@@ -24,7 +25,6 @@ from specdec.policy import LengthPolicy
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
 from specdec.verify.random_streams import RowStreams
 
-MAX_SPECULATIVE_TOKENS = 32
 VERIFICATIONS = ("token", "block")
 POLICY_ALIASES = ("num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
@@ -123,7 +123,7 @@ def speculative_config(
         raise ConfigError(f"max_matching_ngram_size={ngram!r} is no number of tokens; choose 1 or more")
     chosen = resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram}))
     if length_policy == "fixed" and isinstance(policy, Heuristic):
-        k = MAX_SPECULATIVE_TOKENS  # transformers' number is that of the first draft
+        k = MAX_DRAFT_TOKENS  # transformers' number is that of the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
 
 
@@ -153,11 +153,11 @@ def draft_tokens(
     for name, k in given.items():
         if not is_whole(k) or k < 1:
             raise ConfigError(
-                f"{name}={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for plain decoding pass "
+                f"{name}={k!r} must be a whole number from 1 to {MAX_DRAFT_TOKENS}; for plain decoding pass "
                 "drafter=None"
             )
-        if k > MAX_SPECULATIVE_TOKENS:
-            raise ConfigError(f"{name}={k} exceeds {MAX_SPECULATIVE_TOKENS}; lower it")
+        if k > MAX_DRAFT_TOKENS:
+            raise ConfigError(f"{name}={k} exceeds {MAX_DRAFT_TOKENS}; lower it")
     return next(iter(given.items()), ("num_speculative_tokens", None))
 
 
