@@ -39,7 +39,8 @@ test-slow: setup
 # folder before the environment's own, so that torch is not installed twice.
 test-oldest: setup .oldest/.installed
 	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
-		$(NO_MODELS:%=--ignore tests/%) -k "not interpreter" $(PYTEST_ARGS)
+		$(NO_MODELS:%=--ignore tests/%) \
+		-m "not slow and not gpu and not interpreter" $(PYTEST_ARGS)
 
 .oldest/.installed: pyproject.toml $(VENV)/.installed
 	rm -rf .oldest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -18,7 +17,6 @@ from specdec.kernels.linear import in_order_linear
 from specdec.kernels.linear.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 SLOW, FAST, WRONG, UNFIT = (Tile(16, out, 128, True, 4, 4) for out in (16, 32, 64, 128))
 
 
@@ -135,7 +133,7 @@ def tiny(tuning):
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not INTERPRET, reason="runs the kernel on a CPU, with TRITON_INTERPRET=1; see below")
+@pytest.mark.interpreter
 def test_a_cell_on_the_interpreter(tuning, compiler, monkeypatch):
     """All of a cell but the capture: the kernel runs with the tiles under trial, and the record holds the choice."""
     shape, launched, first, timed = tiny(tuning), [], {}, {}
@@ -178,10 +176,6 @@ def test_a_cell_on_the_interpreter(tuning, compiler, monkeypatch):
     assert entry["head"]["tried"] and "tried" not in shown["head"] and shown["head"]["best_ms"] == 1.0
     assert set(entry["timed_layers_and_head"]) == {"table", "best", "library"}
     assert in_order_linear.choose_tile is inner
-
-
-def test_a_cell_in_the_interpreter(run_in_subprocess):
-    run_in_subprocess(f"{__file__}::test_a_cell_on_the_interpreter", TRITON_INTERPRET="1")
 
 
 def test_the_table_of_a_record(tuning, tmp_path, capsys):

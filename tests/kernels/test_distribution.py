@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -13,10 +12,8 @@ from specdec.kernels.commit import block_statistics, distribution
 from specdec.kernels.commit.distribution import Truncation, distribution_of
 from specdec.kernels.commit.greedy_commit import NO_TOKEN
 from specdec.kernels.commit.sample import sample, sample_tokens
-from specdec.kernels.dispatch import triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-needs_interpreter = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+needs_interpreter = pytest.mark.interpreter
 TRUNCATIONS = [
     Truncation(*values)
     for values in itertools.product((1.0, 0.6), (0, 1, 7, 5000), (1.0, 0.9, 0.3, 0.0), (0.0, 0.05))
@@ -197,11 +194,6 @@ def test_unusable_scores_in_the_interpreter(monkeypatch):
         assert tokens.eq(NO_TOKEN).tolist() == [True, False, True, True, False], truncation
         torch.testing.assert_close(probs.sum(1), torch.tensor([0.0, 1, 0, 0, 1]), rtol=0, atol=1e-5)
         assert probs[[0, 2, 3]].eq(0).all()
-
-
-def test_interpreter_run(run_in_subprocess):
-    """The interpreter must be chosen before triton is imported, hence another process."""
-    run_in_subprocess("tests/kernels/test_distribution.py", "-k", "in_the_interpreter", TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.kernels.commit.greedy_commit import NO_TOKEN, NUM_DRAFTED, greedy_commit, triton
+from specdec.kernels.commit.greedy_commit import NO_TOKEN, NUM_DRAFTED, greedy_commit
 
 VOCAB = 10
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run(target, draft, eos=(), lengths=(3,), limits=(99,), implementation="torch", device="cpu", passes=None):
@@ -116,7 +113,7 @@ def test_reference_equals_row_by_row(batch):
     check_batch(batch, "torch")
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 @given(batches())
 @settings(max_examples=30, deadline=None)
 def test_kernel_in_the_interpreter_equals_row_by_row(batch):
@@ -168,7 +165,7 @@ def test_reference_takes_the_lowest_of_the_largest(dtype):
     check_scores("torch", dtype=dtype)
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_argmax_in_the_interpreter_equals_numpys(dtype):
     check_scores("triton", dtype=dtype)
@@ -179,11 +176,6 @@ def test_argmax_in_the_interpreter_equals_numpys(dtype):
 def test_argmax_on_a_gpu_equals_numpys(dtype):
     check_scores("triton", "cuda", dtype)
     check_scores("torch", "cuda", dtype)
-
-
-def test_interpreter_run(run_in_subprocess):
-    """The interpreter must be chosen before triton is imported, hence another process."""
-    run_in_subprocess("tests/kernels/test_greedy_commit.py", "-k", "in_the_interpreter", TRITON_INTERPRET="1")
 
 
 def test_wrong_shapes_and_implementations_are_named():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +10,8 @@ from hypothesis import strategies as st
 
 from specdec.kernels.attention import ragged_attention as kernels
 from specdec.kernels.attention.ragged_attention import TREE_SLOTS, Tree, ragged_attention
-from specdec.kernels.dispatch import triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.interpreter
 
 
 def operands(rows, heads, kv_heads, width, slots, dim, value_dim=None, dtype=torch.float32, device="cpu"):
@@ -250,10 +246,6 @@ def test_splits_of_hidden_slots_in_the_interpreter(small_blocks):
     out = ragged_attention(query, key, value, spans, 0.3, tree=tree, implementation="triton")
     assert torch.equal(out[0, 0], value[0, :, 63].expand(2, -1)) and out[0, 1].eq(0).all()
     assert torch.equal(ragged_attention(query, key, value, spans, 0.3, tree=tree), out)
-
-
-def test_interpreter_run(run_in_subprocess):
-    run_in_subprocess("tests/kernels/test_kernels_attention.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
 
 
 def test_wrong_operands_are_named():

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from specdec.kernels.dispatch import triton
 from specdec.kernels.linear import gated
 from specdec.kernels.linear.gated import gelu_tanh_mul, silu_mul
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.interpreter
 ACTIVATIONS = {silu_mul: F.silu, gelu_tanh_mul: lambda x: F.gelu(x, approximate="tanh")}
 gated_by = pytest.mark.parametrize("kernel", ACTIVATIONS, ids=lambda kernel: kernel.__name__)
 SHAPES = [(0, 8), (1, 2), (3, 34), (2, 5, 64), (2, 4100)]
@@ -44,10 +40,6 @@ def test_kernel_in_the_interpreter_equals_the_reference(shape, dtype, kernel, mo
     torch.testing.assert_close(
         kernel(x, "triton"), kernel(x, "torch"), rtol=2e-3 if dtype.itemsize == 2 else 1e-5, atol=2e-5
     )
-
-
-def test_interpreter_run(run_in_subprocess):
-    run_in_subprocess("tests/kernels/test_kernels_gated.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
 
 
 def test_odd_halves_are_named():

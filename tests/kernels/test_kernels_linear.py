@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from specdec.kernels.dispatch import triton
 from specdec.kernels.linear import in_order_linear as kernels
 from specdec.kernels.linear.in_order_linear import in_order_linear, in_order_linears
 from specdec.kernels.linear.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile, choose_tile
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # The same products in another order: float32 rounds at 6e-8, float16 results at 5e-4.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SHAPES = [(0, 16, 16), (1, 1, 1), (1, 70, 33), (3, 16, 64), (17, 65, 100), (2, 5, 128), (40, 32, 31)]
@@ -52,7 +48,7 @@ def test_reference_rows_do_not_depend_on_their_batch():
         assert torch.equal(together[row], in_order_linear(x[row], weight, b))
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -65,7 +61,7 @@ def test_kernel_in_the_interpreter_equals_the_reference(shape, tile, dtype, monk
         torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 def test_kernel_in_the_interpreter_takes_leading_dimensions_and_strides():
     x, weight, b = operands(12, 20, 24)
     out = in_order_linear(x.view(3, 4, 24).transpose(0, 1), weight, b, "triton", TILES[0])
@@ -84,7 +80,7 @@ def test_linears_of_one_input_are_each_alone_side_by_side(sizes, bias):
     assert torch.equal(in_order_linears(x, [w for _, w, _ in operand], [b for *_, b in operand]), expected)
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("sizes", SIZES_TOGETHER)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -94,10 +90,6 @@ def test_kernel_of_several_weights_in_the_interpreter(sizes, tile, bias, monkeyp
     poison(monkeypatch)
     out = in_order_linears(operand[0][0], weights, biases, "triton", tile)
     torch.testing.assert_close(out, in_order_linears(operand[0][0], weights, biases), rtol=1e-5, atol=1e-5)
-
-
-def test_interpreter_run(run_in_subprocess):
-    run_in_subprocess("tests/kernels/test_kernels_linear.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
 
 
 def test_every_bucket_has_a_tile():
@@ -123,8 +115,8 @@ def test_wrong_operands_are_named():
         in_order_linears(x, [weight] * 2, [b, None])
 
 
-@pytest.mark.skipif(INTERPRET, reason="the interpreter takes CPU tensors")
-def test_an_unavailable_kernel_is_not_replaced():
+def test_an_unavailable_kernel_is_not_replaced(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter takes CPU tensors
     x, weight, _ = operands(3, 4, 5)
     with pytest.raises(RuntimeError, match="needs"):
         in_order_linear(x, weight, implementation="triton")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,7 @@ from hypothesis import strategies as st
 
 from specdec.batch.cache import RaggedCache
 from specdec.batch.slots import Slots, moves_of
-from specdec.kernels.move_rows import is_sequential, move_rows, triton
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from specdec.kernels.move_rows import is_sequential, move_rows
 
 
 @st.composite
@@ -44,7 +40,7 @@ def test_reference_equals_row_by_row(departure, num_filled):
     check(*departure, num_filled, "torch")
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 @given(departures(), st.integers(0, 5), st.sampled_from([1, 7, 1000]))
 @settings(max_examples=30, deadline=None)
 def test_kernel_in_the_interpreter_equals_row_by_row(departure, num_filled, width):
@@ -56,11 +52,6 @@ def test_kernel_in_the_interpreter_equals_row_by_row(departure, num_filled, widt
 @settings(max_examples=50, deadline=None)
 def test_kernel_on_a_gpu_equals_row_by_row(departure, num_filled, width):
     check(*departure, num_filled, "triton", "cuda", torch.int16, width)
-
-
-def test_interpreter_run(run_in_subprocess):
-    """The interpreter must be chosen before triton is imported, hence another process."""
-    run_in_subprocess("tests/kernels/test_kernels_move_rows.py", "-k", "interpreter_equals", TRITON_INTERPRET="1")
 
 
 def test_a_swap_is_not_sequential_and_still_served():

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from specdec.kernels.dispatch import triton
 from specdec.kernels.linear import norms
 from specdec.kernels.linear.norms import add_rms_norm, layer_norm, rms_norm, sum_in_pairs
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.interpreter
 SHAPES = [(0, 16), (1, 1), (5, 33), (2, 3, 64), (4, 300)]
 
 
@@ -93,10 +89,6 @@ def test_kernels_in_the_interpreter_equal_the_references(shape, dtype, monkeypat
                 torch.testing.assert_close(out, rms_norm(x, w, 1e-5, offset, first), **tolerance)
     for w, b in ((weight, bias), (weight, None), (None, None)):
         torch.testing.assert_close(layer_norm(x, w, b, 1e-5, "triton"), layer_norm(x, w, b, 1e-5), **tolerance)
-
-
-def test_interpreter_run(run_in_subprocess):
-    run_in_subprocess("tests/kernels/test_kernels_norms.py", "-k", "interpreter and not run", TRITON_INTERPRET="1")
 
 
 def test_wrong_operands_are_named():

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from specdec.batch.cache import RaggedCache
-from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent.step import (
     MAX_TOKENS,
     PersistentStep,
@@ -20,8 +17,7 @@ from specdec.kernels.persistent.step import (
 )
 from specdec.network.invariant.one_launch import step_tensors
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.interpreter
 SIZES = dict(
     vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
@@ -179,12 +175,6 @@ def test_tunings_change_only_rounding_in_the_interpreter(change, shape):
         buffer.fill_(float("nan"))
     for got, expected in zip(step(ids, starts), persistent_step_reference(ids, starts, theirs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_interpreter_run(run_in_subprocess):
-    run_in_subprocess(
-        "tests/kernels/test_kernels_persistent_step.py", "-k", "interpreter and not run", TRITON_INTERPRET="1"
-    )
 
 
 def test_wrong_operands_are_named():

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.kernels import prompt_lookup as module
-from specdec.kernels.prompt_lookup import NO_TOKEN, prompt_lookup, triton
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from specdec.kernels.prompt_lookup import NO_TOKEN, prompt_lookup
 
 
 def lookup_by_hand(tokens, num_tokens, longest, shortest):
@@ -48,7 +44,7 @@ def test_reference_equals_a_search_by_hand(texts, num_tokens, longest, shortest)
     check(texts, num_tokens, longest, shortest, "torch")
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("block", [4, 1024])
 def test_kernel_in_the_interpreter_equals_a_search_by_hand(monkeypatch, block):
     """Texts of several blocks among them."""
@@ -70,11 +66,6 @@ def test_kernel_on_a_gpu_equals_a_search_by_hand():
             texts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in (length, 1, length // 2 + 1)]
             for num_tokens, longest, shortest in ((1, 1, 1), (5, 3, 1), (20, 4, 3)):
                 check(texts, num_tokens, longest, shortest, "triton", "cuda")
-
-
-def test_interpreter_run(run_in_subprocess):
-    """The interpreter must be chosen before triton is imported, hence another process."""
-    run_in_subprocess("tests/kernels/test_kernels_prompt_lookup.py", "-k", "in_the_interpreter", TRITON_INTERPRET="1")
 
 
 def test_more_tokens_than_there_are_are_refused():

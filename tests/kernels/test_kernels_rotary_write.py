@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -11,11 +9,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 
 from specdec.kernels.attention import rotary_write as kernels
 from specdec.kernels.attention.rotary_write import HeadNorm, rotary_write
-from specdec.kernels.dispatch import triton
 from specdec.kernels.linear.norms import rms_norm
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.interpreter
 SLOTS = 11
 ARITHMETIC = {"qwen3": (False, True), "gemma3": (True, False)}  # unit_offset and round_first of the head norms
 MODULES = {"qwen3": Qwen3RMSNorm, "gemma3": Gemma3RMSNorm}
@@ -98,12 +94,6 @@ def test_kernel_in_the_interpreter_equals_the_reference(shape, normed, dtype, mo
         torch.testing.assert_close(out, rotary_write(*reference, places, "torch"), **tolerance)
         torch.testing.assert_close(ours[4], reference[4], **tolerance)
         assert torch.equal(ours[5], reference[5])
-
-
-def test_interpreter_run(run_in_subprocess):
-    run_in_subprocess(
-        "tests/kernels/test_kernels_rotary_write.py", "-k", "interpreter and not run", TRITON_INTERPRET="1"
-    )
 
 
 def test_wrong_operands_are_named():

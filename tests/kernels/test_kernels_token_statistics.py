@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from specdec.kernels.commit import token_statistics as module
 from specdec.kernels.commit.token_statistics import log_prob, token_statistics, token_statistics_of_few
-from specdec.kernels.dispatch import triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.interpreter
 SHAPES = [(0, 8), (1, 1), (3, 37), (2, 4096), (2, 9001)]
 
 
@@ -77,12 +73,6 @@ def test_nan_in_the_interpreter_stays_in_its_row():
         found = token_statistics(logits, tokens, implementation)
         assert found.isnan().all(1).tolist() == found.isnan().any(1).tolist() == [False, True, False]
         assert log_prob(logits, tokens, implementation).isnan().tolist() == [False, True, False]
-
-
-def test_interpreter_run(run_in_subprocess):
-    run_in_subprocess(
-        "tests/kernels/test_kernels_token_statistics.py", "-k", "interpreter and not run", TRITON_INTERPRET="1"
-    )
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -12,9 +11,6 @@ from verification import NO_EOS, run
 from specdec.kernels.commit import block_statistics
 from specdec.kernels.commit.greedy_commit import NO_TOKEN
 from specdec.kernels.commit.sample import sample_tokens
-from specdec.kernels.dispatch import triton
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 # ---- one step, by hand
 
@@ -161,7 +157,7 @@ def compare(target, ids, draft, numbers, lengths, limits):
         assert kernel_tokens[~committed].eq(77).all()
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("vocab, k", [(1, 0), (1, 3), *itertools.product((7, 600), (0, 1, 4, 8))])
 def test_kernel_in_the_interpreter_equals_the_reference(vocab, k, monkeypatch):
     """Vocabularies of one block and of three, which the kernels pad to four."""
@@ -169,7 +165,7 @@ def test_kernel_in_the_interpreter_equals_the_reference(vocab, k, monkeypatch):
     compare(*random_case(vocab, k, seed=10 * k + vocab))
 
 
-@pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreter
 def test_kernel_in_the_interpreter_equals_the_reference_where_nothing_is_left_to_recover():
     compare(*nothing_to_recover())
 
@@ -180,11 +176,6 @@ def test_kernel_in_the_interpreter_equals_the_reference_where_nothing_is_left_to
 def test_kernel_on_a_gpu_equals_the_reference(vocab, k):
     for seed in range(3):
         compare(*random_case(vocab, k, seed, "cuda"))
-
-
-def test_interpreter_run(run_in_subprocess):
-    """The interpreter must be chosen before triton is imported, hence another process."""
-    run_in_subprocess("tests/kernels/test_sampled_commit.py", "-k", "interpreter_equals", TRITON_INTERPRET="1")
 
 
 def test_wrong_arguments_are_named():
