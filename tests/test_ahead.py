@@ -260,7 +260,7 @@ def test_the_cost_model_times_no_step_that_began_ahead():
     verify = Target.verify
 
     def watched(self, rows, draft, *others):
-        told.append((self._begun is not None and self._begun.draft is draft, policy._is_held))
+        told.append((self._begun is not None and self._begun.draft is draft, not policy.state.is_timed))
         return verify(self, rows, draft, *others)
 
     prompts = some_prompts(*range(1, 17))
