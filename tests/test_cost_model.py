@@ -199,6 +199,21 @@ def test_a_call_that_lost_leaves_no_debt():
     assert known.budget.steps == LossBudget.AT_START
 
 
+def test_rests_that_are_cut_short_allow_no_losses():
+    """Each time the number of rows changes a rest ends early. What drafts may lose grows with the steps that were
+    taken, not with those that were planned."""
+    world, few, many = World(flat, dear, 0.0, catch_up=1e-4), Rows(8), Rows(64)
+    budget, drafts = world.policy._known.budget, []
+    for step in range(200):
+        world.rows, world.lag = (few, many)[step % 2], np.full(64, world.lag.max())
+        before = budget.steps
+        world.step()
+        if world.widths[-1] == 0:
+            assert budget.steps - before <= 1.01 * LossBudget.PER_STEP
+        drafts.append(world.widths[-1] > 0)
+    assert any(drafts) and not all(drafts)
+
+
 def test_it_drafts_again_when_the_drafter_gets_better():
     world = World(flat, cheap, 0.0)
     world.run(300)

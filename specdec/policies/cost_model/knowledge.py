@@ -41,8 +41,8 @@ class LossBudget:
         """A call inherits gains, up to a limit, and no losses."""
         self.steps = min(max(self.steps, self.AT_START), self.MOST_CARRIED)
 
-    def add_steps(self, num_steps: int) -> None:
-        self.steps = min(self.steps + self.PER_STEP * num_steps, self.HIGHEST)
+    def add_step(self) -> None:
+        self.steps = min(self.steps + self.PER_STEP, self.HIGHEST)
 
     def add_gain(self, gain: float) -> None:
         """gain: of one draft, in plain steps; below 0 if it lost."""

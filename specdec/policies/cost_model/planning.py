@@ -101,17 +101,12 @@ class Planner:
 
     def choose(self, rows: Rows, max_tokens: int, costs: StepCosts) -> None:
         """Enter a state that is not a rest. max_tokens: the most that a row has room for."""
-        self.state = state = self._chosen(rows, max_tokens, costs)
+        self.state = self._chosen(rows, max_tokens, costs)
 
-        match state:
-            case Exploring():
-                self._known.num_explored += 1
-            case Drafting():
-                self._rest_length.reset()
-            case TimingPlain():
-                self._known.budget.add_steps(state.rest)
-            case _:
-                pass
+        if isinstance(self.state, Exploring):
+            self._known.num_explored += 1
+        elif isinstance(self.state, Drafting):
+            self._rest_length.reset()
 
     def _chosen(self, rows: Rows, max_tokens: int, costs: StepCosts) -> State:
         if max_tokens < 1:
@@ -200,15 +195,12 @@ class Planner:
         # What a pair loses while it is explored is not counted: that happens once.
         self._known.budget.add_gain(max(gain, 0.0) if isinstance(self.state, Exploring) else gain)
 
-        match self.state:
-            case Trying() if gain > 0:
-                self._rest_length.reset()
-            case Trying():
-                self._rest_length.double()
-            case Drafting(forecast=Forecast()):
-                self._reached.add(tokens, seconds)
-            case _:
-                pass
+        if isinstance(self.state, Trying) and gain > 0:
+            self._rest_length.reset()
+        elif isinstance(self.state, Trying):
+            self._rest_length.double()
+        elif isinstance(self.state, Drafting) and self.state.forecast is not None:
+            self._reached.add(tokens, seconds)
 
 
 def room_of(rows: Rows) -> np.ndarray:

@@ -126,7 +126,11 @@ class CostModel(LengthPolicy):
     # ---- after the verification
 
     def learn(self, report: StepReport) -> StepReport:
-        if report.is_prefill or not self.state.is_timed:
+        if report.is_prefill:
+            return report
+
+        self._known.budget.add_step()
+        if not self.state.is_timed:
             return report
 
         end = self._clock.mark()
@@ -135,7 +139,6 @@ class CostModel(LengthPolicy):
         verify_seconds = self._clock.seconds(step.drafted, end)
         num_drafted = report.token_ids.shape[1] - 1
         step.costs.verify.add_warm(num_drafted + 1, verify_seconds)
-        self._known.budget.add_steps(1)
         if num_drafted == 0:
             self._planner.saw_plain()
             return report
