@@ -192,13 +192,21 @@ def _cut(ranked: Tensor, truncation: Truncation, vocab: int) -> tuple[Tensor, Te
         is_sure = (last < cutoff) | cutoff.isneginf()  # nothing beyond them ties with the k-th
     weights *= ranked >= cutoff[:, None]
     if top_p < 1:
-        reached = weights.cumsum(1) >= top_p * weights.sum(1, keepdim=True)
+        reached = weights.cumsum(1) >= top_p * row_sums(weights)[:, None]
         place = torch.where(reached.any(1), reached.long().argmax(1), count - 1)
         cutoff = ranked.gather(1, place[:, None]).squeeze(1)
     if min_p > 0:
         cutoff = torch.maximum(cutoff, top[:, 0] + temperature * math.log(min_p))
-    mass = (weights * (ranked >= cutoff[:, None])).sum(1)
+    mass = row_sums(weights * (ranked >= cutoff[:, None]))
     return cutoff, mass, is_sure | (count == vocab) | ranked[:, 0].isnan()
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """The sum of every row, [rows], with the bits it has in any batch. values: [rows, n] float."""
+    if len(values) == 1 and not values.is_cuda:
+        # torch splits the sum of a single row among its threads, and so rounds it differently than in a batch.
+        return values.expand(2, -1).contiguous().sum(1)[:1]
+    return values.sum(1)
 
 
 def _nucleus(scores: Tensor, top: Tensor, total: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.commit.distribution import REFERENCE_ELEMENTS, Distribution
+from specdec.kernels.commit.distribution import REFERENCE_ELEMENTS, Distribution, row_sums
 from specdec.kernels.commit.greedy_commit import BAD_SCORES, NO_TOKEN, Committed, commit, nan_within
 from specdec.kernels.commit.sample import sample_tokens
 from specdec.kernels.commit.sampled_commit_triton import sampled_commit_triton
@@ -190,7 +190,7 @@ def block_chances(target: Distribution, draft_ids: Tensor, draft_probs: Tensor) 
         chances[:, i - 1] = scales[:, i]
         if i < k:
             place = torch.full_like(draft_ids[:, 0], i)
-            residual = _residual(target.at(place), draft_probs[:, i], scales[:, i]).sum(1).double()
+            residual = row_sums(_residual(target.at(place), draft_probs[:, i], scales[:, i])).double()
             denominator = residual + (1 - scales[:, i])
             goes_on = draft_ids[:, i] != NO_TOKEN  # otherwise i is this row's whole draft
             chance = torch.where(denominator > 0, residual / denominator, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.batch.rows import Rows
 from specdec.drafter import NO_TOKEN, Draft
-from specdec.kernels.commit.distribution import Distribution, distribution_of
+from specdec.kernels.commit.distribution import Distribution, distribution_of, row_sums
 from specdec.kernels.commit.greedy_commit import BAD_SCORES, Committed, greedy_commit
 from specdec.kernels.commit.sampled_commit import sampled_commit
 from specdec.kernels.commit.truncation import NO_TRUNCATION
@@ -143,11 +143,14 @@ def lets_pass(rule: Lenient | TopBeta, draft_ids: Tensor, scores: Tensor) -> Ten
 
 
 def typical_prefix(rule: Typical, target: Distribution, draft_ids: Tensor) -> Tensor:
-    """The drafts with every one from the first untypical on taken out, [rows, k] int64."""
+    """The drafts with every one from the first untypical on taken out, [rows, k] int64. Greedy rows keep theirs."""
     p = target.of_tokens(draft_ids.clamp(min=0))
     threshold = torch.empty_like(p)
     for place in range(draft_ids.shape[1]):
         probs = target.at(torch.full_like(draft_ids[:, 0], place))
-        threshold[:, place] = (rule.delta * (-torch.special.entr(probs).sum(1)).exp()).clamp(max=rule.epsilon)
+        entropy = row_sums(torch.special.entr(probs))
+        threshold[:, place] = (rule.delta * (-entropy).exp()).clamp(max=rule.epsilon)
     is_typical = (p >= threshold) & (p > 0) & (draft_ids != NO_TOKEN)
+    if target.best is not None:
+        is_typical |= target.best[:, :-1] != NO_TOKEN
     return draft_ids.masked_fill(is_typical.long().cumprod(1) == 0, NO_TOKEN)
