@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, XLNetLMHeadModel
@@ -16,13 +17,13 @@ from specdec.batch.rows import Rows
 from specdec.draft import NO_TOKEN, Draft
 from specdec.drafter import Context, Drafter
 from specdec.errors import DrafterError
-from specdec.kernels.commit.distribution import Truncation
 from specdec.kernels.commit.greedy_commit import Committed
 from specdec.kernels.commit.sample import sample, sample_tokens
 from specdec.network.any_subset.model import Conditionals, Order, XLNet
 from specdec.network.any_subset.two_stream import TwoStreamCache
 from specdec.network.base import vocab_size_of
 from specdec.verify.random_streams import Purpose, RowStreams
+from specdec.verify.truncations import HasTruncations
 
 
 class Proposal(NamedTuple):
@@ -51,7 +52,7 @@ class Sampling(NamedTuple):
     """How drafts are sampled: as the target's tokens are, by numbers of their own."""
 
     streams: RowStreams
-    truncation: Truncation
+    processors: HasTruncations
 
     def uniforms(self, rows: Rows, count: int) -> Tensor:
         return self.streams.uniforms(rows.row_ids, rows.host_lengths, count, Purpose.DRAFT)
@@ -63,7 +64,9 @@ def choose(scores: Tensor, rows: Rows, sampling: Sampling | None) -> Draft:
         return Draft(scores.argmax(-1))
     probs = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     uniforms = sampling.uniforms(rows, scores.shape[1]).flatten()
-    tokens = sample(scores.flatten(0, 1), sampling.truncation, uniforms, probs.view(-1, scores.shape[2]))
+    row_of_position = np.arange(len(scores)).repeat(scores.shape[1])
+    truncations = sampling.processors.truncations(rows).take(row_of_position)
+    tokens = sample(scores.flatten(0, 1), truncations, uniforms, probs.view(-1, scores.shape[2]))
     return Draft(tokens.view(scores.shape[:2]), probs)
 
 

@@ -250,7 +250,7 @@ def _generate(
     if options.do_sample:
         streams = randomness.streams(len(rows), rows.device)
         sampler = Sampler(processors, streams, vocab_size_of(model))
-    verification = verification_of(randomness.verification, options.do_sample, streams, processors.truncation)
+    verification = verification_of(randomness.verification, options.do_sample, streams, processors)
     scores, logits = (
         Emitted(len(rows), options.pad_token_id) if wanted else None
         for wanted in (options.output_scores, options.output_logits)

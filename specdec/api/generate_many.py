@@ -168,7 +168,7 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         streams = intake.randomness.streams(None, model.device)
         sampler = Sampler(processors, streams, vocab_size_of(model))
     method = intake.randomness.verification
-    verification = verification_of(method, bool(config.do_sample), streams, processors.truncation)
+    verification = verification_of(method, bool(config.do_sample), streams, processors)
     slots, eos = schedule.slots, options.eos_token_ids
     target = Target(
         model,
