@@ -42,7 +42,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "draft prefill": own_methods("start"),
     "draft": own_methods("propose") + own_methods("begin") + own_methods("observe"),
     "verify": [(Target, "forward")],
-    "commit": [(Target, "_commit")],
+    "commit": [(Target, "commit")],
     "realign": [(RepadCache, "realign")],
     "move rows": [(RaggedCache, "keep_rows")],
 }

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.api.generate import SpeculativeOutput
 from specdec.batch.report import StepReport
 from specdec.batch.rows import Rows
 from specdec.draft import Draft
 from specdec.engine.metrics import Speculation
+from specdec.engine.output import SpeculativeOutput
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
 from specdec.kernels.commit.truncation import Truncation
 from specdec.limits import MAX_DRAFT_TOKENS

@@ -40,7 +40,7 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> list[Tensor]:
-    """The rows of a left-padded batch without their padding, [length] int64 each.
+    """The rows of a left-padded batch without their padding, [length] int64 each, on the host.
 
     Only the mask says what is padding: a prompt may itself contain the pad or the end-of-sequence token. Without a
     mask every token is part of the prompt.
@@ -52,7 +52,7 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
                 f"row {row} begins with pad_token_id={pad_token_id} and there is no attention_mask to tell "
                 "padding from prompt; pass the tokenizer's attention_mask (all ones if it is prompt)"
             )
-        return list(input_ids.long())
+        return list(input_ids.long().cpu())
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise InputError(f"attention_mask is {shape}; it must have the shape of input_ids, {list(input_ids.shape)}")
@@ -62,7 +62,7 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
         )
     if not ((attention_mask == 0) | (attention_mask == 1)).all():
         raise InputError("attention_mask holds values other than 0 and 1; pass 1 for prompt tokens and 0 for padding")
-    visible = attention_mask.bool()
+    input_ids, visible = input_ids.cpu(), attention_mask.bool().cpu()
     if not visible.any(1).all():
         row = int((~visible.any(1)).long().argmax())
         raise InputError(f"row {row} is all padding; remove it or give it at least one prompt token")

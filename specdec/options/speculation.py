@@ -25,6 +25,14 @@ from specdec.policy import LengthPolicy
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
 from specdec.verify.random_streams import RowStreams
 
+# Options of a generation config that choose a drafter or a policy: an engine has one of each, for all rows.
+ENGINE_OPTIONS = (
+    "prompt_lookup_num_tokens",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "max_matching_ngram_size",
+)
 VERIFICATIONS = ("token", "block")
 POLICY_ALIASES = ("num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
@@ -230,9 +238,21 @@ class Randomness:
         if isinstance(drafter, NoDrafts):
             raise ConfigError(f"verification={rule} has nothing to accept without a drafter; pass drafter=")
 
+    def drawn_seed(self) -> int:
+        """A seed from the generator, or from torch's global one."""
+        device = torch.device("cpu") if self.generator is None else self.generator.device
+        return int(torch.randint(2**62, (), generator=self.generator, device=device))
+
     def streams(self, num_rows: int | None, device: torch.device) -> RowStreams:
-        seed = self.seed
-        if seed is None:
-            device_of = torch.device("cpu") if self.generator is None else self.generator.device
-            seed = int(torch.randint(2**62, (), generator=self.generator, device=device_of))
-        return RowStreams(seed, num_rows, device)
+        return RowStreams(self.drawn_seed() if self.seed is None else self.seed, num_rows, device)
+
+    def of_rows(self, num_rows: int) -> list[tuple[int, int]]:
+        """The seed and the stream of each row. Raises ConfigError for seeds of another number of rows."""
+        if isinstance(self.seed, Sequence):
+            if len(self.seed) != num_rows:
+                raise ConfigError(
+                    f"seed has {len(self.seed)} entries for {num_rows} rows; give one int, or one per row"
+                )
+            return [(int(seed), 0) for seed in self.seed]
+        seed = self.drawn_seed() if self.seed is None else int(self.seed)
+        return [(seed, row) for row in range(num_rows)]
