@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from pathlib import Path
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from specdec.batch.rows import Rows, StepReport
 from specdec.drafter import Draft, Drafter
 from specdec.engine.metrics import decided
+from specdec.kept import kept_with
 from specdec.policies.costs import MAX_TOKENS, Clock, CostTable, CudaClock, Curve, HostClock, Recalibrated, Survival
 from specdec.policies.estimates import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
 from specdec.policies.heads.acceptance_head import AcceptanceHead
@@ -69,15 +70,12 @@ class Knowledge:
         self.account = FIRST
 
 
-_known: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Knowledge]] = WeakKeyDictionary()
-
-
 def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate | None = None) -> Knowledge:
     """Kept as long as the target lives. Each kind of estimate has its own errors, and takes its own time."""
     drafting: Hashable = type(drafter) if drafter.model is None else ref(drafter.model)
     layout = None if drafter.layout is None else drafter.layout.name
-    key = (drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
-    return _known.setdefault(target, {}).setdefault(key, Knowledge())
+    key = (Knowledge, drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
+    return kept_with(target, key, Knowledge)
 
 
 class CostModel(LengthPolicy):
