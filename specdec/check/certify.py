@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.check.oracle import ends_of, greedy_settings, now
 from specdec.check.outputs import OutputRow
+from specdec.check.progress import now
 from specdec.check.referee import name_of, precise_copy
+from specdec.check.settings import ends_of, greedy_settings
 from specdec.check.teacher_forcing import pieces
 from specdec.errors import ConfigError, InputError, NumericalError
 from specdec.files.environment import versions
