@@ -64,6 +64,7 @@ def test_public_names():
         "Completion",
         "Completions",
         "ConfigError",
+        "Context",
         "Draft",
         "Drafter",
         "DrafterError",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from specdec.batch.layout import LAYOUTS, Layout
+from specdec.batch.layout import LAYOUTS, Layout, Ragged
 from specdec.drafter import Drafter
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.files.environment import machine, versions
@@ -20,6 +20,7 @@ from specdec.network.free_memory import free_bytes
 from specdec.network.invariant.swap import batch_invariant, invariant_forward
 from specdec.network.memory import PROBE_SLOTS, Footprint, footprint
 from specdec.network.refusals import check_architecture, check_lengths
+from specdec.options.speculation import check_drafter
 
 # What each network is, by its class.
 NETWORKS = {"FusedNetwork": "fused", "InvariantNetwork": "invariant", "StockNetwork": "stock"}
@@ -211,8 +212,7 @@ def fit(drafter: Drafter | Lacking, model: PreTrainedModel, length: int, layout:
         return Fit(False, drafter.reason)
 
     try:
-        drafter.layout = layout
-        drafter.check(model, length)
+        check_drafter(drafter, model, layout or Ragged(), length)
     except SpecDecError as error:
         return Fit(False, str(error))
     return Fit(True)

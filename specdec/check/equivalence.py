@@ -28,7 +28,7 @@ from specdec.network.base import evaluating
 from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import SpeculativeConfig, speculative_config
-from specdec.policies.length import DEFAULT_FIXED
+from specdec.policies.fixed import DEFAULT_FIXED
 
 TIE, BUG = "tie", "bug"
 

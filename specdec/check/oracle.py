@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.batch.rows import StepReport
+from specdec.batch.report import StepReport
 from specdec.check.padding import left_pad, until_end
 from specdec.check.progress import OnProgress, now, tell
 from specdec.check.settings import ends_of

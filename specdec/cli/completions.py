@@ -13,7 +13,7 @@ import typer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from specdec.api.generate import generate
-from specdec.batch.rows import StepReport
+from specdec.batch.report import StepReport
 from specdec.check.equivalence import check_prompts
 from specdec.check.padding import left_pad
 from specdec.check.progress import now, tell

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
+from specdec.draft import ExtraQueries
 
 # Tokens per prefill forward. They bound the memory of masks and activations; on a CPU these also stay in the cache.
 PREFILL_TOKENS = {"cpu": 512}

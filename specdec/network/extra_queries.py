@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
+from specdec.draft import ExtraQueries
 from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
 from specdec.network.base import Network, evaluating

@@ -74,12 +74,12 @@ def check_memory(
     max_rows: int,
     num_slots: int,
     draft_model: PreTrainedModel | None = None,
-    draft_layout: Layout | None = None,
 ) -> None:
     """Raise ConfigError if the keys and values of the target and of a draft model do not fit.
 
-    max_rows, num_slots: rows of each cache, and tokens of each row. draft_layout: by default the target's. Activations
-    are not counted, so a generation that passes may still run out of memory. Only `LIMITED_DEVICES` are asked.
+    max_rows, num_slots: rows of each cache, and tokens of each row.
+    Activations are not counted, so a generation that passes may still run out of memory. Only `LIMITED_DEVICES` are
+    asked.
     """
     device = target.model.device
     if device.type not in LIMITED_DEVICES:
@@ -87,9 +87,8 @@ def check_memory(
 
     needs = {"target": cache_bytes(cast(NetworkType, type(target)), target.model, max_rows, num_slots, layout)}
     if draft_model is not None:
-        draft_layout = draft_layout or layout
-        draft_type = choose_network(draft_model, draft_layout, must_be_exact=False)
-        needs["draft model"] = cache_bytes(draft_type, draft_model, max_rows, num_slots, draft_layout)
+        draft_type = choose_network(draft_model, layout, must_be_exact=False)
+        needs["draft model"] = cache_bytes(draft_type, draft_model, max_rows, num_slots, layout)
 
     needed = sum(bytes_ for bytes_, _ in needs.values())
     freed = sum(freed_bytes for _, freed_bytes in needs.values())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout
+from specdec.draft import ExtraQueries
 from specdec.network import attention
 from specdec.network.base import Network, NetworkOutput, evaluating
 from specdec.network.invariant.attention import INVARIANT
