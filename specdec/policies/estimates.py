@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
@@ -27,6 +26,8 @@ from specdec.policies.heads.disco import Disco
 from specdec.policies.heads.files import Head
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from specdec.draft import Shown
 
 AnyHead = TypeVar("AnyHead", bound=Head)
