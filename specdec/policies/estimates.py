@@ -114,7 +114,7 @@ class OfHead(Estimate, Generic[AnyHead]):
                 f"length_policy {policy!r}: head is a {type(head).__name__}; pass a {cls.kind.__name__} or its folder"
             )
 
-        def make() -> Self:
+        def make() -> Any:
             head = cls.kind.load(folder) if isinstance(folder, str | Path) else folder
             head.check(target, model)
             return cls(head.to(model.device, torch.float32).eval())
