@@ -38,7 +38,8 @@ from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
 from specdec.bench.report.record import describe_pair
 from specdec.bench.report.tables import markdown
-from specdec.check.oracle import greedy_settings, run_plain
+from specdec.check.oracle import run_plain
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 from specdec.files.loading import encode_prompts, read_prompts
 

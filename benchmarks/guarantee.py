@@ -45,7 +45,7 @@ from specdec.bench.methods import Batch, Pair, batch_of
 from specdec.bench.report.record import describe_pair
 from specdec.bench.report.statistics import estimate
 from specdec.bench.report.tables import cell, markdown
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 from specdec.policies.cost_model import CostModel, Knowledge
 

@@ -30,7 +30,7 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
 from specdec.bench.report.record import describe_pair, describe_result, describe_suite
 from specdec.bench.report.tables import markdown
 from specdec.bench.stages import profile
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 
 PROMPTS_PER_PLACE = 2  # of the largest pool

@@ -28,7 +28,7 @@ from specdec.bench.report.record import describe_pair, describe_result, describe
 from specdec.bench.report.statistics import speedup
 from specdec.bench.report.tables import cell, markdown
 from specdec.bench.suite import Suite
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.drafter import Drafter
 from specdec.drafters.look_ahead import LookAhead
 from specdec.files.environment import environment

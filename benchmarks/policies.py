@@ -49,7 +49,7 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, generat
 from specdec.bench.report.record import describe_pair, describe_suite
 from specdec.bench.report.statistics import rate
 from specdec.bench.suite import Suite
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 from specdec.policies.fixed import Fixed
 

@@ -27,8 +27,9 @@ from specdec.bench.methods import Pair
 from specdec.bench.report.record import describe_pair
 from specdec.bench.report.tables import markdown
 from specdec.check.certify import certify
-from specdec.check.oracle import greedy_settings, run_batched, run_plain
+from specdec.check.oracle import run_batched, run_plain
 from specdec.check.outputs import OutputRow
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 
 Ids = list[int]

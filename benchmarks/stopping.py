@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from specdec.bench.methods import Pair
 from specdec.bench.report.tables import markdown
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.drafters.training.heads.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.files.environment import environment
 from specdec.kernels.commit.token_statistics import token_statistics

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.batch.rows import Rows
 from specdec.draft import NO_TOKEN, Draft, ExtraQueries, Verified
@@ -24,6 +23,9 @@ from specdec.drafter import Context, Drafter
 from specdec.errors import ConfigError, DrafterError
 from specdec.files.fingerprint import Fingerprint
 from specdec.files.trained import Trained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LookAheadEmbeddings(Trained):

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.check.oracle import ends_of, greedy_settings, left_pad, until_end
+from specdec.check.padding import left_pad, until_end
+from specdec.check.settings import ends_of, greedy_settings
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.data import Batch, TokenStream, pad_right
 from specdec.errors import ConfigError

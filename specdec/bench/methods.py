@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 import specdec
 from specdec import Speculation
 from specdec.bench.latency import StepClock
-from specdec.check.oracle import ends_of, left_pad
+from specdec.check.padding import left_pad
+from specdec.check.settings import ends_of
 from specdec.check.ways import PLAIN as NO_DRAFTER
 from specdec.check.ways import Way, generate_options
 from specdec.drafter import Drafter

@@ -22,8 +22,8 @@ from specdec.bench.stages import profile
 from specdec.bench.suite import Question, Suite, ask, of_length
 from specdec.bench.sweeps import forced_acceptance
 from specdec.check.equivalence import check_prompts
-from specdec.check.oracle import greedy_settings
 from specdec.check.referee import name_of
+from specdec.check.settings import greedy_settings
 from specdec.check.ways import PLAIN as NO_DRAFTER
 from specdec.check.ways import Way, generate_options
 from specdec.errors import ConfigError

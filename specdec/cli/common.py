@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from specdec.check.oracle import OnProgress
+    from specdec.check.progress import OnProgress
     from specdec.drafter import Drafter
     from specdec.files.junit import Case
     from specdec.files.loading import Prompt

@@ -15,7 +15,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from specdec.api.generate import generate
 from specdec.batch.report import StepReport
 from specdec.check.equivalence import check_prompts
-from specdec.check.oracle import greedy_settings, left_pad, now, tell
+from specdec.check.padding import left_pad
+from specdec.check.progress import now, tell
+from specdec.check.settings import greedy_settings
 from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars
 from specdec.drafter import NoDrafts
 from specdec.engine.metrics import Speculation

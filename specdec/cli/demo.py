@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from specdec.check.oracle import OnProgress, Run
+    from specdec.check.oracle import Run
+    from specdec.check.progress import OnProgress
     from specdec.options.speculation import SpeculativeConfig
 
 NUM_PROMPTS = 8
@@ -46,7 +47,8 @@ def demo(
     Exit status 1 if any output differs from transformers' plain greedy decoding of that prompt alone.
     """
     from specdec.check.equivalence import check_prompts, first_differences
-    from specdec.check.oracle import greedy_settings, run_plain
+    from specdec.check.oracle import run_plain
+    from specdec.check.settings import greedy_settings
     from specdec.files.loading import read_prompts
     from specdec.options.speculation import speculative_config
 

@@ -13,7 +13,7 @@ from specdec.cli.common import Count, DeviceOption, DraftOption, DraftTokensOpti
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from specdec.check.doctor import Diagnosis
+    from specdec.check.doctor import Diagnosis, Lacking
     from specdec.drafter import Drafter
     from specdec.network.memory import Footprint
 
@@ -69,28 +69,29 @@ def doctor(
 
 def candidates(
     draft: PreTrainedModel | None, tokenizer: object, folder: Path | None
-) -> tuple[dict[str, Drafter | str], str | None]:
+) -> tuple[dict[str, Drafter | Lacking], str | None]:
     """Every registered drafter, or what it lacks; and the name of the one that `draft` is."""
+    from specdec.check.doctor import Lacking
     from specdec.drafters.registry import DRAFTERS, drafter_class, resolve
     from specdec.errors import DrafterError
     from specdec.files.loading import check_same_tokenizer
 
     given = None if draft is None else resolve(draft)
-    found: dict[str, Drafter | str] = {}
+    found: dict[str, Drafter | Lacking] = {}
     for name, (module, owner, is_complete) in DRAFTERS.items():
         if is_complete:
             found[name] = resolve(name)
         elif given is not None and isinstance(given, drafter_class(name)):  # type: ignore[arg-type]
             found[name] = given
         else:
-            found[name] = f"not at hand: pass {module}.{owner}(...)"
+            found[name] = Lacking(f"not at hand: pass {module}.{owner}(...)")
     if given is None:
-        found["draft_model"] = "needs a draft model: pass --draft FOLDER"
+        found["draft_model"] = Lacking("needs a draft model: pass --draft FOLDER")
     elif folder is not None:
         try:
             check_same_tokenizer(tokenizer, folder)  # type: ignore[arg-type]
         except DrafterError as error:
-            found[given.name] = str(error)
+            found[given.name] = Lacking(str(error))
     return found, None if given is None else given.name
 
 

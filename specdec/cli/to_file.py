@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from specdec.api.generate_many import Completion, generate_many
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.cli.common import Models, say_ignored
 from specdec.cli.completions import print_summary
 from specdec.files.fingerprint import Fingerprint

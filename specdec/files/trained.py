@@ -10,17 +10,19 @@ import json
 from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.errors import ConfigError, InputError
 from specdec.files.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Trained(nn.Module, ABC):

@@ -8,17 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
+from specdec.kept import kept_with
 from specdec.kernels.commit.token_statistics import log_prob, token_statistics, token_statistics_of_few
 from specdec.policies.estimate_graphs import EstimateGraphs
 from specdec.policies.heads.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
@@ -26,6 +26,8 @@ from specdec.policies.heads.disco import Disco
 from specdec.policies.heads.files import Head
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from specdec.draft import Shown
 
 AnyHead = TypeVar("AnyHead", bound=Head)
@@ -33,9 +35,6 @@ AnyHead = TypeVar("AnyHead", bound=Head)
 LEAST_STATISTICS = np.array([LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0], np.float32)
 MOST_STATISTICS = np.array([-1e-6, 0.0, MOST_ENTROPY], np.float32)
 FEW = 2**16  # logits that numpy is faster at than torch
-# Of each draft model and kind of estimate the last one, with all that it was made from: looking at a large pair's
-# weights takes longer than drafting many tokens.
-_kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
 
 
 class Estimate(ABC):
@@ -75,7 +74,7 @@ class DraftProbability(Estimate):
     def of(cls, drafter: Drafter) -> Self:
         if drafter.model is None:
             return cls()
-        return _kept.setdefault(drafter.model, {}).setdefault(cls, ((), cls()))[1]
+        return kept_with(drafter.model, cls, cls)
 
     @torch.inference_mode()
     def probabilities(self, shown: Shown) -> Tensor:
@@ -105,23 +104,23 @@ class OfHead(Estimate, Generic[AnyHead]):
                 "no model; choose another policy"
             )
         folder = model.config._name_or_path if head is None else head
-        source: Any = stamp(Path(folder) / cls.kind.kind) if isinstance(folder, str | Path) else state(folder)
-        made_from = source, state(target), state(model)
-        kept = _kept.setdefault(model, {}).get(cls)
-        if kept is not None and kept[0] == made_from:
-            return kept[1]
         if isinstance(folder, str | Path):
-            head = cls.kind.load(folder)
-        if not isinstance(head, cls.kind):
+            source = stamp(Path(folder) / cls.kind.kind)
+        elif isinstance(folder, cls.kind):
+            folder.to(model.device, torch.float32)  # before its state is read, because moving changes it
+            source = state(folder)
+        else:
             raise ConfigError(
                 f"length_policy {policy!r}: head is a {type(head).__name__}; pass a {cls.kind.__name__} or its folder"
             )
-        head.check(target, model)
-        estimate = cls(head.to(model.device, torch.float32).eval())
-        if head is folder:
-            source = state(head)  # it may have moved to the device
-        _kept[model][cls] = (source, *made_from[1:]), estimate
-        return estimate
+
+        def make() -> Any:
+            head = cls.kind.load(folder) if isinstance(folder, str | Path) else folder
+            head.check(target, model)
+            return cls(head.to(model.device, torch.float32).eval())
+
+        # The last one of a kind is kept: reading a large pair's weights takes longer than drafting many tokens.
+        return kept_with(model, cls, make, (source, state(target), state(model)))
 
 
 def state(module: object) -> tuple:

@@ -19,7 +19,7 @@ from specdec.bench.latency import RowTimes
 from specdec.bench.report.page import page
 from specdec.bench.roofline import bytes_read, measured_bandwidth, weight_bytes
 from specdec.bench.suite import Question, ask, encode, of_length, read_questions
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.check.ways import AXES
 from specdec.cli.app import app
 from specdec.cli.bench import bench

@@ -14,8 +14,9 @@ from transformers.models.llama import modeling_llama
 import specdec
 from specdec.check import equivalence, oracle, referee
 from specdec.check.equivalence import check_equivalence, first_differences
-from specdec.check.oracle import greedy_settings, until_end
+from specdec.check.padding import until_end
 from specdec.check.referee import TIE_MULTIPLE, Judgement, KeepFloat64, Referee, last_logits
+from specdec.check.settings import greedy_settings
 from specdec.drafters.synthetic import Synthetic
 from specdec.errors import ConfigError, DrafterError, InputError
 from specdec.verify import verification as verify

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.check.oracle import greedy_settings, left_pad
+from specdec.check.padding import left_pad
+from specdec.check.settings import greedy_settings
 from specdec.drafters.training.own_text import Pool, Writing, fill_pool
 
 BATCH_ROWS = 16

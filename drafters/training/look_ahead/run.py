@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.check.oracle import greedy_settings, left_pad
+from specdec.check.padding import left_pad
+from specdec.check.settings import greedy_settings
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.distill.recipe import OnProgress, Reader, target_texts

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from transformers import PreTrainedModel
 
 from specdec.drafter import Drafter
+from specdec.kept import kept_with
 from specdec.policies.cost_model.forecast import StepCosts
 from specdec.policies.costs import MAX_TOKENS, CostTable, Curve, Recalibrated, Survival
 from specdec.policies.estimates import Estimate
@@ -94,9 +95,6 @@ class Knowledge:
             self.catch_up = per_token if self.catch_up is None else 0.5 * (self.catch_up + per_token)
 
 
-_known: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Knowledge]] = WeakKeyDictionary()
-
-
 def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate | None = None) -> Knowledge:
     """The pair's knowledge, kept as long as the target lives.
 
@@ -104,5 +102,5 @@ def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate |
     """
     drafting: Hashable = type(drafter) if drafter.model is None else ref(drafter.model)
     layout = None if drafter.context is None else drafter.context.layout.name
-    key = (drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
-    return _known.setdefault(target, {}).setdefault(key, Knowledge())
+    key = (Knowledge, drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
+    return kept_with(target, key, Knowledge)

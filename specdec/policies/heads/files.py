@@ -6,13 +6,15 @@ A head lies beside its drafter, in the drafter's own folder or in one of its own
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.files.fingerprint import Fingerprint
 from specdec.files.trained import Trained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Head(Trained):
