@@ -164,7 +164,7 @@ def test_long_rows_of_the_reference_are_as_if_alone():
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    "vocab, places, dtype", [(1, 2, torch.float32), (70, 1, torch.bfloat16), (40, 1, torch.float64)]
+    "vocab, places, dtype", [(1, 1, torch.float32), (70, 1, torch.bfloat16), (40, 1, torch.float64)]
 )
 def test_rows_of_the_kernels_are_as_if_alone_in_the_interpreter(vocab, places, dtype, monkeypatch):
     monkeypatch.setattr(block_statistics, "VOCAB_BLOCK", 32)
@@ -280,7 +280,7 @@ def test_a_greedy_batch_commits_what_greedy_commit_does(rows, vocab, k, seed):
 
 
 @needs_interpreter
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(FEW), min_size=1, max_size=2), st.sampled_from([1, 40]), st.integers(0, 3), seeds)
 def test_rows_of_a_mixed_commit_by_the_kernels_in_the_interpreter(each, vocab, k, seed):
     with mock.patch.object(block_statistics, "VOCAB_BLOCK", 32):
