@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-MAX_TOKENS = 33  # of a row in a forward: the newest one and 32 draft tokens, the most that a call may ask for
+from specdec.limits import MAX_STEP_WIDTH
+
+MAX_TOKENS = MAX_STEP_WIDTH  # of a row in a forward: times and acceptance are kept up to here
 # Of each time the last ones are kept, and their lower median counts. An odd number, large enough that a few slow
 # moments do not show, small enough that a machine that has become slower does.
 NUM_SAMPLES = 11

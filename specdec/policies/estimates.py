@@ -26,7 +26,7 @@ from specdec.policies.heads.disco import Disco
 from specdec.policies.heads.files import Head
 
 if TYPE_CHECKING:
-    from specdec.policies.length import Shown
+    from specdec.draft import Shown
 
 AnyHead = TypeVar("AnyHead", bound=Head)
 # The range of the statistics that a head sees, as in `numbers`: log q of the token and of the best other, and entropy.

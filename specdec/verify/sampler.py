@@ -19,6 +19,10 @@ class Sampler:
         """vocab_size: the target's, to which the drafter's logits are padded or cut."""
         self.processors, self.streams, self.vocab_size = processors, streams, vocab_size
 
+    def is_needed(self, rows: Rows) -> bool:
+        """Whether any of these rows is sampled."""
+        return True
+
     def draw(self, rows: Rows, max_tokens: int) -> Tensor:
         """The numbers of one step's draft, [rows, max_tokens] float64."""
         return self.streams.uniforms(rows.row_ids, rows.host_lengths, max_tokens, Purpose.DRAFT)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch.rows import Rows
-from specdec.drafter import NO_TOKEN, Draft
+from specdec.draft import NO_TOKEN, Draft
 from specdec.kernels.commit.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
 from specdec.kernels.commit.greedy_commit import BAD_SCORES, Committed, greedy_commit
 from specdec.kernels.commit.sampled_commit import sampled_commit

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from specdec.batch.rows import Rows, StepReport
-from specdec.drafter import Draft, Drafter
-from specdec.engine.metrics import decided
+from specdec.batch.report import StepReport, decided
+from specdec.batch.rows import Rows
+from specdec.draft import Draft, Shown
+from specdec.drafter import Drafter
+from specdec.policies.by_estimate import with_predictions
 from specdec.policies.cost_model.forecast import StepCosts
 from specdec.policies.cost_model.knowledge import Knowledge, knowledge_of
 from specdec.policies.cost_model.planning import Planner, room_of
@@ -20,7 +22,7 @@ from specdec.policies.costs import Clock, CudaClock, HostClock
 from specdec.policies.estimates import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.length import LengthPolicy, Shown, with_predictions
+from specdec.policy import LengthPolicy
 
 
 @dataclass
