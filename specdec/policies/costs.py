@@ -28,7 +28,7 @@ ROWS_OVER_CONTEXT = 4
 TOKEN_COUNTS = np.arange(MAX_TOKENS + 1)
 
 
-class Clock(Protocol):
+class CostClock(Protocol):
     """mark: the present moment of the device's work. seconds: between two marks of the past."""
 
     def mark(self) -> Any: ...

@@ -23,12 +23,12 @@ from specdec.kernels.commit.token_statistics import log_prob, token_statistics, 
 from specdec.policies.estimate_graphs import EstimateGraphs
 from specdec.policies.heads.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
 from specdec.policies.heads.disco import Disco
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 if TYPE_CHECKING:
     from specdec.draft import Shown
 
-AnyHead = TypeVar("AnyHead", bound=Head)
+AnyHead = TypeVar("AnyHead", bound=PairHead)
 # The range of the statistics that a head sees, as in `numbers`: log q of the token and of the best other, and entropy.
 LEAST_STATISTICS = np.array([LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0], np.float32)
 MOST_STATISTICS = np.array([-1e-6, 0.0, MOST_ENTROPY], np.float32)
@@ -38,7 +38,7 @@ NUMPY_UP_TO = 2**16  # logits; for no more than these numpy's reductions are fas
 _kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
 
 
-class Estimate(ABC):
+class AcceptanceEstimate(ABC):
     """How likely the target accepts each row's newest token, given that it accepts those before.
 
     sees: what it looks at of the things a drafter shows, as `LengthPolicy.sees`.
@@ -68,7 +68,7 @@ def without_nan(probabilities: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-class DraftProbability(Estimate):
+class DraftProbability(AcceptanceEstimate):
     """The probability that the drafter itself gave the token."""
 
     sees = frozenset({"logits"})
@@ -84,7 +84,7 @@ class DraftProbability(Estimate):
         return log_prob(shown.logits, shown.token_ids).exp()
 
 
-class OfHead(Estimate, Generic[AnyHead]):
+class EstimateByHead(AcceptanceEstimate, Generic[AnyHead]):
     """The estimate of a trained head."""
 
     kind: type[AnyHead]
@@ -141,7 +141,7 @@ def stamp(path: Path) -> tuple:
     return path.resolve(), *(file.stat().st_mtime_ns if file.is_file() else None for file in files)
 
 
-class HeadEstimate(OfHead[AcceptanceHead]):
+class HeadEstimate(EstimateByHead[AcceptanceHead]):
     """The estimate of SpecDec++'s head.
 
     The head is computed here without its modules, and on a CPU with numpy: it is so small that calling modules or
@@ -214,7 +214,7 @@ def estimate_beside(policy: str, target: PreTrainedModel, drafter: Drafter) -> H
         return None
 
 
-class DiscoEstimate(OfHead[Disco]):
+class DiscoEstimate(EstimateByHead[Disco]):
     """The estimate of DISCO's classifier."""
 
     kind = Disco

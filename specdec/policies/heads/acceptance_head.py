@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 # Limits of what the head reads, so that no token or vocabulary takes it far outside of what it was trained on.
 LEAST_LOG_PROB = -12.0  # probability 6e-6; less probable tokens look alike
@@ -22,7 +22,7 @@ MOST_ENTROPY = 12.0  # nats, the uniform distribution over 163,000 tokens
 NUM_NUMBERS = 4  # that follow the hidden state
 
 
-class AcceptanceHead(Head):
+class AcceptanceHead(PairHead):
     """D residual blocks x + SiLU(Wx + b), then Linear(d, 2); class 1 means accepted.
 
     x is the drafter's hidden state followed by four numbers: log q and log(1 - q) of the token, log q of the most

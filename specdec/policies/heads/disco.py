@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 
-class Disco(Head):
+class Disco(PairHead):
     """C_i = FFN(top-k of q_i, entropy of q_i, i): a logit, above 0 where the token is more likely accepted than not."""
 
     kind: ClassVar[str] = "disco"

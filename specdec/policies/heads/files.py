@@ -15,7 +15,7 @@ from specdec.files.fingerprint import Fingerprint
 from specdec.files.trained import Trained
 
 
-class Head(Trained):
+class PairHead(Trained):
     """A trained network that belongs to a target and a drafter."""
 
     roles: ClassVar[tuple[str, ...]] = ("target", "drafter")
