@@ -19,7 +19,7 @@ from specdec.policies.costs import HostClock
 from specdec.policies.fixed import Fixed
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 from specdec.policy import LengthPolicy
 
 MOST = 20
@@ -111,5 +111,5 @@ def all_ways(
     return [*ways, Way("oracle", None, MOST, lambda prompts: Oracle([agrees[i] for i in prompts]))]
 
 
-def adopted(head: Head, stand_ins: StandIns | None) -> Head:
+def adopted(head: PairHead, stand_ins: StandIns | None) -> PairHead:
     return head if stand_ins is None else stand_ins.adopt(head)

@@ -22,10 +22,10 @@ from specdec.draft import Shown
 from specdec.drafter import Drafter
 from specdec.policies.by_estimate import ByAcceptanceHead
 from specdec.policies.cost_model import CostModel
-from specdec.policies.costs import Clock
-from specdec.policies.estimates import Estimate, HeadEstimate
+from specdec.policies.costs import CostClock
+from specdec.policies.estimates import HeadEstimate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StandIns:
     small: Pair
     to_small_hidden: Tensor
 
-    def adopt(self, head: Head) -> Head:
+    def adopt(self, head: PairHead) -> PairHead:
         """The head, checked against the small pair that it was trained for, as the large pair's own."""
         head.check(self.small.target, self.small.draft)
         return head.trained_for(self.pair.target, self.pair.draft, head.recipe)
@@ -85,9 +85,9 @@ class ByAcceptanceHeadOnStandIn(ByAcceptanceHead):
 
 
 class CostModelOnStandIn(CostModel):
-    def __init__(self, head: AcceptanceHead, clock: Clock | None, to_small_hidden: Tensor):
+    def __init__(self, head: AcceptanceHead, clock: CostClock | None, to_small_hidden: Tensor):
         super().__init__(head, clock)
         self.to_small_hidden = to_small_hidden
 
-    def _find_estimate(self, target: Any, drafter: Drafter) -> tuple[Estimate, frozenset[str]]:
-        return HeadOnStandIn.with_map(self.head, target, drafter, self.to_small_hidden), HeadOnStandIn.sees
+    def find_estimate(self, target: Any, drafter: Drafter) -> HeadOnStandIn:
+        return HeadOnStandIn.with_map(self.head, target, drafter, self.to_small_hidden)

@@ -16,7 +16,7 @@ import transformers
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.trainer import TrainRecord
 from specdec.files.trained import Trained
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 from specdec.version import __version__
 
 HEAD_CARD = """# {title}
@@ -123,7 +123,7 @@ def write_draft_card(folder: Path, record: TrainRecord, measured: dict[str, Any]
     return write_text(folder / "README.md", card)
 
 
-def write_head_card(head: Head, folder: Path, command: str) -> Path:
+def write_head_card(head: PairHead, folder: Path, command: str) -> Path:
     title, what = ABOUT[head.kind]
     card = HEAD_CARD.format(
         title=title,

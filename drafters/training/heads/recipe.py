@@ -23,7 +23,7 @@ from specdec.drafters.training.trainer import Step, TrainConfig, as_json, finish
 from specdec.errors import ConfigError, InputError
 from specdec.policies.heads.acceptance_head import NUM_NUMBERS, AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 LABELS = {"greedy": (0.0,), "sampled": (1.0,), "both": (0.0, 1.0)}  # temperatures of the target's text
 POOL = "target_text.safetensors"
@@ -66,7 +66,7 @@ class HeadData:
 class HeadRecipe(ABC):
     """How one kind of head reads proposals."""
 
-    def __init__(self, head: Head, max_draft_tokens: int):
+    def __init__(self, head: PairHead, max_draft_tokens: int):
         self.head, self.max_draft_tokens = head, max_draft_tokens
 
     def initialise(self) -> None:  # noqa: B027 - optional hook
@@ -122,13 +122,13 @@ class DiscoRecipe(HeadRecipe):
         return self.head.log_acceptance(proposals.logits, places)
 
 
-def recipe_of(head: Head, max_draft_tokens: int) -> HeadRecipe:
+def recipe_of(head: PairHead, max_draft_tokens: int) -> HeadRecipe:
     kind = AcceptanceHeadRecipe if isinstance(head, AcceptanceHead) else DiscoRecipe
     return kind(head, max_draft_tokens)
 
 
 def train_head(
-    head: Head,
+    head: PairHead,
     target: PreTrainedModel,
     draft: PreTrainedModel,
     prompts: Prompts,
@@ -137,7 +137,7 @@ def train_head(
     out: Path,
     accelerator: Accelerator,
     on_progress: Callable[[int], None] | None = None,
-) -> Head:
+) -> PairHead:
     """Train `head` for the pair and save it in `out`, beside its measurements on held-out texts.
 
     A run that was killed goes on from its last checkpoint when it is started again with the same arguments; its files

@@ -30,7 +30,7 @@ from specdec.limits import MAX_DRAFT_TOKENS
 if TYPE_CHECKING:
     from specdec.drafters.training.heads.recipe import HeadData
     from specdec.drafters.training.trainer import TrainConfig
-    from specdec.policies.heads.files import Head
+    from specdec.policies.heads.files import PairHead
 
 DraftOption = Annotated[str, Folder(help="The draft model's checkpoint; it stays as it is.")]
 TextsOption = Annotated[int, Count(help="Texts that the target writes to train on.")]
@@ -165,7 +165,7 @@ def run(
     pair = load_pair(target, draft, device, config)
     source = prompts_of(text, prompts, prompt_tokens, pair, config.seed)
     torch.manual_seed(config.seed)
-    head: Head = build(pair.draft.config.get_text_config(decoder=True).hidden_size)
+    head: PairHead = build(pair.draft.config.get_text_config(decoder=True).hidden_size)
     accelerator = make_accelerator(pair.target.device)
     with writing_bar(data.num_texts + data.num_held_out, accelerator.is_main_process) as on_progress:
         train_head(head, pair.target, pair.draft, source, data, config, out, accelerator, on_progress)

@@ -12,7 +12,7 @@ from specdec.drafter import Drafter
 from specdec.kept import kept_with
 from specdec.policies.cost_model.forecast import StepCosts
 from specdec.policies.costs import MAX_TOKENS, CostTable, Curve, Recalibrated, Survival
-from specdec.policies.estimates import Estimate
+from specdec.policies.estimates import AcceptanceEstimate
 
 # Tokens that every draft feeds to the drafter's network anyway: the newest one, and the last draft token of a draft
 # that was accepted in full. A drafter that has missed no more than these has nothing to catch up on.
@@ -95,7 +95,7 @@ class Knowledge:
             self.catch_up = per_token if self.catch_up is None else 0.5 * (self.catch_up + per_token)
 
 
-def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate | None = None) -> Knowledge:
+def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: AcceptanceEstimate | None = None) -> Knowledge:
     """The pair's knowledge, kept as long as the target lives.
 
     Each kind of estimate has its own: it errs in its own way and takes its own time.
