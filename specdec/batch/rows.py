@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.batch.report import StepReport, on_its_way
 from specdec.batch.slots import ON_DEVICE, ON_HOST, Slots, to_device
-from specdec.drafter import NO_TOKEN
 from specdec.kernels.commit.greedy_commit import (
     FAULT,
     FINISHED,
     FIRST_TOKEN,
+    NO_TOKEN,
     NUM_ACCEPTED,
     NUM_COMMITTED,
     NUM_DRAFTED,
     Committed,
 )
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step as the host sees it, read in a single copy.
-
-    row_ids: [rows] int64, the index of each row in the caller's batch.
-    num_committed, num_accepted, num_drafted: [rows] int64.
-    finished: [rows] bool. fault: [rows] int64, 0 if all is well, see `verify.py`.
-    token_ids: [rows, k + 1] int64, `NO_TOKEN` behind the committed ones.
-    is_prefill: the tokens come from the prefill, not from a verify forward.
-    predicted: [rows, places] float64, the acceptance that the length policy expected of drafted tokens, given that of
-        those before them; NaN where it expected nothing. None if it makes no predictions.
-    """
-
-    row_ids: np.ndarray
-    num_committed: np.ndarray
-    num_accepted: np.ndarray
-    num_drafted: np.ndarray
-    finished: np.ndarray
-    fault: np.ndarray
-    token_ids: np.ndarray
-    is_prefill: bool = False
-    predicted: np.ndarray | None = None
 
 
 class Rows:
@@ -70,8 +48,6 @@ class Rows:
     _taken: Tensor | None = None  # the slots' tokens when the views were made, which stay what they are till a resize
     _newest: tuple[Tensor, Tensor] | None = None  # see `newest`
     _num_changes = -1  # of the slots when that was computed
-    num_steps = 0  # whose reports were read
-    num_unread = 0  # the most tokens that a row has committed beyond `host_lengths`: while a report is on its way
 
     def __init__(
         self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
@@ -123,9 +99,7 @@ class Rows:
 
     @property
     def max_length(self) -> int:
-        """No row's committed length is larger; while no report is on its way it is the longest row's."""
-        if self.num_unread:
-            return int(np.minimum(self.host_lengths + self.num_unread, self.host_limits).max())
+        """The longest row's committed length on the host."""
         return max(self.host_lengths.tolist())  # of a few numbers Python's own maximum is the fastest
 
     @property
@@ -157,43 +131,57 @@ class Rows:
         places = self.lengths - 1
         return places, self.token_ids.gather(1, places[:, None])
 
-    def read(self, done: Committed, meanwhile: Callable[[], None] | None = None) -> StepReport:
-        """Bring one step to the host in one copy and advance the host's lengths.
-
-        meanwhile: called before the report is waited for. On the device the step is committed then; the host's lengths
-            are those before it, and `max_length` bounds what they will be.
-        """
+    def reading(self, done: Committed, is_prefill: bool = False) -> Callable[[], StepReport]:
+        """Start to bring one step to the host, in one copy. Call the result for the report: it waits for the copy and
+        advances the host's lengths. On the device the step is committed already."""
         arriving = on_its_way(done.report)
         self._newest = None
         self._newest, self._num_changes = self.newest(), self.slots.num_changes
-        if meanwhile is not None:
-            self.num_unread = done.report.shape[1] - FIRST_TOKEN
-            meanwhile()
-            self.num_unread = 0
-        report = arriving()
-        self.num_steps += 1
-        self.host_lengths += report[:, NUM_COMMITTED]
-        return StepReport(
-            self.row_ids.copy(),  # its rows may move
-            report[:, NUM_COMMITTED],
-            report[:, NUM_ACCEPTED],
-            report[:, NUM_DRAFTED],
-            report[:, FINISHED].astype(bool),
-            report[:, FAULT],
-            report[:, FIRST_TOKEN:],
-        )
 
-    def cut(self, report: StepReport, num_committed: np.ndarray) -> StepReport:
-        """Take back committed tokens of this step: row i keeps the first num_committed[i] ([rows] int64)."""
+        def read() -> StepReport:
+            report = arriving()
+            self.host_lengths += report[:, NUM_COMMITTED]
+
+            return StepReport(
+                self.row_ids.copy(),  # its rows may move
+                report[:, NUM_COMMITTED],
+                report[:, NUM_ACCEPTED],
+                report[:, NUM_DRAFTED],
+                report[:, FINISHED].astype(bool),
+                report[:, FAULT],
+                report[:, FIRST_TOKEN:],
+                is_prefill,
+            )
+
+        return read
+
+    def grown(self, num_tokens: int) -> Rows:
+        """These rows while a step of at most `num_tokens` tokens a row is on its way to the host.
+
+        The tensors are the same; the host lengths of the view are upper bounds.
+        """
+        view = copy.copy(self)
+        view.host_lengths = np.minimum(self.host_lengths + num_tokens, self.host_limits)
+        return view
+
+    def cut(self, report: StepReport, num_committed: np.ndarray, finished: np.ndarray) -> StepReport:
+        """The report after a change of its end: row i keeps the first num_committed[i] tokens of this step, and is
+        finished if finished[i] says so. num_committed: [rows] int64. finished: [rows] bool."""
+        is_shorter = num_committed < report.num_committed
+        if not is_shorter.any():
+            return replace(report, finished=finished)
+
         self.host_lengths -= report.num_committed - num_committed
         self.lengths.copy_(to_device(self.host_lengths, self.device))
         self._newest = None
-        behind = np.arange(report.token_ids.shape[1]) >= num_committed[:, None]
+
+        past_the_end = np.arange(report.token_ids.shape[1]) >= num_committed[:, None]
         return replace(
             report,
             num_committed=num_committed,
-            token_ids=np.where(behind, NO_TOKEN, report.token_ids),
+            token_ids=np.where(past_the_end, NO_TOKEN, report.token_ids),
             num_accepted=np.minimum(report.num_accepted, num_committed),
+            finished=finished,
         )
 
     def retire(self, finished: np.ndarray) -> Tensor:
@@ -211,20 +199,3 @@ class Rows:
         index = self.slots.remove(done + self.first)
         self.take(max(self.slots.num_residents - self.first, 0))
         return index
-
-
-def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
-    """Copy to the host what the device will have computed; to be called for the result. What is launched in between
-    keeps the result from nobody."""
-    if not values.is_cuda:
-        return values.cpu().numpy
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    has_arrived = torch.cuda.Event()
-    has_arrived.record(torch.cuda.current_stream(values.device))
-
-    def arrive() -> np.ndarray:
-        has_arrived.synchronize()
-        return host.numpy().copy()  # pinned memory is taken again for the next step
-
-    return arrive

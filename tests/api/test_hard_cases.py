@@ -25,7 +25,8 @@ from transformers.generation import (
 )
 
 import specdec
-from specdec.drafter import NO_TOKEN, Draft, Drafter
+from specdec.draft import NO_TOKEN, Draft
+from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.synthetic import Synthetic

@@ -56,7 +56,7 @@ def commit(rows, draft, target):
     scores = torch.nn.functional.one_hot(torch.tensor(target), 100).float()
     no_ends = torch.empty(0, dtype=torch.long)
     draft_ids = torch.tensor(draft, dtype=torch.long)
-    return rows.read(greedy_commit(scores, draft_ids, no_ends, rows.token_ids, rows.lengths, rows.limits))
+    return rows.reading(greedy_commit(scores, draft_ids, no_ends, rows.token_ids, rows.lengths, rows.limits))()
 
 
 def check_newest(rows):
@@ -72,7 +72,7 @@ def test_the_newest_tokens_follow_whatever_happens_to_the_rows():
     report = commit(rows, [[7, 8], [7, 8], [7, 8]], [[7, 8, 9], [7, 6, 9], [5, 8, 9]])
     assert rows.newest()[1].tolist() == [[9], [6], [5]]
     check_newest(rows)
-    rows.cut(report, np.array([1, 2, 1]))
+    rows.cut(report, np.array([1, 2, 1]), report.finished)
     assert rows.newest()[1].tolist() == [[7], [6], [5]]
     check_newest(rows)
     commit(rows, [[1], [1], [1]], [[1, 2], [3, 4], [1, 6]])

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_llama
 
 import specdec
-from specdec.batch.rows import StepReport
+from specdec.batch.report import StepReport
 from specdec.bench.latency import StepClock
 from specdec.bench.loops import ends_in_loop
 from specdec.bench.measure import Result, measure, observe

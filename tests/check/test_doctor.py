@@ -12,8 +12,9 @@ from families import tiny
 from tiny import tiny_llama
 from typer.testing import CliRunner
 
+from specdec import batch_invariant
 from specdec.cli.app import app
-from specdec.network.footprint import footprint, kv_bytes_per_token
+from specdec.network.memory import footprint
 
 MIB = 2**20
 
@@ -121,5 +122,12 @@ def test_the_cache_of_a_token_is_what_a_long_cache_takes(family):
     network = build_network(model, 3, 40)
     with torch.no_grad(), network.running():
         network.forward(torch.ones(3, 5, dtype=torch.long), torch.zeros(3, dtype=torch.long), 5)
-    assert network.cache.nbytes == 3 * 40 * kv_bytes_per_token(model) == 3 * 40 * footprint(model).kv_per_token
+    assert network.cache.nbytes == 3 * 40 * footprint(model).kv_per_token
     assert footprint(model).weights >= 4 * model.num_parameters()
+
+
+def test_the_cache_of_a_token_does_not_depend_on_how_an_invariant_cache_is_rounded():
+    model = tiny_llama()
+    expected = footprint(model).kv_per_token
+    with batch_invariant(model):
+        assert footprint(model).kv_per_token == expected

@@ -247,7 +247,7 @@ def test_margins_fall_back_to_float32_and_say_so(model, monkeypatch):
     assert judge.margin_dtype == "float32" and "no float64" in judge.margin_note
     assert "not implemented for 'Double'" in judge.margin_note
 
-    monkeypatch.setattr(referee, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(referee, "free_bytes", lambda device: 1)
     judge = Referee(tiny_llama().bfloat16(), 3, 2)
     assert judge.margin_dtype == "bfloat16"
     assert judge.margin_note.count("a copy needs") == 2

@@ -15,7 +15,7 @@ import specdec
 from specdec.check import sampling as sampling_check
 from specdec.check.sampling import CONTROL, check_sampling, joint_of, tiny_model, whole_sequence_test
 from specdec.check.ways import Way
-from specdec.drafter import Draft
+from specdec.draft import Draft
 from specdec.drafters.draft_model import DraftModel
 from specdec.errors import ConfigError
 from specdec.kernels.commit import sampled_commit as module

@@ -141,7 +141,7 @@ def test_the_length_policies_page_names_them_all_and_its_policy_runs():
     from tiny import tiny_llama
 
     import specdec
-    from specdec.policies.length import LENGTH_POLICIES
+    from specdec.policies.registry import LENGTH_POLICIES
 
     page = (ROOT / "docs" / "length-policies.md").read_text()
     assert re.findall(r"^\| `(\w+)`", page, re.M) == list(LENGTH_POLICIES)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, left_pad, tiny_llama
+from tiny import VOCAB, context_of, left_pad, tiny_llama
 
 import specdec
 from specdec.batch.rows import Rows
-from specdec.drafter import NO_TOKEN, Draft, Drafter
+from specdec.draft import NO_TOKEN, Draft
+from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.registry import DRAFTERS, drafter_class
@@ -91,7 +92,7 @@ def test_draft_model_proposes_its_own_greedy_text():
     prompts = [[5, 6, 7, 8], [9, 4], [11, 12, 13]]
     rows = rows_of(*prompts)
     drafter = DraftModel(draft)
-    drafter.start(tiny_llama(0), rows, 5)
+    drafter.start(context_of(tiny_llama(0), 5), rows)
     rows.token_ids[torch.arange(3), rows.lengths] = 17  # each row's first token, from the target's prefill
     rows.lengths += 1
     rows.host_lengths += 1
@@ -139,7 +140,7 @@ def test_only_a_draft_as_it_was_made_passes_unlooked_at():
     """What a wrapper has changed is a new tensor, and is cut at what no target writes."""
     rows = rows_of([1, 2, 1, 2, 1])
     drafter, widths = PromptLookup(), np.array([4])
-    drafter.start(tiny_llama(0), rows, 4)
+    drafter.start(context_of(tiny_llama(0), 4), rows)
     draft = drafter.propose(rows, 4)
     assert usable(rows, draft, widths, 4, VOCAB, "x") is draft
     changed = replace(draft, token_ids=draft.token_ids.index_fill(1, torch.tensor([2]), VOCAB))
@@ -171,3 +172,17 @@ def test_a_draft_of_no_tensor_is_named():
 
     with pytest.raises(DrafterError, match="'own' proposed token_ids as a list"):
         specdec.generate(tiny_llama(0), torch.tensor([[5, 6]]), drafter=Own(), max_new_tokens=4)
+
+
+def test_a_drafter_of_the_old_contract_is_told_which_line_to_change():
+    class Old(Drafter):
+        name = "old"
+
+        def start(self, target, rows, max_draft_tokens):
+            pass
+
+        def propose(self, rows, max_tokens):
+            return Draft.empty(len(rows), rows.device)
+
+    with pytest.raises(DrafterError, match=r"def start\(self, context, rows\):"):
+        specdec.generate(tiny_llama(0), torch.tensor([[5, 6]]), drafter=Old(), max_new_tokens=4)

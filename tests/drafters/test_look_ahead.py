@@ -15,7 +15,7 @@ from tiny import continuations, left_pad, plain_greedy, tiny_llama
 
 import specdec
 from specdec import batch_invariant
-from specdec.drafter import Draft
+from specdec.draft import Draft
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.errors import ConfigError, DrafterError, InputError, UnsupportedModelError
 

@@ -13,12 +13,14 @@ from running_ahead import running_ahead
 from tiny import VOCAB, continuations, left_pad, plain_greedy, tiny_llama
 
 import specdec
+from specdec.draft import Shown
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.engine.target import Target
+from specdec.policies.by_estimate import Confidence
 from specdec.policies.cost_model import CostModel
-from specdec.policies.length import Confidence, LengthPolicy, Shown
+from specdec.policy import LengthPolicy
 
 TARGET, OTHER, CLOSE = map(tiny_llama, (0, 1, 0))
 with torch.no_grad():
@@ -231,7 +233,7 @@ class Showing(PromptLookup):
         draft = super().propose(rows, max_tokens)
         for place in range(max_tokens):
             ids = draft.token_ids[:, place]
-            self.length_policy.goes_on(rows, Shown(place, ids, torch.zeros(len(rows), VOCAB)))
+            self.context.policy.goes_on(rows, Shown(place, ids, torch.zeros(len(rows), VOCAB)))
         return draft
 
 
@@ -257,14 +259,15 @@ def test_no_draft_forward_is_begun_for_nothing():
 def test_the_cost_model_times_no_step_that_began_ahead():
     """Rows leave at many steps, and each time other costs are looked for."""
     policy, told = CostModel(clock=Steady()), []
-    verify = Target.verify
+    commit, used = Target.commit, [0]
 
-    def watched(self, rows, draft, *others):
-        told.append((self._begun is not None and self._begun.draft is draft, policy._is_held))
-        return verify(self, rows, draft, *others)
+    def watched(self, rows, forward):
+        told.append((counts["used"] > used[0], not policy.state.is_timed))
+        used[0] = counts["used"]
+        return commit(self, rows, forward)
 
     prompts = some_prompts(*range(1, 17))
-    with running_ahead(), mock.patch.object(Target, "verify", watched):
+    with running_ahead() as counts, mock.patch.object(Target, "commit", watched):
         run(prompts, "other", max_new_tokens=90, eos_token_id=[5, 9], length_policy=policy)
     assert sum(began for began, _ in told) > 5
     assert all(is_held for began, is_held in told if began)

@@ -14,7 +14,8 @@ from specdec import generate_many
 from specdec.batch.cache import RaggedCache
 from specdec.batch.layout import LAYOUTS, Grouped
 from specdec.batch.rows import Rows
-from specdec.drafter import Draft, Drafter
+from specdec.draft import Draft
+from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModel
 from tests.api.test_generate import OTHER, PAD, TARGET, some_prompts
 from tests.policies.test_length import Later

@@ -12,14 +12,15 @@ from scipy.stats import chisquare
 from tiny_xlnet import tiny_xlnet
 
 import specdec
-from specdec.drafter import Draft
+from specdec.draft import Draft
 from specdec.drafters.any_subset import AheadDraft, NgramDraft, Proposal, Sampling, SelfDraft
 from specdec.infill.infill import Filling, Forbidding, fill, rows_of, sequences_of
-from specdec.kernels.commit.distribution import NO_TRUNCATION
 from specdec.kernels.commit.greedy_commit import commit
 from specdec.kernels.commit.sample import sample_tokens
+from specdec.kernels.commit.truncation import NO_TRUNCATION
 from specdec.network.any_subset.model import Order, XLNet, conditionals_of
 from specdec.verify.random_streams import Purpose, RowStreams
+from specdec.verify.truncations import SameForAllRows
 from specdec.verify.verification import SampledVerification
 
 VOCAB, MASK = 4, 3  # three tokens and the mask
@@ -105,7 +106,7 @@ def run(drafter_of, verification_of, forbid=True):
     conditionals = conditionals_of(MODEL, order, rows)
     if forbid:
         conditionals = Forbidding(conditionals, MASK)
-    sampling = Sampling(RowStreams(5, SAMPLES), NO_TRUNCATION)
+    sampling = Sampling(RowStreams(5, SAMPLES), SameForAllRows(NO_TRUNCATION))
     fill(rows, Filling(conditionals, drafter_of(conditionals, order, rows, sampling), verification_of(sampling), 5))
     return sequences_of(rows, order, TEXT.expand(many))
 

@@ -9,9 +9,10 @@ import torch
 from transformers.generation import logits_process as hf
 
 from specdec.kernels.commit import block_statistics, distribution
-from specdec.kernels.commit.distribution import Truncation, distribution_of
+from specdec.kernels.commit.distribution import distribution_of
 from specdec.kernels.commit.greedy_commit import NO_TOKEN
 from specdec.kernels.commit.sample import sample, sample_tokens
+from specdec.kernels.commit.truncation import Truncation, Truncations
 
 needs_interpreter = pytest.mark.interpreter
 TRUNCATIONS = [
@@ -26,6 +27,11 @@ INTERPRETED = [
     Truncation(0.6, 1, 0.0),
     Truncation(0.6, 0, 0.3, 0.05),
 ]
+
+
+def alike(scores, truncation):
+    """One truncation for all rows of scores."""
+    return Truncations.same(truncation, len(scores), scores.device)
 
 
 def warped(scores, truncation):
@@ -53,15 +59,16 @@ def probs_of(found):
     return torch.stack(places, 1).double()
 
 
-@pytest.mark.parametrize("truncation", TRUNCATIONS)
 @pytest.mark.parametrize("vocab", [1, 5, 400])
-def test_the_distribution_is_transformers_own(vocab, truncation):
+def test_the_distribution_is_transformers_own(vocab):
     scores = random_scores(vocab)
-    expected = warped(scores, truncation)
-    found = distribution_of(scores, truncation)
-    assert torch.allclose(probs_of(found), expected, rtol=1e-5, atol=1e-9)  # float32 against float64
-    ids = expected.argmax(-1)
-    assert torch.allclose(found.of_tokens(ids), expected.gather(2, ids[..., None])[..., 0], rtol=1e-5)
+    for truncation in TRUNCATIONS:
+        expected = warped(scores, truncation)
+        found = distribution_of(scores, alike(scores, truncation))
+        assert torch.allclose(probs_of(found), expected, rtol=1e-5, atol=1e-9), truncation  # float32 against float64
+
+        ids = expected.argmax(-1)
+        assert torch.allclose(found.of_tokens(ids), expected.gather(2, ids[..., None])[..., 0], rtol=1e-5), truncation
 
 
 def test_more_tokens_than_the_first_look_takes():
@@ -69,20 +76,25 @@ def test_more_tokens_than_the_first_look_takes():
     scores = random_scores(1000, spread=0.1)
     for top_p in (0.05, 0.5, 0.999):
         truncation = Truncation(top_p=top_p)
-        assert torch.allclose(probs_of(distribution_of(scores, truncation)), warped(scores, truncation), rtol=1e-5)
+        assert torch.allclose(
+            probs_of(distribution_of(scores, alike(scores, truncation))), warped(scores, truncation), rtol=1e-5
+        )
 
 
 def test_in_pieces(monkeypatch):
     scores, truncation = random_scores(50, rows=5), Truncation(0.8, 9, 0.9, 0.01)
-    whole = distribution_of(scores, truncation)
+    whole = distribution_of(scores, alike(scores, truncation))
     monkeypatch.setattr(distribution, "REFERENCE_ELEMENTS", 130)
-    assert all(torch.equal(a, b) for a, b in zip(whole[2:], distribution_of(scores, truncation)[2:], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole[2:5], distribution_of(scores, alike(scores, truncation))[2:5], strict=True)
+    )
 
 
 def test_ties_at_a_cutoff_are_all_kept():
     scores = torch.tensor([[[3.0, 1.0, 1.0, 1.0, 0.0]]]).bfloat16()
     for truncation in (Truncation(top_k=2), Truncation(top_k=3), Truncation(top_p=0.75)):
-        probs = probs_of(distribution_of(scores, truncation))[0, 0]
+        probs = probs_of(distribution_of(scores, alike(scores, truncation)))[0, 0]
         assert probs[4] == 0 and probs[1] == probs[2] == probs[3] > 0
         assert probs.sum() == pytest.approx(1, abs=1e-6)
 
@@ -93,7 +105,7 @@ def test_unusable_scores_are_marked():
     scores[1, 2] = -torch.inf
     scores[2, 0, 5] = torch.inf
     for truncation in TRUNCATIONS:
-        bad = distribution_of(scores, truncation).mass.isnan()
+        bad = distribution_of(scores, alike(scores, truncation)).mass.isnan()
         assert bad.nonzero().tolist() == [[0, 1], [1, 2], [2, 0]], truncation
 
 
@@ -102,7 +114,7 @@ def test_a_sample_and_its_probabilities(truncation):
     scores = random_scores(40, rows=50, places=1)[:, 0]
     numbers = torch.rand(50, dtype=torch.float64)
     probs = torch.full((50, 44), torch.nan)
-    tokens = sample(scores, truncation, numbers, probs)
+    tokens = sample(scores, alike(scores, truncation), numbers, probs)
     assert probs[:, 40:].eq(0).all()
     assert torch.allclose(probs[:, :40].double(), warped(scores[:, None], truncation)[:, 0], rtol=1e-5, atol=1e-9)
     assert torch.equal(tokens, sample_tokens(probs, numbers))
@@ -112,13 +124,13 @@ def test_a_sample_and_its_probabilities(truncation):
 def test_no_sample_of_nothing():
     scores = torch.tensor([[0.0, 1.0], [torch.nan, 1.0], [-torch.inf, -torch.inf]])
     probs = torch.empty(3, 2)
-    tokens = sample(scores, Truncation(), torch.full((3,), 0.9, dtype=torch.float64), probs)
+    tokens = sample(scores, alike(scores, Truncation()), torch.full((3,), 0.9, dtype=torch.float64), probs)
     assert tokens.tolist() == [1, NO_TOKEN, NO_TOKEN] and probs[1:].eq(0).all()
 
 
 def test_wrong_room_is_named():
     with pytest.raises(ValueError, match=r"probs of \[3, 4\] torch.float32 cannot hold .* \[3, 5\]"):
-        sample(torch.zeros(3, 5), Truncation(), torch.zeros(3).double(), torch.empty(3, 4))
+        sample(torch.zeros(3, 5), Truncations.same(Truncation(), 3, "cpu"), torch.zeros(3).double(), torch.empty(3, 4))
 
 
 # ---- the kernels
@@ -126,22 +138,24 @@ def test_wrong_room_is_named():
 
 def compare(scores, truncation):
     """The kernels against the reference, and the last row alone against the same in its batch."""
-    expected = distribution_of(scores, truncation, "torch")
-    found = distribution_of(scores, truncation, "triton")
+    expected = distribution_of(scores, alike(scores, truncation), "torch")
+    found = distribution_of(scores, alike(scores, truncation), "triton")
     assert torch.equal(found.top, expected.top)
     assert torch.equal(*(scores >= cut.cutoff[..., None] for cut in (found, expected))), truncation
     assert torch.allclose(found.mass, expected.mass, rtol=1e-6), truncation
-    alone = distribution_of(scores[-1:], truncation, "triton")
-    assert all(torch.equal(one[0], batch[-1]) for one, batch in zip(alone[2:], found[2:], strict=True))
+    alone = distribution_of(scores[-1:], alike(scores[-1:], truncation), "triton")
+    assert all(torch.equal(one[0], batch[-1]) for one, batch in zip(alone[2:5], found[2:5], strict=True))
     rows, places, vocab = scores.shape
     numbers = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(scores.device)
     tokens, probs = [], torch.full((2, rows, vocab + 3), torch.nan, device=scores.device)
     for out, implementation in zip(probs, ("torch", "triton"), strict=True):
-        tokens.append(sample(scores[:, places // 2], truncation, numbers, out, implementation))
+        tokens.append(sample(scores[:, places // 2], alike(scores, truncation), numbers, out, implementation))
     assert torch.allclose(probs[0], probs[1], rtol=1e-5, atol=1e-12)
     assert torch.equal(*tokens)
     out = torch.full_like(probs[1, -1:], torch.nan)
-    assert torch.equal(sample(scores[-1:, places // 2], truncation, numbers[-1:], out, "triton"), tokens[1][-1:])
+    assert torch.equal(
+        sample(scores[-1:, places // 2], alike(scores[-1:], truncation), numbers[-1:], out, "triton"), tokens[1][-1:]
+    )
     assert torch.equal(out, probs[1, -1:])
 
 
@@ -187,10 +201,10 @@ def test_unusable_scores_in_the_interpreter(monkeypatch):
     scores[2, 0, 17] = torch.inf
     together = scores[[0, 0, 1, 2, 1], [1, 0, 2, 0, 0]]  # the three, and usable ones between and behind them
     for truncation in (Truncation(), Truncation(top_k=3), Truncation(top_p=0.5, min_p=0.1)):
-        bad = distribution_of(scores, truncation, "triton").mass.isnan()
+        bad = distribution_of(scores, alike(scores, truncation), "triton").mass.isnan()
         assert bad.nonzero().tolist() == [[0, 1], [1, 2], [2, 0]], truncation
         probs = torch.full((5, 20), torch.nan)
-        tokens = sample(together, truncation, torch.zeros(5).double(), probs, "triton")
+        tokens = sample(together, alike(together, truncation), torch.zeros(5).double(), probs, "triton")
         assert tokens.eq(NO_TOKEN).tolist() == [True, False, True, True, False], truncation
         torch.testing.assert_close(probs.sum(1), torch.tensor([0.0, 1, 0, 0, 1]), rtol=0, atol=1e-5)
         assert probs[[0, 2, 3]].eq(0).all()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+
 import pytest
 import torch
 from tiny import tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from specdec.batch.cache import RaggedCache
+from specdec.kernels.dispatch import triton
 from specdec.kernels.persistent.step import (
     MAX_TOKENS,
+    Constants,
+    Numbers,
     PersistentStep,
+    Pointers,
     Tuning,
     persistent_step_reference,
     refusal,
@@ -175,6 +182,17 @@ def test_tunings_change_only_rounding_in_the_interpreter(change, shape):
         buffer.fill_(float("nan"))
     for got, expected in zip(step(ids, starts), persistent_step_reference(ids, starts, theirs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+def test_the_kernels_parameters_are_those_of_the_launch():
+    """An argument that only one side knows would be an error on a GPU only."""
+    from specdec.kernels.persistent import step_triton
+
+    source = inspect.getsource(step_triton)
+    [kernel] = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", "") == "persistent_step_kernel"]
+    passed = [*Pointers._fields, *Numbers._fields, *Constants._fields]
+    assert sorted(argument.arg for argument in kernel.args.args) == sorted(passed)
 
 
 def test_wrong_operands_are_named():

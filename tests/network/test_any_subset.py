@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_llama
 from tiny_xlnet import tiny_xlnet
 
-from specdec.drafter import NO_TOKEN
+from specdec.draft import NO_TOKEN
 from specdec.errors import UnsupportedModelError
 from specdec.network.any_subset.model import Order, XLNet, relative_positions_in
 from specdec.network.any_subset.two_stream import TwoStreamCache, TwoStreamText, shifted

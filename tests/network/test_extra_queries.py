@@ -13,9 +13,10 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from specdec import batch_invariant
 from specdec.batch import branches
-from specdec.batch.branches import Branches, ExtraQueries
+from specdec.batch.branches import Branches
 from specdec.batch.layout import Ragged, Repad
 from specdec.batch.rows import Rows
+from specdec.draft import ExtraQueries
 from specdec.errors import UnsupportedModelError
 from specdec.network.base import NetworkOutput
 from specdec.network.choose import build_network

@@ -23,8 +23,9 @@ from specdec.batch.cache import RaggedCache
 from specdec.drafters.synthetic import Synthetic
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.network import base as network
-from specdec.network import choose as compatibility
-from specdec.network.choose import probe, relative_difference
+from specdec.network import choose
+from specdec.network.probe import probe, probe_tolerance, relative_difference
+from specdec.network.refusals import check_lengths
 from specdec.network.stock import StockNetwork
 
 NEW_TOKENS = 14
@@ -107,7 +108,7 @@ def test_every_family_in_the_repad_layout(family, monkeypatch):
 
 @pytest.mark.parametrize("family", FUSED)
 def test_fused_families_run_on_their_own_modules_too(family, monkeypatch):
-    monkeypatch.setattr(compatibility, "can_fuse", lambda model: False)
+    monkeypatch.setattr(choose, "can_fuse", lambda model: False)
     check_equal(build(family), monkeypatch)
 
 
@@ -139,15 +140,15 @@ RECURRENT = [family for family, (words, _) in REFUSED.items() if words == famili
 
 @pytest.mark.parametrize("family", ["gpt_neo", "bert_encoder", "paligemma", *RECURRENT])
 def test_probe_refuses_without_the_names(family, monkeypatch):
-    monkeypatch.setattr(compatibility, "check_architecture", lambda *arguments: None)
+    monkeypatch.setattr(choose, "check_architecture", lambda *arguments: None)
     for dtype in (torch.float32, torch.bfloat16):
         model = build(family).to(dtype)
-        assert_refused(UnsupportedModelError, "", compatibility.build_network, model, 2, 32)
+        assert_refused(UnsupportedModelError, "", choose.build_network, model, 2, 32)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3n_text", "gpt_oss", "bloom", "gpt2"])
 def test_probe_accepts_bfloat16(family):
-    compatibility.build_network(build(family).bfloat16(), 2, 32)
+    choose.build_network(build(family).bfloat16(), 2, 32)
 
 
 def state(model: PreTrainedModel) -> dict:
@@ -251,10 +252,10 @@ def test_probe_of_a_very_small_model(make, positions):
 )
 def test_one_near_tie_in_a_router_is_not_refused(differences, accepted, monkeypatch):
     answers = chain(differences, repeat(differences[-1]))  # of the other layout as well, when a remedy is sought
-    monkeypatch.setattr(compatibility, "can_fuse", lambda model: False)
-    monkeypatch.setattr(compatibility, "probe", lambda *arguments: next(answers))
+    monkeypatch.setattr(choose, "can_fuse", lambda model: False)
+    monkeypatch.setattr("specdec.network.probe.probe", lambda *arguments: next(answers))
     with nullcontext() if accepted else pytest.raises(UnsupportedModelError, match="other logits"):
-        compatibility.build_network(tiny_llama(), 2, 32)
+        choose.build_network(tiny_llama(), 2, 32)
 
 
 def test_difference_of_masked_and_of_nan_logits():
@@ -279,7 +280,7 @@ MASK_OFFSETS = {
 @pytest.mark.parametrize("fault", MASK_OFFSETS)
 def test_probe_sees_wrong_masks_in_half_precision(fault, demo_pair, monkeypatch):
     model = copy.deepcopy(demo_pair.target).bfloat16()
-    limit = compatibility.probe_tolerance(model)
+    limit = probe_tolerance(model)
     assert probe(model, StockNetwork) < limit / 3
     monkeypatch.setattr(RaggedCache, "get_query_offset", MASK_OFFSETS[fault])
     assert min(probe(model, StockNetwork, seed) for seed in range(3)) > limit
@@ -293,12 +294,12 @@ def test_probe_sees_positions_of_the_longest_row(demo_pair, monkeypatch):
 
     monkeypatch.setattr(StockNetwork, "_run", mistaken)
     model = copy.deepcopy(demo_pair.target).bfloat16()
-    assert min(probe(model, StockNetwork, seed) for seed in range(3)) > compatibility.probe_tolerance(model)
+    assert min(probe(model, StockNetwork, seed) for seed in range(3)) > probe_tolerance(model)
 
 
 def test_llama4_temperature_is_refused_where_it_would_mix_rows():
     model = build("llama4_text")
     model.config.attn_temperature_tuning, model.config.floor_scale = True, 64
-    compatibility.check_lengths(model, 30, "target")
+    check_lengths(model, 30, "target")
     with pytest.raises(SpecDecError, match="keep within 30 tokens"):
-        compatibility.check_lengths(model, 31, "target")
+        check_lengths(model, 31, "target")

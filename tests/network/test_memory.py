@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import psutil
 import pytest
 import torch
 from families import tiny
@@ -16,10 +17,10 @@ from specdec.batch.cache import RaggedLayer
 from specdec.batch.layout import Ragged, Repad
 from specdec.network import memory
 from specdec.network.choose import choose_network
-from specdec.network.footprint import PROBE_SLOTS
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant import network as invariant_network
 from specdec.network.invariant.network import SPARE_SLOTS, InvariantNetwork, kept_forward
+from specdec.network.memory import PROBE_SLOTS
 from specdec.network.stock import StockNetwork
 
 PROMPTS = torch.tensor([[5, 9, 7, 5], [11, 4, 8, 6]])
@@ -68,6 +69,7 @@ def test_bytes_of_the_invariant_forward(dtype):
 def device_with(monkeypatch):
     def set_free(free):
         monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+        monkeypatch.setattr(memory, "LIMITED_DEVICES", ("cpu",))
 
     return set_free
 
@@ -124,8 +126,13 @@ def test_generate_many_is_refused_too(device_with):
         specdec.generate_many(model, list(PROMPTS), max_new_tokens=8)
 
 
-def test_a_cpu_is_not_asked():
-    assert memory.free_bytes(torch.device("cpu")) is None
+def test_a_cpu_is_not_asked(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    generate(tiny_llama())
+
+
+def test_a_cpu_has_the_memory_of_its_host():
+    assert 0 < memory.free_bytes(torch.device("cpu")) <= psutil.virtual_memory().total
 
 
 def test_memory_that_torch_holds_unused_counts_as_free(monkeypatch):

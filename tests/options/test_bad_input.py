@@ -26,7 +26,7 @@ def no_forward(monkeypatch):
         raise AssertionError("the model ran before the error")
 
     monkeypatch.setattr("specdec.network.base.Network.prefill", run)
-    monkeypatch.setattr("specdec.network.choose.probe", run)
+    monkeypatch.setattr("specdec.network.probe.probe", run)
 
 
 def refused(kind, *parts, ids=IDS, model=TARGET, **options):

@@ -7,12 +7,13 @@ import torch
 from tiny import VOCAB, tiny_llama
 
 from specdec import ConfigError
+from specdec.draft import Shown
 from specdec.drafters.draft_model import DraftModel
 from specdec.kernels.commit.token_statistics import token_statistics
+from specdec.policies.by_estimate import ByAcceptanceHead
 from specdec.policies.estimates import DiscoEstimate, DraftProbability, HeadEstimate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.length import ByAcceptanceHead, Shown
 from tests.policies.test_length import DISCO, HIDDEN, random_head
 
 

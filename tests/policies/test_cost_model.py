@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from specdec.batch.rows import StepReport
-from specdec.drafter import NO_TOKEN
+from specdec.batch.report import StepReport
+from specdec.draft import NO_TOKEN, Shown
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
-from specdec.policies import cost_model
-from specdec.policies.cost_model import CostModel, Knowledge, knowledge_of
+from specdec.policies.cost_model import CostModel, Knowledge, LossBudget, knowledge_of
+from specdec.policies.cost_model.states import TimingPlain
 from specdec.policies.costs import MAX_TOKENS, CostTable, Recalibrated, Survival
 from specdec.policies.estimates import DraftProbability, HeadEstimate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
-from specdec.policies.length import Shown
 from tests.api.test_generate import OTHER, TARGET, some_prompts
 
 K = 20
@@ -66,7 +65,7 @@ class World:
         self.random, self.clock, self.rows = np.random.default_rng(seed), Clock(), Rows(rows)
         self.policy = CostModel(None, self.clock, Knowledge())
         shows = frozenset() if estimate is None else frozenset({"logits"})
-        self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, layout=None)
+        self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, context=None)
         self.policy.check(TARGET, self.drafter)
         self.policy._estimate = self.estimate = estimate
         self.begin()
@@ -178,10 +177,10 @@ def test_what_earlier_calls_gained_pays_for_an_unlucky_beginning(earlier):
     world = World(flat, lambda rows, tokens: 0.3 * flat(rows, 1) * tokens, 0.97)
     known = world.policy._given_knowledge
     world.run(12)  # explored and learned
-    known.account = cost_model.FIRST
+    known.budget.steps = LossBudget.AT_START
     world.run(earlier)
     world.begin()
-    assert known.account == (cost_model.CARRIED if earlier else cost_model.FIRST)
+    assert known.budget.steps == (LossBudget.MOST_CARRIED if earlier else LossBudget.AT_START)
     world.acceptance = 0.0
     world.run(4)
     assert all(world.widths)
@@ -194,9 +193,24 @@ def test_a_call_that_lost_leaves_no_debt():
     world = World(flat, lambda rows, tokens: 0.3 * flat(rows, 1) * tokens, 0.0)
     known = world.policy._given_knowledge
     world.run(40)
-    assert known.account < cost_model.FIRST
+    assert known.budget.steps < LossBudget.AT_START
     world.begin()
-    assert known.account == cost_model.FIRST
+    assert known.budget.steps == LossBudget.AT_START
+
+
+def test_rests_that_are_cut_short_allow_no_losses():
+    """Each time the number of rows changes a rest ends early. What drafts may lose grows with the steps that were
+    taken, not with those that were planned."""
+    world, few, many = World(flat, dear, 0.0, catch_up=1e-4), Rows(8), Rows(64)
+    budget, drafts = world.policy._known.budget, []
+    for step in range(200):
+        world.rows, world.lag = (few, many)[step % 2], np.full(64, world.lag.max())
+        before = budget.steps
+        world.step()
+        if world.widths[-1] == 0:
+            assert budget.steps - before <= 1.01 * LossBudget.PER_STEP
+        drafts.append(world.widths[-1] > 0)
+    assert any(drafts) and not all(drafts)
 
 
 def test_it_drafts_again_when_the_drafter_gets_better():
@@ -239,6 +253,24 @@ def test_an_estimate_that_is_wrong_is_corrected():
     right = World(flat, cheap, 0.8, estimate=lambda shown: np.where(right.seen, 0.97, 0.03))
     seeing.run(200), right.run(200)
     assert seeing.run(300) > 0.95 * right.run(300)
+
+
+def test_asking_for_the_next_width_changes_nothing():
+    """One of two equal models is asked, the other is not. A promise holds though the number of rows changes."""
+    asked, silent = (World(flat, dear, 0.3, catch_up=1e-4, rows=8) for _ in range(2))
+    promises = []
+    for count in (8, 5, 3):
+        asked.rows.keep(count), silent.rows.keep(count)
+        for _ in range(50):
+            asked.step(), silent.step()
+            budgets = {world.policy._known.budget.steps for world in (asked, silent)}
+            assert len(budgets) == 1, "the same steps were timed"
+            answers = {asked.policy.next_width(K) for _ in range(3)}
+            assert len(answers) == 1 and answers <= {0, None}
+            promises.append(0 in answers)
+    assert asked.widths == silent.widths and any(asked.widths)
+    assert promises[49] and promises[99], "the rows change in the middle of a rest"
+    assert not any(width for promise, width in zip(promises, asked.widths[1:], strict=False) if promise)
 
 
 # ---- the parts
@@ -329,7 +361,7 @@ def test_plain_steps_that_seem_slower_than_wider_ones_do_not_make_it_draft():
     curve = world.policy._known.verify.curve(8, world.rows.max_length)
     for _ in range(20):
         curve.add(1, 3 * flat(8, 2))
-    world.policy._hold = 0
+    world.policy._planner.state = TimingPlain()
     world.widths.clear()
     world.run(10)
     assert sum(width > 0 for width in world.widths) <= 1, "one trial of the other way"

@@ -13,23 +13,19 @@ from transformers import GenerationConfig
 import specdec
 from specdec import ConfigError, DrafterError, SpecDecError, generate_many
 from specdec.batch.layout import LAYOUTS
-from specdec.drafter import Draft, Drafter
+from specdec.draft import Draft
+from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.kernels.commit.token_statistics import token_statistics
+from specdec.policies.by_estimate import ByAcceptanceHead, ByDisco, Confidence
 from specdec.policies.cost_model import CostModel, Knowledge
+from specdec.policies.fixed import Fixed
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.length import (
-    LENGTH_POLICIES,
-    ByAcceptanceHead,
-    ByDisco,
-    Confidence,
-    Fixed,
-    Heuristic,
-    LengthPolicy,
-    resolve_length_policy,
-)
+from specdec.policies.heuristic import Heuristic
+from specdec.policies.registry import LENGTH_POLICIES, resolve_length_policy
+from specdec.policy import LengthPolicy
 from tests.api.test_generate import OTHER, PAD, TARGET, Hostile, some_prompts
 from tests.verify.test_sampling import ALPHA, joint, p_value, sample
 from tests.verify.test_sampling import OTHER as SAMPLED_OTHER
@@ -335,7 +331,7 @@ def test_what_sees_nothing_is_asked_nothing():
 
     class Watched(DraftModel):
         def propose(self, rows, max_tokens):
-            seen.append(self.length_policy)
+            seen.append(self.context.policy)
             return super().propose(rows, max_tokens)
 
     drafter = Watched(OTHER)
@@ -343,7 +339,7 @@ def test_what_sees_nothing_is_asked_nothing():
         run(some_prompts(5), policy, drafter, max_new_tokens=8)
         assert {type(one).name if one else None for one in seen} == {policy if policy == "confidence" else None}
         seen.clear()
-    assert drafter.length_policy is None
+    assert drafter.context is None
 
 
 # ---- sampled output

@@ -12,7 +12,7 @@ from tiny import left_pad, plain_greedy, tiny_llama
 from verification import of_probs, run
 
 import specdec
-from specdec.drafter import NO_TOKEN
+from specdec.draft import NO_TOKEN
 from specdec.errors import ConfigError
 from specdec.kernels.commit.sampled_commit import final_mass, token_chances
 from specdec.verify.lossy import Lenient, TopBeta, Typical, verification_named

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from tiny import left_pad, plain_greedy, tiny_llama
 
 import specdec
-from specdec.drafter import Draft
+from specdec.draft import Draft
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 
