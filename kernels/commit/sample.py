@@ -163,7 +163,7 @@ if triton is not None:
         if HAS_GREEDY:
             is_greedy = tl.load(temperature_ptr + row) == 0.0
             largest, best = best_of_partials(part_best_ptr, part_ids_ptr, row, num_parts, NUM_PARTS)
-            is_best = (index == best) & (largest == largest)
+            is_best = tl.where(largest == largest, index == best, False)
             probs = tl.where(is_greedy, is_best.to(tl.float64), probs)
         tl.store(probs_ptr + row * probs_stride + index, probs.to(tl.float32), mask=index < num_columns)
         tl.store(sums_ptr + row * tl.num_programs(1) + b, tl.sum(probs, 0))
