@@ -11,9 +11,9 @@ JOBS ?= auto
 BENCH_ARGS ?=
 BIN := $(VENV)/bin
 
-# Folders of tests that another transformers cannot change: how rows are laid out, length policies, measuring, training,
-# documents. Neither can it change what Triton's interpreter computes.
-NO_MODELS := batch bench benchmarks docs policies training
+# Tests that another transformers cannot change: how rows are laid out and scheduled, what is accepted, length policies,
+# measuring, training, documents. Neither can it change what Triton's interpreter computes.
+NO_MODELS := batch bench benchmarks check/test_sampling_check.py docs engine infill policies training verify
 
 .PHONY: setup demo test test-slow test-oldest integration coverage check lint types bench clean
 
