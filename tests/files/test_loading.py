@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from checkpoints import save_checkpoint, word_tokenizer
+from refusals import assert_refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
@@ -36,27 +37,23 @@ def written(tmp_path, name, content):
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "texts"),
-    [
+def test_prompt_files(tmp_path):
+    """Would catch splitlines (which cuts at U+2028), a kept byte order mark and a second turn."""
+    for name, content, texts in [
         ("a.txt", "one\ntwo words\n", ["one", "two words"]),
         ("a.txt", "one\r\ntwo\r\n\r\n", ["one", "two"]),
         ("a.txt", "\ufeffone\n  two \u2028 still two", ["one", "  two \u2028 still two"]),
         ("a.json", '["one", "two\\nlines"]', ["one", "two\nlines"]),
         ("a.JSON", '\ufeff["one"]', ["one"]),
         ("a.jsonl", '{"prompt": "one"}\n{"turns": ["two", "later"], "question_id": 1}\n', ["one", "two"]),
-    ],
-)
-def test_prompt_files(tmp_path, name, content, texts):
-    """Would catch splitlines (which cuts at U+2028), a kept byte order mark and a second turn."""
-    path = written(tmp_path, name, content)
-    assert [prompt.text for prompt in read_prompts(path)] == texts
-    assert [prompt.text for prompt in read_prompts(path, limit=1)] == texts[:1]
+    ]:
+        path = written(tmp_path, name, content)
+        assert [prompt.text for prompt in read_prompts(path)] == texts
+        assert [prompt.text for prompt in read_prompts(path, limit=1)] == texts[:1]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_bad_prompt_files(tmp_path):
+    for name, content, message in [
         ("a.txt", "", "is empty"),
         ("a.txt", "\n\n", "is empty"),
         ("a.txt", "one\n\nthree\n", "line 2 is an empty prompt"),
@@ -76,11 +73,9 @@ def test_prompt_files(tmp_path, name, content, texts):
         ("a.jsonl", '{"prompt": null}', "line 1 has neither"),
         ("a.jsonl", '{"turns": [""]}', "line 1 is an empty prompt"),
         ("a.csv", "one", "none of .txt, .json, .jsonl"),
-    ],
-)
-def test_bad_prompt_files(tmp_path, name, content, message):
-    with pytest.raises(InputError, match=message):
-        read_prompts(written(tmp_path, name, content))
+    ]:
+        path = written(tmp_path, name, content)
+        assert_refused(InputError, message, read_prompts, path)
 
 
 def test_unreadable_prompt_files(tmp_path):

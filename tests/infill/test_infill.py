@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_refused
 from tiny import tiny_llama
 from tiny_xlnet import tiny_xlnet
 from transformers import AutoTokenizer, XLNetLMHeadModel
@@ -166,9 +167,8 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
 NAMELESS = tiny_xlnet(mask_token_id=None)
 
 
-@pytest.mark.parametrize(
-    "error, match, arguments",
-    [
+def test_refusals_name_the_remedy():
+    for error, match, arguments in [
         (InputError, r"8 tokens, but the model has 6 positions; cut the text", {"model": LIMITED}),
         (InputError, r"row 0 has no mask.*set mask=True", {"mask": HIDE & False}),
         (InputError, r"masked all over.*at least one visible token", {"mask": HIDE | True}),
@@ -196,11 +196,10 @@ NAMELESS = tiny_xlnet(mask_token_id=None)
         (ConfigError, r"top_k=-1", {"top_k": -1, "do_sample": True}),
         (ConfigError, r"seed= has no effect", {"seed": 1}),
         (ConfigError, r"seed has 2 entries for 1 rows", {"seed": [1, 2], "do_sample": True}),
-    ],
-)  # fmt: skip
-def test_refusals_name_the_remedy(error, match, arguments):
-    with pytest.raises(error, match=f"(?s){match}"):
-        specdec.infill(**{"model": MODEL, "input_ids": IDS, "mask": HIDE, **arguments})
+    ]:
+        assert_refused(
+            error, f"(?s){match}", specdec.infill, **{"model": MODEL, "input_ids": IDS, "mask": HIDE, **arguments}
+        )
 
 
 def test_nan_is_reported():

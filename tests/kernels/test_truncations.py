@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from unittest import mock
 
 import pytest
@@ -19,14 +18,12 @@ from specdec.kernels.commit.greedy_commit import BAD_SCORES, NO_TOKEN, greedy_co
 from specdec.kernels.commit.sample import sample
 from specdec.kernels.commit.sampled_commit import sampled_commit
 from specdec.kernels.commit.truncation import GREEDY, NO_TRUNCATION, Truncation, Truncations
-from specdec.kernels.dispatch import triton
 from specdec.verify.lossy import Lenient, Typical
 from specdec.verify.random_streams import RowStreams
 from specdec.verify.truncations import SameForAllRows
 from specdec.verify.verification import BAD_DRAFT, GreedyVerification, SampledVerification
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-needs_interpreter = pytest.mark.skipif(not INTERPRET or triton is None, reason="needs TRITON_INTERPRET=1")
+needs_interpreter = pytest.mark.interpreter
 EACH = [
     NO_TRUNCATION,
     GREEDY,
@@ -301,11 +298,6 @@ def test_a_greedy_row_breaks_ties_by_the_lowest_index_and_reports_nan():
     uniforms = torch.full((2, 2), 1 - 2**-53, dtype=torch.float64)
     out, _, _ = run(target, torch.tensor([[1], [2]]), None, uniforms)
     assert out.token_ids[0].tolist() == [1, 0] and out.fault.tolist() == [0, BAD_SCORES]
-
-
-def test_interpreter_run(run_in_subprocess):
-    """The interpreter must be chosen before triton is imported, hence another process."""
-    run_in_subprocess("tests/test_truncations.py", "-k", "in_the_interpreter", TRITON_INTERPRET="1")
 
 
 # ---- verification
