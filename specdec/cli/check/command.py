@@ -99,7 +99,9 @@ def check(
     Exit status: 0 if all prompts are equal (or differ by ties only, where they pass) or all tests come out as they
     must, 1 if not, 2 for bad input.
     """
-    from specdec.cli import check_matrix, check_outputs, check_sampling
+    from specdec.cli.check import matrix as check_matrix
+    from specdec.cli.check import outputs as check_outputs
+    from specdec.cli.check import sampling as check_sampling
     from specdec.cli.common import Reports
     from specdec.errors import ConfigError, InputError
 
