@@ -1,9 +1,9 @@
 """y = x W' + b with bits that do not depend on how many rows x has.
 
-One program owns a tile of y and walks the inner dimension in ascending order with one float32 accumulator; nothing
-splits it. So a row's result depends on that row and on W alone, whatever tile, warp count or operand order serves it
-(the GPU tests compare them all), and the tiles can be chosen per number of rows for speed. Several weights that share
-x (query, key and value; gate and up) are one launch and are read where they lie: nothing is merged in memory.
+One program owns a tile of y and goes through the inner dimension in ascending order with one float32 accumulator; the
+dimension is never split. So a row's result depends only on that row and on W, for any tile, warp count or operand order
+(the GPU tests compare them all), and the tiles can be chosen per number of rows for speed. Several weights that share x
+(query, key and value; gate and up) take one launch and are read in place: nothing is merged in memory.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def in_order_linears(
     implementation: str = "auto",
     tile: Tile | None = None,
 ) -> Tensor:
-    """One to three linears of the same x side by side, [..., out1 + out2 + ...]: bit for bit what each gives alone.
+    """One to three linears of the same x side by side, [..., out1 + out2 + ...]: each bit for bit as computed alone.
 
     weights: [out_i, in] each; biases: [out_i] each, or None for all of them.
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(biases) != len(weights):
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases; need 1 to {MAX_WEIGHTS} of both")
     if len({bias is None for bias in biases}) > 1:
-        raise ValueError("some weights have a bias and others none; give the others a bias of zeros")
+        raise ValueError("some weights have a bias and others do not; give the others a bias of zeros")
     for weight, bias in zip(weights, biases, strict=True):
         if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             raise ValueError(
@@ -73,7 +73,7 @@ def in_order_linears(
 
 
 def in_order_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same contract in plain torch: one product per row, so that every row is served by the same call."""
+    """The same contract in plain torch: one product per row, so that every row goes through the same call."""
     rows = x.reshape(-1, 1, x.shape[-1])
     if not len(rows):
         return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -29,10 +29,10 @@ class StepReport:
     row_ids: [rows] int64, the index of each row in the caller's batch.
     num_committed, num_accepted, num_drafted: [rows] int64.
     finished: [rows] bool. fault: [rows] int64, 0 if all is well, see `verify.py`.
-    token_ids: [rows, k + 1] int64, `NO_TOKEN` behind the committed ones.
+    token_ids: [rows, k + 1] int64, `NO_TOKEN` after the committed ones.
     is_prefill: the tokens come from the prefill, not from a verify forward.
-    predicted: [rows, places] float64, the acceptance that the length policy expected of drafted tokens, given that of
-        those before them; NaN where it expected nothing. None if it makes no predictions.
+    predicted: [rows, places] float64, the length policy's predicted acceptance of drafted tokens, if all before them
+    are accepted; NaN where it predicted nothing. None if it makes no predictions.
     """
 
     row_ids: np.ndarray
@@ -49,13 +49,13 @@ class StepReport:
 class Rows:
     """The rows that take part in a step: a run of slots, each row with its own length.
 
-    token_ids: [rows, capacity] int64, left-aligned; what lies behind a row's length is meaningless.
+    token_ids: [rows, capacity] int64, left-aligned; values past a row's length are meaningless.
     lengths: [rows] int64, committed tokens, prompt included.
     prompt_lengths: [rows] int64. limits: [rows] int64, the length at which a row ends.
     row_ids: [rows] int64 on the host, each row's index in the caller's batch.
     host_lengths: [rows] int64 on the host, as of the last report.
 
-    All are views of `slots`, where rows that do not take part stand as well. Rows start in order of falling prompt
+    All are views of `slots`, which also holds rows that do not take part. Rows start in order of decreasing prompt
     length, so that a prefill in chunks touches a shrinking prefix of them.
     """
 
@@ -67,17 +67,17 @@ class Rows:
     host_lengths: np.ndarray
     host_prompt_lengths: np.ndarray
     host_limits: np.ndarray
-    _taken: Tensor | None = None  # the slots' tokens when the views were made, which stay what they are till a resize
+    _taken: Tensor | None = None  # the slots' token tensor when the views were made; it is replaced only by a resize
     _newest: tuple[Tensor, Tensor] | None = None  # see `newest`
-    _num_changes = -1  # of the slots when that was computed
-    num_steps = 0  # whose reports were read
-    num_unread = 0  # the most tokens that a row has committed beyond `host_lengths`: while a report is on its way
+    _num_changes = -1  # the slots' num_changes when that was computed
+    num_steps = 0  # steps whose reports were read
+    num_unread = 0  # most tokens that a row may have committed beyond `host_lengths` while a report is on its way
 
     def __init__(
         self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
     ):
-        """max_new_tokens: of every row, or one number a row.
-        spare: slots behind the longest row that a step may write before it knows how much is accepted.
+        """max_new_tokens: for every row, or one number per row.
+        spare: slots after the longest row that a step may write before it knows how much is accepted.
         """
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         limits = lengths + np.asarray(max_new_tokens, dtype=np.int64)
@@ -88,20 +88,20 @@ class Rows:
         slots.num_residents, slots.num_newcomers = len(prompts), 0
         self.slots, self.first = slots, 0
         self.take(len(prompts))
-        # Where finished rows end up, in the caller's order.
+        # Outputs of finished rows, in the caller's order.
         self.keeps_outputs, self.output_ids = True, torch.zeros_like(slots.token_ids)
         self.output_lengths = np.zeros(len(prompts), dtype=np.int64)
 
     @classmethod
     def of(cls, slots: Slots, first: int = 0, count: int = 0) -> Rows:
-        """The rows in `count` slots from `first` on; they keep no outputs when they end."""
+        """The rows in `count` slots from `first` on; their outputs are not kept when they end."""
         rows = cls.__new__(cls)
         rows.slots, rows.first, rows.keeps_outputs = slots, first, False
         rows.take(count)
         return rows
 
     def take(self, count: int) -> None:
-        """Let the rows in `count` slots from `first` on take part; to be called anew when slots were resized."""
+        """Let the rows in `count` slots from `first` on take part; call it again after slots were resized."""
         if self._taken is self.slots.token_ids and count == len(self):
             return
         self._taken = self.slots.token_ids
@@ -123,10 +123,10 @@ class Rows:
 
     @property
     def max_length(self) -> int:
-        """No row's committed length is larger; while no report is on its way it is the longest row's."""
+        """An upper bound of all rows' committed lengths; exact while no report is on its way."""
         if self.num_unread:
             return int(np.minimum(self.host_lengths + self.num_unread, self.host_limits).max())
-        return max(self.host_lengths.tolist())  # of a few numbers Python's own maximum is the fastest
+        return max(self.host_lengths.tolist())  # for a few numbers Python's own maximum is the fastest
 
     @property
     def max_limit(self) -> int:
@@ -140,7 +140,7 @@ class Rows:
 
     @property
     def num_new_tokens(self) -> np.ndarray:
-        """Tokens that each row has committed behind its prompt, [rows] int64 on the host."""
+        """Tokens that each row has committed after its prompt, [rows] int64 on the host."""
         return self.host_lengths - self.host_prompt_lengths
 
     def last_tokens(self, count: int) -> Tensor:
@@ -148,9 +148,10 @@ class Rows:
         return self.token_ids.gather(1, self.lengths[:, None] + torch.arange(-count, 0, device=self.device))
 
     def newest(self) -> tuple[Tensor, Tensor]:
-        """Where each row's last committed token stands, [rows] int64, and the token, [rows, 1]; not to be written to.
+        """The position of each row's last committed token, [rows] int64, and the token, [rows, 1]; do not write to
+        them.
 
-        A step's first forward takes them, so `read` computes them while the host waits for the report.
+        A step's first forward needs them, so `read` computes them while the host waits for the report.
         """
         if self._newest is not None and self._num_changes == self.slots.num_changes:
             return self._newest
@@ -160,8 +161,8 @@ class Rows:
     def read(self, done: Committed, meanwhile: Callable[[], None] | None = None) -> StepReport:
         """Bring one step to the host in one copy and advance the host's lengths.
 
-        meanwhile: called before the report is waited for. On the device the step is committed then; the host's lengths
-            are those before it, and `max_length` bounds what they will be.
+        meanwhile: called before waiting for the report. On the device the step is then already committed; the host's
+        lengths are those before the step, and `max_length` bounds the new ones.
         """
         arriving = on_its_way(done.report)
         self._newest = None
@@ -174,7 +175,7 @@ class Rows:
         self.num_steps += 1
         self.host_lengths += report[:, NUM_COMMITTED]
         return StepReport(
-            self.row_ids.copy(),  # its rows may move
+            self.row_ids.copy(),  # a copy, as its rows may move
             report[:, NUM_COMMITTED],
             report[:, NUM_ACCEPTED],
             report[:, NUM_DRAFTED],
@@ -184,7 +185,7 @@ class Rows:
         )
 
     def cut(self, report: StepReport, num_committed: np.ndarray) -> StepReport:
-        """Take back committed tokens of this step: row i keeps the first num_committed[i] ([rows] int64)."""
+        """Undo committed tokens of this step: row i keeps the first num_committed[i] ([rows] int64)."""
         self.host_lengths -= report.num_committed - num_committed
         self.lengths.copy_(to_device(self.host_lengths, self.device))
         self._newest = None
@@ -200,7 +201,7 @@ class Rows:
         """Take finished rows out of their slots and return the index that `keep_rows` calls need, [kept slots] int64 on
         the host.
 
-        finished: [rows] bool. All residents that are left take part afterwards.
+        finished: [rows] bool. All remaining residents take part afterwards.
         """
         done = np.flatnonzero(finished)
         if self.keeps_outputs:
@@ -214,8 +215,8 @@ class Rows:
 
 
 def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
-    """Copy to the host what the device will have computed; to be called for the result. What is launched in between
-    keeps the result from nobody."""
+    """Start copying a tensor to the host; call the returned function for the result. Work launched in between does not
+    delay it."""
     if not values.is_cuda:
         return values.cpu().numpy
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -225,6 +226,6 @@ def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
 
     def arrive() -> np.ndarray:
         has_arrived.synchronize()
-        return host.numpy().copy()  # pinned memory is taken again for the next step
+        return host.numpy().copy()  # pinned memory is reused for the next step
 
     return arrive

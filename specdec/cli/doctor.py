@@ -1,4 +1,4 @@
-"""`specdec doctor`: what a model gets here, before anything is generated."""
+"""`specdec doctor`: what a model supports, before anything is generated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def doctor(
     draft: DraftOption = None,
     batch_size: Annotated[int, Count(help="Rows decoded together, for the memory.")] = 8,
     length: Annotated[
-        int | None, Count(help="Tokens of a row, prompt and new ones; by default 1024, or as many as the model has.")
+        int | None, Count(help="Tokens per row, prompt and new ones; by default 1024, or the model's limit if lower.")
     ] = None,
     num_speculative_tokens: DraftTokensOption = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -39,7 +39,7 @@ def doctor(
 
     Loads and probes the model, generates nothing.
 
-    Exit status: 0 if the model, the draft and the memory serve, 2 if one of them does not.
+    Exit status: 0 if the model, the draft and the memory suffice, 2 if one of them does not.
     """
     from specdec.check.doctor import diagnose
     from specdec.cli.common import quiet_transformers
@@ -70,7 +70,7 @@ def doctor(
 def candidates(
     draft: PreTrainedModel | None, tokenizer: object, folder: Path | None
 ) -> tuple[dict[str, Drafter | str], str | None]:
-    """Every registered drafter, or what it lacks; and the name of the one that `draft` is."""
+    """Every registered drafter, or what it lacks; and the name of the drafter for `draft`."""
     from specdec.drafters.registry import DRAFTERS, drafter_class, resolve
     from specdec.errors import DrafterError
     from specdec.files.loading import check_same_tokenizer
@@ -83,7 +83,7 @@ def candidates(
         elif given is not None and isinstance(given, drafter_class(name)):  # type: ignore[arg-type]
             found[name] = given
         else:
-            found[name] = f"not at hand: pass {module}.{owner}(...)"
+            found[name] = f"not available by name: pass {module}.{owner}(...)"
     if given is None:
         found["draft_model"] = "needs a draft model: pass --draft FOLDER"
     elif folder is not None:
@@ -136,6 +136,6 @@ def print_memory(found: Diagnosis) -> None:
     print_table(["model", "weights MiB", "packed MiB", "cache KiB per token", "cache MiB"], rows)
     typer.echo(
         f"{memory.batch_size} rows of {memory.length} tokens: {memory.total / MIB:.0f} MiB with weights and a step's "
-        f"logits, without activations; {memory.still_needed / MIB:.0f} MiB of it beside the weights, where "
+        f"logits, without activations; {memory.still_needed / MIB:.0f} MiB of it besides the weights, where "
         f"{memory.available / MIB:.0f} are free; {memory.max_rows} rows fit"
     )

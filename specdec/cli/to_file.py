@@ -36,9 +36,9 @@ def write_completions(
     kv_tokens: int | None,
     order: str,
 ) -> None:
-    """Rows are written as they finish, each once; a bar and tokens/s on stderr."""
+    """Write each row once, as it finishes; show a bar and tokens/s on stderr."""
     token_ids = models.encode(list(prompts))
-    # Neither batch nor layout, order or length policy change a row; they may differ when a run is continued.
+    # Batch, layout, order and length policy do not change a row; they may differ when a run is resumed.
     settings = {
         "target": fingerprint(models.target),
         "draft": drafter_name(models),
@@ -48,7 +48,7 @@ def write_completions(
     }
     with greedy_settings(models.target) as ignored:
         say_ignored(ignored)
-        # The run checks all prompts, also those that are done, before the file is begun.
+        # This checks all prompts, including those already done, before the file is created.
         options: dict[str, Any] = dict(
             drafter=models.drafter,
             num_speculative_tokens=num_speculative_tokens,
@@ -61,7 +61,7 @@ def write_completions(
         try:
             left = [index for index in range(len(prompts)) if index not in file.done]
             if file.done:
-                typer.echo(f"{out}: {len(file.done)} of {len(prompts)} rows are there, going on", err=True)
+                typer.echo(f"{out}: {len(file.done)} of {len(prompts)} rows are done, resuming", err=True)
             run = generate_many(models.target, [token_ids[index] for index in left], **options)
             begin = time.perf_counter()
             with progress() as bar:

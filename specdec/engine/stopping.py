@@ -1,4 +1,4 @@
-"""transformers' stopping criteria inside the batch: asked after every committed token, so nothing is emitted beyond."""
+"""transformers' stopping criteria inside the batch, checked after every committed token, so nothing overshoots."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from specdec.options.generation import GenerationOptions
 
 
 class Stopping:
-    """Ends a row behind the first token for which any criterion says so.
+    """Ends a row after the first token for which any criterion says so.
 
-    The criteria see each row alone, without padding. This is the one place where the host walks through rows and
-    tokens; without criteria it is not entered.
+    The criteria see each row alone, without padding. This is the only place where the host loops over rows and tokens;
+    without criteria it does not run.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Stopping:
         return len(self.criteria) > 0
 
     def apply(self, rows: Rows, report: StepReport) -> StepReport:
-        """The report of what remains committed; `rows` is cut accordingly."""
+        """The report of the tokens that remain committed; `rows` is cut accordingly."""
         num_committed = report.num_committed.copy()
         for slot, count in enumerate(report.num_committed):
             begin = int(rows.host_lengths[slot] - count)
@@ -57,7 +57,8 @@ class Stopping:
 
 
 def users_criteria(arrived: StoppingCriteriaList | None, config: GenerationConfig) -> StoppingCriteriaList:
-    """Inside `custom_generate`: without those that transformers made of the config, which the commit takes care of."""
+    """Inside `custom_generate`: the criteria without those that transformers made from the config, which the commit
+    applies itself."""
     eos = config.eos_token_id
     ends = set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())
     own = StoppingCriteriaList()

@@ -28,7 +28,7 @@ class Streamers:
         self.by_row = given
 
     def begin(self, prompts: Sequence[Tensor]) -> None:
-        """prompts: [length] each, without padding; they arrive as [1, length], as transformers sends them."""
+        """prompts: [length] each, without padding; streamers get them as [1, length], as from transformers."""
         for streamer, prompt in zip(self.by_row, prompts, strict=False):
             streamer.put(prompt[None].cpu())
 

@@ -1,4 +1,4 @@
-"""Which of transformers' generation options are served, and what the others must be left at.
+"""Which of transformers' generation options are served, and the values at which the others must be left.
 
 Every field of GenerationConfig is in exactly one of the tables below (a test walks them), so that no option is
 silently ignored.
@@ -57,7 +57,7 @@ SERVED = WARPER_OPTIONS | frozenset(
         "renormalize_logits",
     }
 )
-# Have no effect in transformers either: beam options without beams, options of encoder-decoder models, of draft models
+# Without effect in transformers too: beam options without beams, options of encoder-decoder models, of draft models #
 # with another tokenizer, of compilation; without its cache transformers writes the same tokens, more slowly.
 WITHOUT_EFFECT = frozenset(
     {
@@ -127,7 +127,7 @@ def merge_config(
 ) -> GenerationConfig:
     """`overrides` over `generation_config` over the model's own generation config, as in transformers.
 
-    Raises ConfigError for keywords that are no generation options.
+    Raises ConfigError for keywords that are not generation options.
     """
     unknown = [name for name in overrides if name not in vars(GenerationConfig())]
     if any(name in CACHES for name in unknown):
@@ -148,7 +148,7 @@ def merge_config(
     for name, value in overrides.items():
         setattr(config, name, value)
     if config.do_sample:
-        # Who samples without saying how gets transformers' defaults (top_k=50).
+        # Sampling without further options uses transformers' defaults (top_k=50).
         for name, value in model.generation_config._get_default_generation_params().items():
             if name in WARPER_OPTIONS and getattr(config, name, None) is None:
                 setattr(config, name, value)
@@ -156,10 +156,10 @@ def merge_config(
 
 
 def check_served(config: GenerationConfig, explicit: set[str] | None, defaults: dict[str, Any] | None = None) -> None:
-    """Raise ConfigError for the first option that would have to change what is generated and is not served.
+    """Raise ConfigError for the first option that is not served and would change the output.
 
-    explicit: the names that the caller set, None if nobody knows; of others the message says where they come from.
-    defaults: transformers' own defaults where they have been filled in already; nobody asked for these values.
+    explicit: the names that the caller set, None if unknown; for other names the message says where they come from.
+    defaults: transformers' own defaults if they have been filled in already; the caller did not request these values.
     """
     defaults = defaults or {}
     temperature = config.temperature
@@ -188,7 +188,7 @@ def check_served(config: GenerationConfig, explicit: set[str] | None, defaults: 
 def resolve_options(
     config: GenerationConfig, num_columns: int, max_positions: int | None, vocab_size: int
 ) -> GenerationOptions:
-    """Numbers out of a merged config; `num_columns` is the padded prompt length that max_length counts from."""
+    """The numbers of a merged config; `num_columns` is the padded prompt length, which max_length includes."""
     if config.max_new_tokens is not None:
         max_new_tokens, said = config.max_new_tokens, f"max_new_tokens={config.max_new_tokens!r}"
     elif config.max_length is not None:
@@ -209,7 +209,7 @@ def resolve_options(
     eos = config.eos_token_id
     eos = eos.tolist() if isinstance(eos, Tensor) else eos
     eos = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
-    # Ids outside the vocabulary (-1 is in use) mean that there is no such token.
+    # Ids outside the vocabulary (-1 is common) mean that there is no such token.
     eos_token_ids = tuple(token for token in eos if 0 <= whole_number("eos_token_id", token) < vocab_size)
     max_time = config.max_time
     if max_time is not None and (not isinstance(max_time, int | float) or max_time <= 0):

@@ -1,4 +1,4 @@
-"""From what `generate` is given to prompts without padding, or an error that says what is wrong with it."""
+"""Turns the inputs of `generate` into prompts without padding, or raises an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec.errors import InputError
 
 CACHES = ("past_key_values", "cache")  # older and newer name of the cache among transformers' model inputs
-WITHOUT_CACHE = "a row has a cache of its own here, which fills from its prompt: leave it out"
+WITHOUT_CACHE = "each row has its own cache here, which is filled from its prompt: leave it out"
 
 
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -42,7 +42,7 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
 def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> list[Tensor]:
     """The rows of a left-padded batch without their padding, [length] int64 each.
 
-    Only the mask says what is padding: a prompt may itself contain the pad or the end-of-sequence token. Without a
+    Only the mask decides what is padding: a prompt may itself contain the pad or the end-of-sequence token. Without a
     mask every token is part of the prompt.
     """
     if attention_mask is None:
@@ -79,7 +79,7 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
 
 
 def refuse_model_inputs(model_kwargs: dict[str, Any], attention_mask: Tensor) -> None:
-    """Raise InputError for model inputs that are not text, a cache that is filled, and positions of the user's own."""
+    """Raise InputError for model inputs other than text, for a filled cache, and for custom positions."""
     for name in CACHES:
         cache = model_kwargs.get(name)
         if cache is not None and int(cache.get_seq_length()) > 0:

@@ -1,4 +1,4 @@
-"""The record as one HTML page that needs nothing else: no network, no script, plots within."""
+"""The record as one self-contained HTML page: no network, no script, plots embedded."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def origin(record: dict) -> str:
 
 
 def picture(plot: Plot) -> str:
-    """As an image of its own, so that the ids in one drawing cannot meet those of another."""
+    """As a separate image, so that ids in one drawing cannot clash with those of another."""
     data = base64.b64encode(plot.svg.encode()).decode()
     return (
         f"<h2>{escape(plot.title)}</h2><p class=caption>{escape(plot.caption)}</p>"

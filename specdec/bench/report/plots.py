@@ -24,7 +24,7 @@ class Plot(NamedTuple):
 
 
 def plots(record: dict) -> list[Plot]:
-    """Those that the record has figures for."""
+    """All plots for which the record has figures."""
     first = record["suites"][0]["name"]
     entries = [entry for entry in record["results"] if entry["suite"] == first and entry["timed"]]
     drawn = [
@@ -39,7 +39,7 @@ def plots(record: dict) -> list[Plot]:
 
 
 def speedup_by_batch(entries: Sequence[dict]) -> Plot | None:
-    """A line a method, at each batch size the best of its K; other layouts have a plot of their own."""
+    """One line per method, at each batch size with its best K; other layouts have their own plot."""
     best = fastest(entry for entry in entries if not is_synthetic(entry) and "layout" not in entry["options"])
     sizes = sorted({entry["batch_size"] for entry in best})
     names = list(dict.fromkeys(entry["method"] for entry in best if entry["method"] != PLAIN))
@@ -47,7 +47,7 @@ def speedup_by_batch(entries: Sequence[dict]) -> Plot | None:
         return None
     with figure() as (drawing, axes):
         for index, (name, color) in enumerate(colored(names)):
-            aside = 0.035 * (index - (len(names) - 1) / 2)  # so that equal speeds do not hide each other
+            aside = 0.035 * (index - (len(names) - 1) / 2)  # offset, so that equal speeds do not hide each other
             found = sorted((entry for entry in best if entry["method"] == name), key=lambda e: e["batch_size"])
             at = [sizes.index(entry["batch_size"]) + aside for entry in found]
             line(axes, at, [entry["speedup_over_plain"] for entry in found], name, color)
@@ -58,14 +58,14 @@ def speedup_by_batch(entries: Sequence[dict]) -> Plot | None:
         legend(axes)
         return Plot(
             "Speed by batch size",
-            "Multiples of transformers' plain decoding at the same batch size, of each method the fastest K; bars are "
+            "Multiples of transformers' plain decoding at the same batch size, each method at its fastest K; bars are "
             "95 % bootstrap intervals. transformers speculates for one prompt at a time only.",
             svg(drawing),
         )
 
 
 def acceptance_by_position(entries: Sequence[dict]) -> Plot | None:
-    """A line a drafter, of its largest K; layouts change nothing here."""
+    """One line per drafter, with its largest K; layouts make no difference here."""
     drafting = [e for e in entries if e.get("acceptance_by_position") and "layout" not in e["options"]]
     if not drafting:
         return None
@@ -110,7 +110,7 @@ def time_by_stage(entries: Sequence[dict]) -> Plot | None:
         axes.set_xlabel("% of the time of specdec.generate")
         axes.grid(False, axis="y")
         drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-        return Plot("Time by stage", "Of each method the fastest K. Stages do not overlap.", svg(drawing))
+        return Plot("Time by stage", "Each method with its fastest K. Stages do not overlap.", svg(drawing))
 
 
 def cost_of_layouts(entries: Sequence[dict]) -> Plot | None:
@@ -143,8 +143,8 @@ def cost_of_layouts(entries: Sequence[dict]) -> Plot | None:
         drawing.legend(*speeds.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
         return Plot(
             "Cost of each layout",
-            "repad (EQSPEC) moves rows so that they end in one column; grouped (EXSPEC) steps with rows that do "
-            "already, 8 at a time; ragged moves nothing but the rows behind one that has left.",
+            "repad (EQSPEC) moves rows so that they end in one column; grouped (EXSPEC) takes rows that already "
+            "do, 8 per step; ragged moves only the rows after one that has left.",
             svg(drawing),
         )
 
@@ -173,8 +173,8 @@ def forced_acceptance(entries: Sequence[dict]) -> Plot | None:
         legend(axes)
         return Plot(
             "What a drafter would gain",
-            "A drafter without cost whose tokens are right with the given probability. Where a line crosses that of "
-            "the same loop without drafts, drafting begins to pay; a drafter that takes time needs more.",
+            "A drafter without cost whose tokens are right with the given probability. Drafting starts to pay where "
+            "a line crosses that of the same loop without drafts; a drafter that takes time needs more.",
             svg(drawing),
         )
 
@@ -198,11 +198,11 @@ def speedup_by_context(record: dict) -> Plot | None:
         axes.minorticks_off()
         axes.set(xlabel="tokens of the prompt", ylabel="speed, as a multiple of transformers plain")
         legend(axes)
-        return Plot("Speed by context length", "Of each method the fastest K; prefill included.", svg(drawing))
+        return Plot("Speed by context length", "Each method with its fastest K; prefill included.", svg(drawing))
 
 
 def fastest(entries: Iterable[dict]) -> list[dict]:
-    """Of each method and batch size, the entry of the fastest K."""
+    """For each method and batch size, the entry with the fastest K."""
     best: dict[tuple, dict] = {}
     for entry in entries:
         key = (entry["method"], entry["batch_size"])

@@ -31,7 +31,7 @@ DRAFT_MODEL = "draft_model"
 
 @dataclass(frozen=True)
 class Choice:
-    """The values of each axis as they were typed. axes: of `ways.AXES`, None where nothing was said."""
+    """The values of each axis, as typed. axes: those of `ways.AXES`, None where not given."""
 
     draft: str | None
     drafter: str | None
@@ -41,7 +41,7 @@ class Choice:
     look_ahead: str | None = None
 
     def drafters(self) -> tuple[str, ...]:
-        """Raises DrafterError for none, and where a draft model is named and not given, or given and not named."""
+        """Raises DrafterError if no drafter is chosen, or if names and folders of drafters do not go together."""
         given = {DRAFT_MODEL: self.draft, LOOK_AHEAD: self.look_ahead}
         names = tuple(name for name, folder in given.items() if folder is not None)
         if not names and self.drafter is None:
@@ -78,7 +78,7 @@ def run(
     dtype: str | None,
     device: str,
 ) -> bool:
-    """Check, print, write the reports; whether the exit status is 0."""
+    """Check, print, write the reports. Returns whether the exit status is 0."""
     cells = choice.ways()
     texts = read_prompts(prompts, limit)
     models = choice.load(target, device, dtype)
@@ -115,7 +115,7 @@ def junit_case(cell: Way, report: EquivalenceReport, passed: bool) -> Case:
 
 
 def print_matrix(cells: Sequence[Way], found: Sequence[EquivalenceReport], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A line a cell, then the divergences of those that have any."""
+    """One line per cell, then the divergences of the cells that have any."""
     columns = ["way", "batch", "K", "equal", "ties", "bugs", "tokens per step"]
     rows = [
         [
