@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", type=Path, default=DEMO_PAIR, help="folder with target/, draft/ and prompts.json")
-    parser.add_argument("--num-prompts", type=positive, default=16, help="how many of the prompts, from the first")
+    parser.add_argument("--num-prompts", type=positive, default=16, help="number of prompts, from the first")
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--num-speculative-tokens", type=numbers, default=(3, 5, 7), help="K of ours: 3,5,7")
