@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=positive, default=16, help="number of prompts, from the first")
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--num-speculative-tokens", type=numbers, default=(3, 5, 7), help="K of ours: 3,5,7")
+    parser.add_argument("--num-speculative-tokens", type=numbers, default=(3, 5, 7), help="K of our methods: 3,5,7")
     parser.add_argument("--batch-sizes", type=numbers, default=(1, 8), help="prompts decoded together: 1,8")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument("--seed", type=int, default=0)

@@ -200,7 +200,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def kinds(text: str) -> tuple[str, ...]:
     chosen = tuple(text.split(","))
     if unknown := set(chosen) - set(KINDS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} unknown; choose of {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} unknown; choose from {', '.join(KINDS)}")
     return chosen
 
 
@@ -211,7 +211,7 @@ def thresholds(text: str) -> tuple[str, tuple[float, ...]]:
     """
     kind, _, values = text.partition("=")
     if kind not in THRESHOLDS:
-        raise argparse.ArgumentTypeError(f"{kind} has no threshold; choose of {', '.join(THRESHOLDS)}")
+        raise argparse.ArgumentTypeError(f"{kind} has no threshold; choose from {', '.join(THRESHOLDS)}")
     return kind, tuple(float(value) for value in values.split(","))
 
 

@@ -67,8 +67,9 @@ refused. Nothing but the embeddings was trained.
 Loss: cross-entropy of embedding i at position n + i on token n + 1 + i of a text split after token n, weighted by
 {decay:g}^(i-1), {num_splits} splits a row. Data: {data}.
 
-On held-out prompts, before and after: the acceptance lengths are tokens a step in the decoder itself, the target's own
-token included, greedily and at temperature 1; by position, the share of steps that accepted a guess and all before it.
+On held-out prompts, before and after: the acceptance lengths are tokens per step in the decoder itself, the target's
+own token included, greedily and at temperature 1; by position, the share of steps that accepted a guess and all before
+it.
 
 ```json
 {record}

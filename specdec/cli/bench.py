@@ -88,7 +88,7 @@ def bench(
     methods that are equal (a peer that differs is timed and marked). Timed runs are interleaved; figures are medians
     with 95 % bootstrap intervals. docs/reading-the-report.md defines every column.
 
-    Exit status: 0 if all of ours are equal, 1 if not, 2 for bad input.
+    Exit status: 0 if all our methods are equal, 1 if not, 2 for bad input.
     """
     if context.invoked_subcommand is not None:
         refuse_options(context)

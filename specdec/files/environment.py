@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made: versions, machine, revision, command. Contains no path of the machine."""
+"""The conditions of a measurement: versions, machine, revision, command. Contains no path of the machine."""
 
 from __future__ import annotations
 
