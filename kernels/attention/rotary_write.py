@@ -60,8 +60,10 @@ def rotary_write(
         raise ValueError(f"places is {list(places.shape)}; need contiguous [{rows}, {width}]")
     if not qkv.dtype == keys.dtype == values.dtype == cos.dtype == sin.dtype:
         raise ValueError(f"qkv is {qkv.dtype}, keys {keys.dtype}, cos {cos.dtype}; cast them to one dtype")
+
     if not uses_triton(implementation, qkv):
         return rotary_write_reference(qkv, starts, cos, sin, keys, values, head_norm, places)
+
     num_heads = qkv.shape[2] // dim - 2 * num_kv_heads
     out = torch.empty(rows, width, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     block = triton.next_power_of_2(dim)
@@ -93,6 +95,7 @@ def rotary_write(
         enable_fp_fusion=False,  # a fused multiply-add would skip a rounding
         **overlap_options(qkv),
     )
+
     return out
 
 

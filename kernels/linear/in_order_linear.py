@@ -53,6 +53,7 @@ def in_order_linears(
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases; need 1 to {MAX_WEIGHTS} of both")
     if len({bias is None for bias in biases}) > 1:
         raise ValueError("some weights have a bias and others do not; give the others a bias of zeros")
+
     for weight, bias in zip(weights, biases, strict=True):
         if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             raise ValueError(
@@ -62,11 +63,13 @@ def in_order_linears(
             raise ValueError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}; need [out]")
         if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
             raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; cast them to one dtype")
+
     if not uses_triton(implementation, x):
         parts = [in_order_linear_reference(x, *pair) for pair in zip(weights, biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; the kernel serves bfloat16, float16 and float32")
+
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = _in_order_linears_triton(rows, [weight.contiguous() for weight in weights], biases, tile)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -88,9 +91,11 @@ def _in_order_linears_triton(
     out = torch.empty(num_rows, sum(sizes), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+
     tile = tile or choose_tile(num_rows, sum(sizes), size_in, x.dtype)
     num_out_blocks = sum(triton.cdiv(size, tile.block_out) for size in sizes)
     absent = MAX_WEIGHTS - len(weights)
+
     _in_order_linear_kernel[(triton.cdiv(num_rows, tile.block_rows) * num_out_blocks,)](
         x,
         *weights,

@@ -84,17 +84,21 @@ def run(
     check_plan(plan)
     check_ways(subject, plan)
     torch.manual_seed(plan.seed)
+
     record = {"format": FORMAT, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     record |= environment(model.device, command)
     bandwidth = measured_bandwidth(model.device) if model.device.type == "cuda" else None
+
     with greedy_settings(model), evaluating(model), older_objects_left_alone():
         log(f"decoding {len(questions)} questions plainly, one by one")
         suite = ask(model, subject.tokenizer, questions, plan.max_new_tokens, plan.max_prompt_tokens)
+
         suites = [suite]
         suites += [of_length(suite, length, model, plan.max_new_tokens) for length in plan.context_lengths]
         pairs = [Pair(subject.name, model, subject.draft, one.prompts) for one in suites]
         for pair in pairs:
             check_suite(pair, subject, plan)
+
         entries = []
         for one, pair in zip(suites, pairs, strict=True):
             log(f"{one.name}: {len(one.prompts)} prompts")
@@ -104,6 +108,7 @@ def run(
             entries += [entry_of(result, results, one, pair, plan, bandwidth, log) for result in results]
             if answers is not None and one is suite:
                 write_answers(answers, one, results, subject.tokenizer)
+
     return record | {
         **{name: getattr(plan, name) for name in ("seed", "repeats", "max_new_tokens")},
         "device": model.device.type,

@@ -96,11 +96,14 @@ def profile(pair: Pair, method: Method, num_repeats: int) -> dict:
         for _ in range(num_repeats):
             _, seconds, speculation = run(pair, method)
             total_seconds += sum(seconds)
+
     stages = {stage: clock.seconds[stage] for stage in STAGES}
     stages[OTHER] = total_seconds - sum(stages.values())
+
     assert speculation is not None
     num_steps = max(speculation.num_target_calls * num_repeats, 1)
     num_draft_calls = speculation.num_draft_calls * num_repeats
+
     return {
         "seconds": stages,
         "share": {stage: seconds / total_seconds for stage, seconds in stages.items()},

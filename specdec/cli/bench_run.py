@@ -198,18 +198,22 @@ def print_comparison(found: Comparison) -> None:
         typer.echo(f"\n{suite}")
         print_table(*table([change for change in found.changes if change.suite == suite]))
     typer.echo("")
+
     for name, ratio in found.plain.items():
         typer.echo(f"{name}: tokens/s after over before {ratio:.2f}")
     for note in found.notes:
         typer.echo(f"the runs differ in {note}")
+
     for when, labels in (("before", found.only_before), ("after", found.only_after)):
         for label in labels:
             typer.echo(f"only {when}: {label}")
+
     if found.unjudged:
         typer.echo(
             f"{len(found.unjudged)} methods cannot be judged: other processes were busy in too many repeats; run "
             "both on a quiet machine, or pass --max-foreign-cores"
         )
+
     count = len(found.regressions)
     limits = f"(smallest change that counts {found.min_effect:.0%}, intervals {found.confidence:.2%})"
     typer.echo(f"{count} of {len(found.changes)} methods worse {limits}")

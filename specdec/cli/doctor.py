@@ -100,9 +100,11 @@ def print_diagnosis(found: Diagnosis) -> None:
         f"{model['class']} ({model['model_type']}), {model['num_parameters'] / 1e6:.1f}M parameters, {model['dtype']} "
         f"on {model['device']}, vocabulary {model['vocab_size']}, up to {model['max_length'] or 'any number of'} tokens"
     )
+
     typer.echo("\nLayouts")
     layouts = [[name, served.network or "not served", served.reason] for name, served in found.layouts.items()]
     print_table(["layout", "network", ""], layouts)
+
     typer.echo("\nExactness")
     typer.echo(exactness.note)
     kinds = ", ".join(f"{count} {kind}" for kind, count in exactness.modules.items())
@@ -113,10 +115,12 @@ def print_diagnosis(found: Diagnosis) -> None:
     for line in dict.fromkeys([exactness.reason, *exactness.obstacles]):
         if line:
             typer.echo(f"  {line}")
+
     typer.echo("\nDrafters")
     print_table(["drafter", "fits", ""], [[n, "yes" if f.fits else "no", f.reason] for n, f in found.drafters.items()])
     if found.memory is not None:
         print_memory(found)
+
     typer.echo("\n" + ", ".join(f"{name} {version}" for name, version in found.versions.items()))
     for problem in found.problems:
         typer.echo(f"NOT SERVED: {problem}")

@@ -67,10 +67,12 @@ class OutputFile:
                 )
             write_atomically(beside, json.dumps(settings, indent=1))
             return
+
         try:
             before = json.loads(beside.read_text())
         except ValueError:
             raise InputError(f"settings file {str(beside)!r} is not JSON; restore it, or pass another --out") from None
+
         settings = json.loads(json.dumps(settings))
         for name in sorted(before.keys() | settings.keys()):
             if before.get(name) != settings.get(name):
@@ -84,6 +86,7 @@ class OutputFile:
         content = self.path.read_bytes()
         lines = content.split(b"\n")
         whole = len(content) - len(lines.pop())  # after the last line feed: an incomplete line, or nothing
+
         for number, line in enumerate(lines, 1):
             place = f"output file {str(self.path)!r}, line {number}"
             try:
@@ -94,11 +97,13 @@ class OutputFile:
                     whole -= len(line) + 1
                     break
                 raise InputError(f"{place} is damaged; remove the line so that it is generated again") from None
+
             if index in self.done:
                 raise InputError(f"{place} is a second row for prompt {index}; remove one of them")
             if not isinstance(index, int) or not 0 <= index < len(prompts) or prompts[index] != prompt:
                 raise InputError(f"{place} is not a row of these prompts (index {index!r}); pass another --out")
             self.done.add(index)
+
         if whole < len(content):
             os.ftruncate(self._file, whole)
             os.fsync(self._file)

@@ -74,8 +74,10 @@ class Trained(nn.Module, ABC):
                 f"a {self.kind} is saved with the {'pair' if len(self.roles) > 1 else 'model'} it belongs to; "
                 "call trained_for() first"
             )
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+
         config = {
             "format": self.format,
             "kind": self.kind,
@@ -83,10 +85,12 @@ class Trained(nn.Module, ABC):
             **{role: fingerprint.to_dict() for role, fingerprint in fingerprints.items()},
             "recipe": self.recipe,
         }
+
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         unfinished = folder / f"{self.kind}.safetensors.part"
         save_file(weights, unfinished)
         unfinished.replace(folder / f"{self.kind}.safetensors")
+
         unfinished = folder / f"{self.kind}.json.part"
         unfinished.write_text(json.dumps(config, indent=1) + "\n")
         unfinished.replace(folder / f"{self.kind}.json")
@@ -104,6 +108,7 @@ class Trained(nn.Module, ABC):
                 raise InputError(
                     f"{str(folder)!r} holds no {path.name}; train one with `{cls.command()}`, or {cls.alternative}"
                 )
+
         try:
             config = json.loads(files[0].read_text())
             if config["kind"] == cls.kind and config["format"] in range(cls.format):
@@ -112,6 +117,7 @@ class Trained(nn.Module, ABC):
                 raise InputError(
                     f"{files[0]} is a {config['kind']} of format {config['format']}; needed is {cls.kind}, {cls.format}"
                 )
+
             part = cls(**config["shape"])
             for role in cls.roles:
                 setattr(part, role, Fingerprint.from_dict(config[role]))
@@ -123,4 +129,5 @@ class Trained(nn.Module, ABC):
             raise InputError(
                 f"the {cls.kind} in {str(folder)!r} does not load: {error}; train or copy it again"
             ) from error
+
         return part.to(device, torch.float32).eval()

@@ -283,10 +283,12 @@ def checked_order(model: AnySubsetModel, input_ids: Tensor, mask: Tensor, attent
     if isinstance(input_ids, Tensor) and isinstance(mask, Tensor) and mask.shape == input_ids.shape:
         input_ids = input_ids.masked_fill(mask.to(input_ids.device).bool(), 0)  # not read, so not checked
     check_input_ids(input_ids, model.vocab_size)
+
     mask = bool_of(mask, input_ids, "mask", "True at the positions to fill, False elsewhere")
     present = torch.ones_like(mask)
     if attention_mask is not None:
         present = bool_of(attention_mask, input_ids, "attention_mask", "1 for tokens and 0 for padding")
+
     for row, (fills, there) in enumerate(zip(mask.cpu().numpy(), present.cpu().numpy(), strict=True)):
         places = np.flatnonzero(there)
         if (fills & ~there).any():
@@ -310,6 +312,7 @@ def checked_order(model: AnySubsetModel, input_ids: Tensor, mask: Tensor, attent
                 f"row {row} has {len(places)} tokens, but the model has {model.max_positions} positions; cut the text "
                 "around the masks"
             )
+
     return Order.lattice(mask, present)
 
 

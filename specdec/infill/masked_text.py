@@ -68,25 +68,30 @@ def mask_lines(text: str, ranges: Sequence[str], tokenizer: PreTrainedTokenizerB
     """
     lines = text.splitlines(keepends=True)
     chosen: dict[int, str] = {}
+
     for part in ranges:
         match = re.fullmatch(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if not first <= last:
             raise InputError(f"lines {part!r} is not a range; write 3 or 3-5, counted from 1")
+
         if last > len(lines):
             raise InputError(f"lines {part} end after the text's {len(lines)} lines; name lines that exist")
         for line in range(first, last + 1):
             if line in chosen:
                 raise InputError(f"masks overlap: line {line} is in {chosen[line]} and in {part}; name each line once")
             chosen[line] = part
+
     ids: list[int] = []
     mask: list[bool] = []
+
     # Runs of lines are encoded as a whole, so that tokens may span line ends inside them.
     begin = 0
     while begin < len(lines):
         hidden, end = begin + 1 in chosen, begin
         while end < len(lines) and (end + 1 in chosen) == hidden:
             end += 1
+
         tokens = encode("".join(lines[begin:end]), tokenizer)
         ids += tokens
         mask += [hidden] * len(tokens)

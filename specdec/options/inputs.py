@@ -20,17 +20,20 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
             f"input_ids is a {type(input_ids).__name__}; pass a [rows, columns] integer tensor, as a tokenizer "
             "returns with return_tensors='pt'"
         )
+
     if input_ids.dim() != 2:
         raise InputError(
             f"input_ids has shape {list(input_ids.shape)}; it must be two-dimensional, [rows, columns] "
             "(for one prompt: input_ids[None])"
         )
+
     if input_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise InputError(f"input_ids has dtype {input_ids.dtype}; token ids are integers (torch.long)")
     if input_ids.numel() == 0:
         raise InputError(
             f"input_ids has shape {list(input_ids.shape)}: an empty prompt; pass at least one token per row"
         )
+
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise InputError(
@@ -53,6 +56,7 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
                 "padding from prompt; pass the tokenizer's attention_mask (all ones if it is prompt)"
             )
         return list(input_ids.long())
+
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise InputError(f"attention_mask is {shape}; it must have the shape of input_ids, {list(input_ids.shape)}")
@@ -62,10 +66,12 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
         )
     if not ((attention_mask == 0) | (attention_mask == 1)).all():
         raise InputError("attention_mask holds values other than 0 and 1; pass 1 for prompt tokens and 0 for padding")
+
     visible = attention_mask.bool()
     if not visible.any(1).all():
         row = int((~visible.any(1)).long().argmax())
         raise InputError(f"row {row} is all padding; remove it or give it at least one prompt token")
+
     if not visible[:, -1].all():
         row = int((~visible[:, -1]).long().argmax())
         raise InputError(
@@ -75,6 +81,7 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
     if (visible[:, 1:] < visible[:, :-1]).any():
         row = int((visible[:, 1:] < visible[:, :-1]).any(1).long().argmax())
         raise InputError(f"row {row}'s attention_mask has a gap; only padding on the left can be masked")
+
     return [ids[mask].long() for ids, mask in zip(input_ids, visible, strict=True)]
 
 

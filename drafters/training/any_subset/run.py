@@ -75,9 +75,11 @@ class AnySubsetRun:
         if self.compile:
             module.compile()
         step = AnySubsetStep(TokenStream(tokens, self.row_tokens, self.config.seed), self.batch_rows, self.recipe)
+
         accelerator = make_accelerator(device)
         settings = {"batch_rows": self.batch_rows, "row_tokens": self.row_tokens, **as_json(asdict(self.recipe))}
         work = out / "training"
+
         done = train(module, step, self.config, work, accelerator, settings)
         record = {
             "first loss": done.first_loss,
@@ -86,9 +88,11 @@ class AnySubsetRun:
             "settings": done.settings,
             **(notes or {}),
         }
+
         if accelerator.is_main_process:
             record |= save(self.model, self.tokenizer, out, held_out_rows(held_out, self.row_tokens))
             write_card(self.model, self.tokenizer, record, out)
+
         finish(work, accelerator)
         return record
 

@@ -247,6 +247,7 @@ def describe(values: dict[str, list[np.ndarray]], kind: str, draft_cost: float) 
         "log_loss_of_draft_probability": log_loss(joined["acceptance"], joined["top_prob"]),
         "calibration": calibration(joined["acceptance"], joined["predicted"]),
     }
+
     if kind == "greedy":
         traces = [
             Trace(accepted, predicted, top)
@@ -256,6 +257,7 @@ def describe(values: dict[str, list[np.ndarray]], kind: str, draft_cost: float) 
         ]
         described["draft_cost"] = draft_cost
         described["rules"] = compare_rules(traces, draft_cost)
+
     return described
 
 

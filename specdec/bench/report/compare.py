@@ -114,10 +114,12 @@ def compare(
     if not 0 <= min_effect < 1:
         raise ConfigError(f"min_effect={min_effect} is not a share; pass 0 to below 1, such as {MIN_EFFECT}")
     check_same_work(before, after)
+
     olds, news = ({(e["suite"], label_of(e)): e for e in record["results"]} for record in (before, after))
     ours = [key for key in olds if key in news and olds[key]["is_ours"]]
     if not ours:
         raise ConfigError("the records share no method of specdec; run both with the same drafters and batches")
+
     confidence = 1 - (1 - CONFIDENCE) / len(ours)
     changes = [
         change_of(
@@ -131,11 +133,13 @@ def compare(
         )
         for key in ours
     ]
+
     plain = {
         f"{suite}, {label}": rate_of(news[suite, label]) / rate_of(old)
         for (suite, label), old in olds.items()
         if old["method"] == PLAIN and (suite, label) in news
     }
+
     only_before, only_after = (
         [", ".join(key) for key in ones if key not in others] for ones, others in ((olds, news), (news, olds))
     )

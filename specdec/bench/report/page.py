@@ -59,11 +59,13 @@ def origin(record: dict) -> str:
     machine, models = record["machine"], record["models"]
     revision = (record["git_sha"] or "unknown") + (" with uncommitted changes" if record["git_dirty"] else "")
     memory = f", {machine['memory_gb']} GB" if machine.get("memory_gb") else ""
+
     sizes = [
         f"{role} {models[role]['model_type']} of {models[role]['num_parameters'] / 1e6:.1f}M parameters"
         for role in ("target", "draft")
         if models[role] is not None
     ]
+
     facts = {
         "Models": ", ".join(sizes),
         "Setting": f"{record['dtype']} on {record['device']}, greedy, "
@@ -73,6 +75,7 @@ def origin(record: dict) -> str:
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "Revision": f"{revision}, {record['date']}",
     }
+
     items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
     return f"<dl>{items}<dt>Command</dt><dd><code>{escape(record['command'])}</code></dd></dl>"
 

@@ -68,16 +68,20 @@ def describe_result(result: Result, results: Sequence[Result], suite: Suite) -> 
         "tokens_per_second": None,
         "foreign_cores": result.foreign_cores,
     }
+
     for name, kind, k in (("plain", PLAIN, None), ("assisted", ASSISTED, ASSISTED_K)):
         baseline = find(results, kind, k, method.batch_size)
         entry[f"speedup_over_{name}"] = speedup_of(result, baseline)
+
     if result.is_timed:
         timing = result.timing
         seconds = [[round(call, 6) for call in repeat] for repeat in result.seconds]
         entry["tokens_per_second"] = asdict(rate(timing))
         entry["calls"] = {"seconds": seconds, "num_new_tokens": [int(count) for count in timing.tokens]}
+
     entry |= {} if result.speculation is None else result.speculation.to_dict()
     entry |= {} if result.observed is None else describe_rows(result, result.observed)
+
     looping = [ends_in_loop(tokens) for tokens in suite.reference]
     entry["without_loops"] = part(result, results, [i for i, loops in enumerate(looping) if not loops])
     entry["categories"] = {

@@ -84,14 +84,18 @@ def run(
     models = choice.load(target, device, dtype)
     token_ids = models.encode(texts)
     totals = {"plain": len(texts), "speculative": len(texts) * len(cells)}
+
     with invariant_if(batch_invariant, models.target), stage_bars(totals) as on_progress:
         found = check_matrix(models.target, token_ids, cells, models.drafters(), max_new_tokens, on_progress)
+
     say_ignored(found[0].ignored_settings)
     if len(cells) == 1:
         print_report(found[0], models.tokenizer)
     else:
         print_matrix(cells, found, models.tokenizer)
+
     passed = [report.equivalent or (allow_ties and report.only_ties) for report in found]
+
     origin = {
         "target": target,
         "draft": choice.draft,
@@ -101,6 +105,7 @@ def run(
     }
     named = [{"way": cell.label, **report.to_dict()} for cell, report in zip(cells, found, strict=True)]
     reports.write_json({**(named[0] if len(named) == 1 else {"equivalent": all(passed), "cells": named}), **origin})
+
     cases = [junit_case(cell, report, ok) for cell, report, ok in zip(cells, found, passed, strict=True)]
     reports.write_junit("specdec check", cases)
     return all(passed)
@@ -129,11 +134,14 @@ def print_matrix(cells: Sequence[Way], found: Sequence[EquivalenceReport], token
         ]
         for cell, report in zip(cells, found, strict=True)
     ]
+
     print_table(columns, rows)
+
     for cell, report in zip(cells, found, strict=True):
         if report.divergences:
             typer.echo(f"\n{cell.label}:")
             print_divergences(report, tokenizer)
+
     first = found[0]
     num_right = sum(report.equivalent for report in found)
     typer.echo(f"\n{num_right}/{len(found)} ways equal plain greedy for all {first.num_prompts} prompts, ", nl=False)

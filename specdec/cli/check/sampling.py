@@ -60,13 +60,16 @@ def run(
     """Test, print, write the reports. Returns whether the exit status is 0."""
     if choice.axes.get("layout") is not None:
         raise ConfigError("--layout has no meaning for --sampling; leave it out")
+
     cells = choice.ways()
     verifications = words("--verification", sampling.verification or ",".join(VERIFICATIONS), VERIFICATIONS)
     options = sampling.options()
+
     texts = read_prompts(prompts, limit or MAX_PROMPTS)
     models = choice.load(target, device, dtype)
     token_ids = models.encode(texts)
     total = {"sampling": len(texts) * len(cells) * (len(verifications) + 1)}
+
     with invariant_if(batch_invariant, models.target), stage_bars(total) as on_progress:
         found = check_sampling(
             models.target,
@@ -80,8 +83,10 @@ def run(
             options,
             on_progress,
         )
+
     say_ignored(found.ignored_settings)
     print_report(found)
+
     origin = {"target": target, "draft": choice.draft, "prompts": str(prompts), "num_prompts": len(texts)}
     reports.write_json({**found.to_dict(), **origin, "batch_invariant": batch_invariant})
     reports.write_junit("specdec check --sampling", [junit_case(test) for test in found.tests])
@@ -105,7 +110,9 @@ def print_report(found: SamplingReport) -> None:
         ]
         for test in found.tests
     ]
+
     print_table(columns, rows)
+
     options = ", ".join(f"{name}={value}" for name, value in found.options.items())
     typer.echo(f"{options}, seed {found.seed}")
     typer.echo(
