@@ -11,16 +11,9 @@ JOBS ?= auto
 BENCH_ARGS ?=
 BIN := $(VENV)/bin
 
-# What another transformers cannot change: kernels in the interpreter, statistics, measuring, training, documents, and how
-# rows are scheduled, drafted and laid out. Names as pytest's -k takes them.
-NO_MODELS := interpreter or test_acceptance.py or test_ahead.py or test_bench.py or test_bench_measure.py or \
-	test_bench_statistics.py or test_benchmark.py or test_cost_model.py or test_distill.py or test_docs.py or \
-	test_equivalence.py or test_goodness.py or test_gpu_grid.py or test_heads.py or test_infill.py or \
-	test_infill_lossless.py or test_layouts.py or test_length.py or test_lossless.py or test_lossy.py or \
-	test_matrix.py or test_output_file.py or test_random_streams.py or test_rows.py or test_sampling.py or \
-	test_sampling_check.py or test_schedule.py or test_step_graphs.py or test_step_timeline.py or \
-	test_step_tuning.py or test_structure.py or test_train_any_subset.py or test_train_heads.py or \
-	test_train_look_ahead.py or test_trainer.py
+# Folders of tests that another transformers cannot change: how rows are laid out, length policies, measuring, training,
+# documents. Neither can it change what Triton's interpreter computes.
+NO_MODELS := batch bench benchmarks docs policies training
 
 .PHONY: setup demo test test-slow test-oldest check lint types bench clean
 
@@ -45,7 +38,9 @@ test-slow: setup
 # Of the same tests, those of models, on the oldest transformers that the package admits; it and what it needs stand in a
 # folder before the environment's own, so that torch is not installed twice.
 test-oldest: setup .oldest/.installed
-	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -k "not ($(NO_MODELS))" $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+		$(NO_MODELS:%=--ignore tests/%) \
+		-m "not slow and not gpu and not interpreter" $(PYTEST_ARGS)
 
 .oldest/.installed: pyproject.toml $(VENV)/.installed
 	rm -rf .oldest

@@ -51,7 +51,7 @@ from specdec.bench.report.statistics import rate
 from specdec.bench.suite import Suite
 from specdec.check.oracle import greedy_settings
 from specdec.files.environment import environment
-from specdec.policies.length import Fixed
+from specdec.policies.fixed import Fixed
 
 HEADS_ON_STAND_INS = (
     "trained for the small pair; they see the stand-in's hidden states mapped back to the small draft's"

@@ -13,12 +13,14 @@ from stand_in_pair import ByAcceptanceHeadOnStandIn, CostModelOnStandIn, StandIn
 
 import specdec
 from specdec.bench.methods import Pair
+from specdec.policies.by_estimate import ByAcceptanceHead, ByDisco, Confidence
 from specdec.policies.cost_model import CostModel
 from specdec.policies.costs import HostClock
+from specdec.policies.fixed import Fixed
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
 from specdec.policies.heads.files import Head
-from specdec.policies.length import ByAcceptanceHead, ByDisco, Confidence, Fixed, LengthPolicy
+from specdec.policy import LengthPolicy
 
 MOST = 20
 THRESHOLDS = {

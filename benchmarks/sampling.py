@@ -35,10 +35,11 @@ import specdec
 from specdec import StepReport
 from specdec.files.environment import environment
 from specdec.files.loading import read_prompts
-from specdec.kernels.commit.distribution import NO_TRUNCATION, Truncation, distribution_of
+from specdec.kernels.commit.distribution import distribution_of
 from specdec.kernels.commit.greedy_commit import greedy_commit
 from specdec.kernels.commit.sample import sample
 from specdec.kernels.commit.sampled_commit import sampled_commit
+from specdec.kernels.commit.truncation import NO_TRUNCATION, Truncation, Truncations
 
 PARTS = ("steps", "kernels", "memory")
 GREEDY = "greedy"
@@ -174,9 +175,9 @@ def kernel_times(
         "greedy: argmax of one draft token": lambda: scores[:, 0].argmax(-1),
         "greedy: verification": greedy,
     }
-    for name, truncation in {
-        "plain": NO_TRUNCATION, "top-k 50": Truncation(top_k=50), "top-p 0.9": Truncation(top_p=0.9)
-    }.items():  # fmt: skip
+    each = {"plain": NO_TRUNCATION, "top-k 50": Truncation(top_k=50), "top-p 0.9": Truncation(top_p=0.9)}
+    for name, one in each.items():
+        truncation = Truncations.same(one, batch_size, device)
         found = distribution_of(scores, truncation)
         timed[f"sample of one draft token, {name}"] = lambda t=truncation: sample(scores[:, 0], t, numbers[:, 0], room)
         timed[f"distribution, {name}"] = lambda t=truncation: distribution_of(scores, t)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 import specdec
 from specdec.bench.methods import Pair
+from specdec.draft import Shown
 from specdec.drafter import Drafter
+from specdec.policies.by_estimate import ByAcceptanceHead
 from specdec.policies.cost_model import CostModel
 from specdec.policies.costs import Clock
 from specdec.policies.estimates import Estimate, HeadEstimate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.files import Head
-from specdec.policies.length import ByAcceptanceHead, Shown
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
 from specdec.batch.rows import Rows
-from specdec.drafter import NO_TOKEN, Draft, Drafter
+from specdec.draft import NO_TOKEN, Draft
+from specdec.drafter import Context, Drafter
 from specdec.errors import DrafterError
-from specdec.kernels.commit.distribution import Truncation
 from specdec.kernels.commit.greedy_commit import Committed
 from specdec.kernels.commit.sample import sample, sample_tokens
 from specdec.network.any_subset.model import Conditionals, Order, XLNet
 from specdec.network.any_subset.two_stream import TwoStreamCache
 from specdec.network.base import vocab_size_of
 from specdec.verify.random_streams import Purpose, RowStreams
+from specdec.verify.truncations import HasTruncations
 
 
 class Proposal(NamedTuple):
@@ -50,7 +52,7 @@ class Sampling(NamedTuple):
     """How drafts are sampled: as the target's tokens are, by numbers of their own."""
 
     streams: RowStreams
-    truncation: Truncation
+    processors: HasTruncations
 
     def uniforms(self, rows: Rows, count: int) -> Tensor:
         return self.streams.uniforms(rows.row_ids, rows.host_lengths, count, Purpose.DRAFT)
@@ -62,7 +64,9 @@ def choose(scores: Tensor, rows: Rows, sampling: Sampling | None) -> Draft:
         return Draft(scores.argmax(-1))
     probs = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     uniforms = sampling.uniforms(rows, scores.shape[1]).flatten()
-    tokens = sample(scores.flatten(0, 1), sampling.truncation, uniforms, probs.view(-1, scores.shape[2]))
+    row_of_position = np.arange(len(scores)).repeat(scores.shape[1])
+    truncations = sampling.processors.truncations(rows).take(row_of_position)
+    tokens = sample(scores.flatten(0, 1), truncations, uniforms, probs.view(-1, scores.shape[2]))
     return Draft(tokens.view(scores.shape[:2]), probs)
 
 
@@ -211,14 +215,14 @@ class AnySubsetDrafter(Drafter):
     def _vocab_size(self) -> int:
         return self.model.lm_loss.weight.shape[0]
 
-    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
-        self.num_calls = 0
-        slots = rows.capacity + max_draft_tokens
+    def start(self, context: Context, rows: Rows) -> None:
+        super().start(context, rows)
+        slots = rows.capacity + context.max_draft_tokens
         positions = torch.arange(slots, device=rows.device).expand(len(rows), -1)
         self._cache = TwoStreamCache(self.model, positions, rows.prompt_lengths.clone(), slots)
         self._cached = torch.zeros_like(rows.lengths)
         self._host_cached = rows.host_lengths * 0
-        self._vocab = min(self._vocab_size(), vocab_size_of(target))
+        self._vocab = min(self._vocab_size(), vocab_size_of(context.target))
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         assert self._cache is not None
@@ -234,15 +238,16 @@ class AnySubsetDrafter(Drafter):
         logits = self._cache.forward(content, starts, targets, known, min(used, self._cache.positions.shape[1]))
         logits = logits[..., : self._vocab]
         self._cached, self._host_cached = rows.lengths.clone(), rows.host_lengths.copy()
-        if self.sampler is None:
+        assert self.context is not None
+        if (sampler := self.context.sampler_for(rows)) is None:
             return Draft(logits.argmax(-1))
-        uniforms = self.sampler.draw(rows, max_tokens)
-        probs = self.sampler.probs(rows, max_tokens)
+        uniforms = sampler.draw(rows, max_tokens)
+        probs = sampler.probs(rows, max_tokens)
         drafted = rows.token_ids.new_empty(len(rows), 0)
         for place in range(max_tokens):
-            tokens = self.sampler.sample(rows, drafted, logits[:, place], uniforms[:, place], probs[:, place])
+            tokens = sampler.sample(rows, drafted, logits[:, place], uniforms[:, place], probs[:, place])
             drafted = torch.cat([drafted, tokens[:, None]], 1)
-        return Draft(drafted, probs, normalised_probs=probs)
+        return Draft.trusted(drafted, probs, is_normalised=True)
 
     def keep_rows(self, index: Tensor) -> None:
         assert self._cache is not None

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from specdec.batch.rows import Rows
 from specdec.batch.slots import to_device
-from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
+from specdec.draft import NO_TOKEN, Draft, Shown, Verified
+from specdec.drafter import Context, Drafter
 from specdec.errors import DrafterError
 from specdec.network.base import Network, NetworkOutput, prefill_budget, vocab_size_of
-from specdec.network.choose import build_network, check_architecture, check_lengths
-from specdec.policies.length import Shown
+from specdec.network.choose import build_network
+from specdec.network.refusals import check_lengths
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
 # difference means another tokenizer.
@@ -47,8 +48,9 @@ class DraftModel(Drafter):
         self.vocab_size = vocab_size
         self._running = ExitStack()
         self._network: Network | None = None
-        # A draft's first forward if it was launched ahead, and the number of steps of the rows that precede its draft.
-        self._begun: tuple[int, NetworkOutput] | None = None
+        # A draft's first forward, launched before the step in progress was read: for the draft of the next step alone.
+        self._launched: NetworkOutput | None = None
+        self._begun: NetworkOutput | None = None  # the same, once that step has been observed
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:
         if self.model.device != target.device:
@@ -66,11 +68,11 @@ class DraftModel(Drafter):
             raise DrafterError(
                 f"vocab_size={self.vocab_size} must be between 1 and {min(sizes)}, the smaller vocabulary"
             )
-        check_architecture(self.model, self.layout)
         check_lengths(self.model, max_length, "draft model")
 
-    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
-        self.num_calls = 0
+    def start(self, context: Context, rows: Rows) -> None:
+        super().start(context, rows)
+        target = context.target
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
         # Prompts may hold whatever the target has an embedding for.
         num_tokens = max(vocab_size_of(target), target.get_input_embeddings().weight.shape[0])
@@ -78,7 +80,7 @@ class DraftModel(Drafter):
         limit = rows.max_limit if len(rows) else None
         # Accepted tokens are the target's own, whatever the draft model's last bits are.
         self._network = build_network(
-            self.model, len(rows.slots), rows.capacity, limit, self.layout, must_be_exact=False
+            self.model, len(rows.slots), rows.capacity, limit, context.layout, must_be_exact=False
         )
         self._running.enter_context(self._network.running())
         if len(rows):
@@ -88,8 +90,8 @@ class DraftModel(Drafter):
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         used_slots = rows.max_length
-        if self._begun is not None and self._begun[0] == rows.num_steps:
-            output = self._begun[1]
+        if self._begun is not None:
+            output = self._begun
         else:
             tokens = self._not_cached(rows)
             width = tokens.shape[1]
@@ -100,7 +102,8 @@ class DraftModel(Drafter):
         # for # the policy's inputs at each token, so work that can be done here is not left until after them.
         drafted = rows.token_ids.new_empty(len(rows), max_tokens)
         later_starts = rows.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
-        sampler, policy = self.sampler, self.length_policy
+        assert self.context is not None
+        sampler, policy = self.context.sampler_for(rows), self.context.policy
         probs = uniforms = None
         if sampler is not None:
             probs, uniforms = sampler.probs(rows, max_tokens), sampler.draw(rows, max_tokens)
@@ -127,30 +130,29 @@ class DraftModel(Drafter):
             behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
             drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
         if probs is None:
-            return Draft(drafted, valid_ids=drafted)
+            return Draft.trusted(drafted, is_valid=True)
         probs = probs[:, : drafted.shape[1]]
-        return Draft(drafted, probs, normalised_probs=probs)
+        return Draft.trusted(drafted, probs, is_normalised=True)
 
     def observe(self, verified: Verified) -> None:
         """Accepted tokens stay cached; the keys after them belong to rejected tokens, whatever is committed there."""
         here = slice(len(verified.host_lengths))
         self._cached[here] = np.minimum(self._cached[here], verified.host_lengths - 1)
+        self._begun, self._launched = self._launched, None
 
     def begin(self, rows: Rows) -> None:
         """Launch the first forward over the two newest tokens of every row, as it is not yet known whether the older
         one is cached."""
         assert self._network is not None
-        longest = np.minimum(rows.host_lengths + rows.num_unread, rows.host_limits)
-        if self._network.runs_ahead and (self._cached[: len(rows)] >= longest - NEWEST).all():
+        if self._network.runs_ahead and (self._cached[: len(rows)] >= rows.host_lengths - NEWEST).all():
             tokens, starts = rows.last_tokens(NEWEST), rows.lengths - NEWEST
-            output = self._forward(self._known(tokens), starts, rows.max_length, rows.host_lengths - NEWEST)
-            self._begun = rows.num_steps + 1, output
+            self._launched = self._forward(self._known(tokens), starts, rows.max_length, rows.host_lengths - NEWEST)
 
     def keep_rows(self, index: Tensor) -> None:
         assert self._network is not None
         self._network.keep_rows(index)
         if self._begun is not None:
-            self._begun = self._begun[0], self._begun[1].of_rows(to_device(index.numpy(), self.model.device))
+            self._begun = self._begun.of_rows(to_device(index.numpy(), self.model.device))
         self._cached[: len(index)] = self._cached[index.numpy()]
 
     def join(self, rows: Rows, begin: int, end: int) -> None:
@@ -165,7 +167,7 @@ class DraftModel(Drafter):
 
     def finish(self) -> None:
         self._running.close()
-        self._network = self._begun = None
+        self._network = self._begun = self._launched = None
 
     def _not_cached(self, rows: Rows) -> Tensor:
         """The newest tokens, [rows, 1 to MAX_FED], for the next forward; older ones are cached."""
@@ -195,7 +197,8 @@ class DraftModel(Drafter):
     def _forward(self, token_ids: Tensor, starts: Tensor, used_slots: int, host_starts: np.ndarray) -> NetworkOutput:
         assert self._network is not None
         self.num_calls += 1
-        policy = self.length_policy
+        assert self.context is not None
+        policy = self.context.policy
         layers = (-1,) if policy is not None and "hidden_states" in policy.sees else ()
         return self._network.forward(token_ids, starts, used_slots, layers, host_starts)
 

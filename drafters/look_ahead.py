@@ -8,7 +8,6 @@ being verified may end, so the same forward verifies the last guesses and makes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import ReferenceType, ref
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.rows import Rows
-from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
+from specdec.draft import NO_TOKEN, Draft, ExtraQueries, Verified
+from specdec.drafter import Context, Drafter
 from specdec.errors import ConfigError, DrafterError
 from specdec.files.fingerprint import Fingerprint
 from specdec.files.trained import Trained
-from specdec.network.extra_queries import check_extra_queries
 
 
 class LookAheadEmbeddings(Trained):
@@ -83,11 +81,11 @@ class LookAhead(Drafter):
         if self._checked is not None and self._checked() is target:
             return  # called for each prompt, and the check reads every weight
         self.embeddings.check_models({"target": target})
-        check_extra_queries(target, self.layout)
         self._checked = ref(target)
 
-    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
-        super().start(target, rows, max_draft_tokens)
+    def start(self, context: Context, rows: Rows) -> None:
+        super().start(context, rows)
+        target, max_draft_tokens = context.target, context.max_draft_tokens
         if max_draft_tokens > self.embeddings.num_tokens:
             raise DrafterError(
                 f"num_speculative_tokens={max_draft_tokens}, but there are {self.embeddings.num_tokens} look-ahead "
@@ -109,22 +107,23 @@ class LookAhead(Drafter):
             return draft
         num_queries = self.embeddings.num_helpers + num_guesses
         queries = ExtraQueries(self._queries.embeddings[:num_queries], self._queries.ahead[:num_queries])
-        return replace(draft, extra_queries=queries)
+        return draft.with_queries(queries)
 
     def _draft(self, rows: Rows, num_tokens: int) -> Draft:
         assert self._guesses is not None
         guesses = self._guesses[: len(rows), :num_tokens]
         known = torch.from_numpy(self._num_known[: len(rows)]).to(rows.device)
         unknown = torch.arange(num_tokens, device=rows.device) >= known[:, None]
-        if self.sampler is None:
+        assert self.context is not None
+        if (sampler := self.context.sampler) is None:
             return Draft(guesses.masked_fill(unknown, NO_TOKEN))
-        uniforms = self.sampler.draw(rows, num_tokens)
-        probs = self.sampler.probs(rows, num_tokens)
+        uniforms = sampler.draw(rows, num_tokens)
+        probs = sampler.probs(rows, num_tokens)
         drafted = rows.token_ids.new_empty(len(rows), 0)
         for place in range(num_tokens):
-            tokens = self.sampler.sample(rows, drafted, guesses[:, place], uniforms[:, place], probs[:, place])
+            tokens = sampler.sample(rows, drafted, guesses[:, place], uniforms[:, place], probs[:, place])
             drafted = torch.cat([drafted, tokens[:, None]], 1)
-        return Draft(drafted.masked_fill(unknown, NO_TOKEN), probs, normalised_probs=probs)
+        return Draft.trusted(drafted.masked_fill(unknown, NO_TOKEN), probs, is_normalised=True)
 
     def observe(self, verified: Verified) -> None:
         num_rows = len(verified.num_accepted)
@@ -132,7 +131,7 @@ class LookAhead(Drafter):
             self._num_known[:num_rows] = 0
             return
         found = verified.extra_logits(verified.num_accepted)[:, self.embeddings.num_helpers :]
-        if self.sampler is None:
+        if self.context is not None and self.context.sampler is None:
             found = found.argmax(-1)
         if self._guesses is None:
             self._guesses = found.new_zeros(len(self._num_known), self._max_tokens, *found.shape[2:])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from specdec.batch.rows import Rows
-from specdec.drafter import Draft, Drafter
+from specdec.draft import Draft
+from specdec.drafter import Context, Drafter
 from specdec.errors import ConfigError
 from specdec.kernels.prompt_lookup import prompt_lookup
 from specdec.network.base import vocab_size_of
@@ -27,12 +26,13 @@ class PromptLookup(Drafter):
             )
         self.max_ngram_size, self.min_ngram_size = max_ngram_size, min_ngram_size
 
-    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
-        super().start(target, rows, max_draft_tokens)
+    def start(self, context: Context, rows: Rows) -> None:
+        super().start(context, rows)
+        target = context.target
         # Prompts may hold whatever the target has an embedding for.
         self._copies_are_valid = target.get_input_embeddings().weight.shape[0] <= vocab_size_of(target)
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         sizes = self.max_ngram_size, self.min_ngram_size
         drafted = prompt_lookup(rows.token_ids, rows.lengths, rows.max_length, max_tokens, *sizes)
-        return Draft(drafted, valid_ids=drafted if self._copies_are_valid else None)
+        return Draft.trusted(drafted, is_valid=self._copies_are_valid)

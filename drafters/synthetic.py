@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.batch.rows import Rows
-from specdec.drafter import Draft, Drafter
+from specdec.draft import Draft
+from specdec.drafter import Context, Drafter
 from specdec.errors import ConfigError, DrafterError
 
 
@@ -33,13 +34,13 @@ class Synthetic(Drafter):
         if not self.continuations:
             raise DrafterError("the synthetic drafter needs the target's greedy continuations, one per row")
 
-    def start(self, target: PreTrainedModel, rows: Rows, max_draft_tokens: int) -> None:
-        super().start(target, rows, max_draft_tokens)
+    def start(self, context: Context, rows: Rows) -> None:
+        super().start(context, rows)
         if len(rows) and len(self.continuations) != len(rows):
             raise DrafterError(f"{len(self.continuations)} continuations for {len(rows)} rows; pass one per row")
-        self._vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        self._vocab_size = context.target.config.get_text_config(decoder=True).vocab_size
         longest = max(len(tokens) for tokens in self.continuations)
-        padded = torch.zeros(len(self.continuations), longest + max_draft_tokens, dtype=torch.long)
+        padded = torch.zeros(len(self.continuations), longest + context.max_draft_tokens, dtype=torch.long)
         for row, tokens in enumerate(self.continuations):
             padded[row, : len(tokens)] = tokens.cpu()
         self._future = padded.to(rows.device)

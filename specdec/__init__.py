@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from specdec.api.generate import SpeculativeOutput, generate, speculative
     from specdec.api.generate_many import Completion, Completions, generate_many
     from specdec.batch.layout import Grouped
-    from specdec.batch.rows import Rows, StepReport
+    from specdec.batch.report import StepReport
+    from specdec.batch.rows import Rows
     from specdec.check.equivalence import EquivalenceReport, check_equivalence
-    from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
+    from specdec.draft import NO_TOKEN, Draft, Verified
+    from specdec.drafter import Context, Drafter
     from specdec.engine.metrics import Speculation
     from specdec.errors import (
         ConfigError,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from specdec.infill.infill import infill
     from specdec.network.any_subset.model import AnySubsetModel
     from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
-    from specdec.policies.length import LengthPolicy
+    from specdec.policy import LengthPolicy
     from specdec.verify.lossy import Lenient, TopBeta, Typical
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Completion",
     "Completions",
     "ConfigError",
+    "Context",
     "Draft",
     "Drafter",
     "DrafterError",
@@ -66,18 +69,20 @@ __all__ = [
 # Public names are imported when they are first used, so that `specdec --help` does not wait for torch.
 _HOMES = {
     "network.any_subset.model": "AnySubsetModel",
-    "drafter": "NO_TOKEN Draft Drafter Verified",
+    "draft": "NO_TOKEN Draft Verified",
+    "drafter": "Context Drafter",
     "check.equivalence": "EquivalenceReport check_equivalence",
     "errors": "ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
     "api.generate": "SpeculativeOutput generate speculative",
     "infill.infill": "infill",
     "api.generate_many": "Completion Completions generate_many",
     "network.invariant.swap": "batch_invariant make_batch_invariant",
-    "policies.length": "LengthPolicy",
+    "policy": "LengthPolicy",
     "verify.lossy": "Lenient TopBeta Typical",
     "engine.metrics": "Speculation",
     "batch.layout": "Grouped",
-    "batch.rows": "Rows StepReport",
+    "batch.report": "StepReport",
+    "batch.rows": "Rows",
 }
 
 

@@ -6,10 +6,9 @@ are skipped, and reported as skipped, where it is not set.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +20,31 @@ import pytest
 import torch
 import transformers
 
-if TYPE_CHECKING:  # imported where they are used: they cost seconds, which every process for the interpreter would pay
+if TYPE_CHECKING:  # imported where they are used: they cost seconds, which most runs of a single file need not pay
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ROOT = Path(__file__).parent.parent
 
 transformers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
+
+
+def pytest_configure(config):
+    """Choose between Triton's interpreter and its compiler, before the tests import triton: a process has one of them.
+
+    Tests marked gpu need compiled kernels; a run that leaves them out interprets.
+    """
+    if "not gpu" in config.option.markexpr:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("interpreter") is None:
+        return
+
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs the triton package")
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
 
 
 @dataclass
@@ -72,16 +89,3 @@ def _no_leftovers():
     torch.manual_seed(0)
     yield
     assert torch.is_grad_enabled()
-
-
-@pytest.fixture
-def run_in_subprocess():
-    """Run a part of the suite in a process with other environment variables; it must pass and must run something."""
-
-    def run(*arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
-
-    return run

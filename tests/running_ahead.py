@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 from specdec.drafters.draft_model import DraftModel
-from specdec.engine.target import Target
+from specdec.engine import ahead, decode
+from specdec.engine.ahead import Early
 from specdec.network.invariant.network import InvariantNetwork
 
 
@@ -17,7 +18,8 @@ from specdec.network.invariant.network import InvariantNetwork
 def running_ahead():
     """Yields how many forwards of the target were launched ahead, how many of them were used, and of draft models."""
     counts = {"begun": 0, "used": 0, "drafts": 0}
-    forward, begin, verify, begin_draft = InvariantNetwork.forward, Target.begin, Target.verify, DraftModel.begin
+    forward, begin_draft = InvariantNetwork.forward, DraftModel.begin
+    launch, fits = ahead.launch_early, Early.fits
 
     def overwriting(self, *arguments, **options):
         last = getattr(self, "last_output", None)
@@ -27,23 +29,25 @@ def running_ahead():
         self.last_output = forward(self, *arguments, **options)
         return self.last_output
 
-    def counted_begin(self, *arguments):
-        begin(self, *arguments)
-        counts["begun"] += self._begun is not None
+    def counted_launch(*arguments):
+        early = launch(*arguments)
+        counts["begun"] += early is not None
+        return early
 
-    def counted_verify(self, rows, draft, *others):
-        counts["used"] += self._begun is not None and self._begun.draft is draft
-        return verify(self, rows, draft, *others)
+    def counted_fits(self, *arguments):
+        is_used = fits(self, *arguments)
+        counts["used"] += is_used
+        return is_used
 
     def counted_draft(self, rows):
         begin_draft(self, rows)
-        counts["drafts"] += self._begun is not None
+        counts["drafts"] += self._launched is not None
 
     with (
         mock.patch.object(InvariantNetwork, "runs_ahead", True),
         mock.patch.object(InvariantNetwork, "forward", overwriting),
-        mock.patch.object(Target, "begin", counted_begin),
-        mock.patch.object(Target, "verify", counted_verify),
+        mock.patch.object(decode, "launch_early", counted_launch),
+        mock.patch.object(Early, "fits", counted_fits),
         mock.patch.object(DraftModel, "begin", counted_draft),
     ):
         yield counts

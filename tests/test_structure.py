@@ -64,6 +64,7 @@ def test_public_names():
         "Completion",
         "Completions",
         "ConfigError",
+        "Context",
         "Draft",
         "Drafter",
         "DrafterError",
@@ -122,3 +123,11 @@ def test_the_shipped_files_stay_small():
     pair = sum(path.stat().st_size for path in (assets / "demo_pair").rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file())
     assert 0 < pair <= 9_000_000 and total <= 15_000_000
+
+
+def test_the_attention_kernel_agrees_with_the_limits():
+    """The kernel names its own limit, because kernels import nothing of the package."""
+    from specdec.kernels.attention.ragged_attention import TREE_SLOTS
+    from specdec.limits import MAX_COLUMNS, MAX_STEP_WIDTH
+
+    assert TREE_SLOTS == MAX_COLUMNS >= MAX_STEP_WIDTH

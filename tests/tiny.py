@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from specdec.batch.layout import Ragged
+from specdec.drafter import Context
 
 VOCAB = 61
 
@@ -20,6 +24,11 @@ def tiny_llama(seed: int = 0, vocab_size: int = VOCAB, **options) -> PreTrainedM
         pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**defaults, **options})).eval()
+
+
+def context_of(target: PreTrainedModel, max_draft_tokens: int) -> Context:
+    """What a drafter that is started by hand gets."""
+    return Context(SimpleNamespace(model=target), Ragged(), max_draft_tokens)
 
 
 def left_pad(prompts: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:

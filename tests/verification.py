@@ -23,7 +23,8 @@ def of_probs(probs):
     """The distribution whose probabilities these are, [rows, places, vocab]."""
     zeros = torch.zeros_like(probs[..., 0])
     mass = torch.ones_like(zeros, dtype=torch.float64).masked_fill(probs.isnan().any(-1), torch.nan)
-    return Distribution(probs.log(), 1.0, zeros - torch.inf, zeros, mass)
+    temperature = torch.ones(len(probs), dtype=torch.float64, device=probs.device)
+    return Distribution(probs.log(), temperature, zeros - torch.inf, zeros, mass)
 
 
 def run(target, draft_ids, draft_probs, uniforms, eos=(), lengths=None, limits=None, **options):

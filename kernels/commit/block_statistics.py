@@ -1,26 +1,26 @@
-"""The numbers of a distribution on a GPU, by passes over blocks of the vocabulary, a program for each.
+"""The numbers of a distribution on a GPU, by passes over blocks of the vocabulary, one program per block.
 
 A row has far fewer entries than a GPU has threads, and a batch far fewer rows than a GPU has processors: a program that
 walks a whole row leaves most of the device idle. Here every program takes one block of one row and leaves a few
-numbers, the partials; whoever needs the row's own combines them, in the same order whatever the batch.
+numbers, the partials. Every reader combines a row's partials in the same order, whatever the batch.
 
-A cutoff is searched from its first digit on: a pass finds how much of a block lies above each of DIGITS pivots, the
-next one adds the blocks up, takes the largest pivot above which enough is left, and places finer pivots behind it.
-Scores of 16 bits take 4 passes (bfloat16) or 5, however many tokens tie, and nothing is read back.
+A cutoff is searched digit by digit, the first one first: a pass finds how much of a block lies above each of DIGITS
+pivots; the next pass adds the blocks up, takes the largest pivot above which enough is left, and places finer pivots
+above it. Scores of 16 bits take 4 passes (bfloat16) or 5, however many tokens tie, and nothing is read back.
+
+Every row brings its own temperature, top-k, top-p and min-p. A pass runs if any row needs it; a row that does not need
+it keeps the partials and the cutoff it has, untouched, so that its bits are those it gets alone.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from specdec.kernels.commit.truncation import Truncations
 from specdec.kernels.dispatch import triton
-
-if TYPE_CHECKING:
-    from specdec.kernels.commit.distribution import Truncation
 
 if triton is not None:
     import triton.language as tl
@@ -28,7 +28,7 @@ if triton is not None:
 VOCAB_BLOCK = 4096  # vocabulary entries of a program
 DIGIT_BITS = 4
 DIGITS = 2**DIGIT_BITS  # pivots of a pass
-# Of float32 scores that came from these, all bits below are the same.
+# In float32 scores that came from these types, all lower bits are the same.
 LOWEST_BIT = {torch.bfloat16: 16, torch.float16: 12, torch.float32: 0}
 
 
@@ -53,39 +53,41 @@ def kernel_scores(scores: Tensor) -> Tensor:
     return scores if scores.stride(-1) == 1 else scores.contiguous()
 
 
-def block_statistics(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:
-    """The partials of what a truncation keeps, and its cutoff.
+def block_statistics(scores: Tensor, truncations: Truncations) -> tuple[Tensor, Tensor]:
+    """The partials of what each row's truncation keeps, and its cutoff. A greedy row keeps all at temperature 1.
 
     scores: [rows, places, vocab] of `kernel_scores`.
     Returns [rows, places, 2, num_blocks] float64, for every block a number that no score kept exceeds and the sum of
     exp((score - that) / temperature), to be read by `combined`; and the cutoff, [rows, places] float32.
     """
-    temperature, top_k, top_p, min_p = truncation
     rows, places, vocab = scores.shape
     tiles = tiles_of(vocab)
     grid = (rows * places, tiles.num_blocks)
-    where = (scores, vocab, places, scores.stride(0), scores.stride(1), tiles.num_blocks, float(temperature))
+    strides = scores.stride(0), scores.stride(1)
+    where = (scores, vocab, places, *strides, tiles.num_blocks, truncations.temperature)
     options = {"VOCAB_BLOCK": tiles.size, "num_warps": tiles.num_warps}
     partials, cutoff = _empty(scores, tiles)
     _mass_kernel[grid](*where, partials, cutoff, **options)
-    options |= {"NUM_BLOCKS": tiles.padded, "DIGITS": DIGITS}
-    searches = [(float(min(top_k, vocab)), False)] * (top_k > 0) + [(float(top_p), True)] * (top_p < 1)
+
+    options |= {"NUM_BLOCKS": tiles.padded}
+    searches = [(truncations.top_k, False)] * truncations.has_top_k + [
+        (truncations.top_p, True)
+    ] * truncations.has_top_p
     for needed, by_mass in searches:
+        search = {"BY_MASS": by_mass, "DIGITS": DIGITS, **options}
         lows = torch.empty(2, grid[0], dtype=torch.long, device=scores.device)
         amounts = torch.empty(2, *grid, DIGITS, dtype=torch.float64, device=scores.device)
         steps = [1 << bit for bit in range(32 - DIGIT_BITS, LOWEST_BIT[scores.dtype] - 1, -DIGIT_BITS)]
         for i, step in enumerate(steps):
             old, new = (lows[i % 2 - 1], amounts[i % 2 - 1]), (lows[i % 2], amounts[i % 2])
-            _narrow_kernel[grid](*where, partials, needed, *old, step, *new, BY_MASS=by_mass, FIRST=i == 0, **options)
+            _narrow_kernel[grid](*where, partials, needed, *old, step, *new, FIRST=i == 0, **search)
         kept = _empty(scores, tiles)
-        _cut_kernel[grid](*where, partials, cutoff, needed, *new, steps[-1], *kept, BY_MASS=by_mass, **options)
+        _cut_kernel[grid](*where, partials, cutoff, needed, *new, steps[-1], *kept, **search)
         partials, cutoff = kept
-    if min_p > 0:
+
+    if truncations.has_min_p:
         kept = _empty(scores, tiles)
-        _min_p_kernel[grid](
-            *where, partials, cutoff, math.log(min_p), *kept, NUM_BLOCKS=tiles.padded, VOCAB_BLOCK=tiles.size,
-            num_warps=tiles.num_warps,
-        )  # fmt: skip
+        _min_p_kernel[grid](*where, partials, cutoff, truncations.log_min_p, *kept, **options)
         partials, cutoff = kept
     return partials, cutoff
 
@@ -99,6 +101,12 @@ def _empty(scores: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
 if triton is not None:
 
     @triton.jit
+    def temperature_at(temperature_ptr, row):
+        """float32; 1 for a greedy row, which takes its probabilities from elsewhere."""
+        temperature = tl.load(temperature_ptr + row)
+        return tl.where(temperature == 0.0, 1.0, temperature).to(tl.float32)
+
+    @triton.jit
     def weight_of(score, top, temperature):
         return tl.exp((score - top) / temperature)
 
@@ -110,7 +118,7 @@ if triton is not None:
 
     @triton.jit
     def scores_at(ptr, index, vocab):
-        """float32, -inf behind the vocabulary."""
+        """float32, -inf past the vocabulary."""
         return tl.load(ptr + index, mask=index < vocab, other=-float("inf")).to(tl.float32)
 
     @triton.jit
@@ -163,11 +171,12 @@ if triton is not None:
 
     @triton.jit
     def _mass_kernel(
-        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature, partials_ptr, cutoff_ptr,
+        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, cutoff_ptr,
         VOCAB_BLOCK: tl.constexpr,
     ):  # fmt: skip
         """The partials of all scores; a cutoff of -inf."""
         position, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        temperature = temperature_at(temperature_ptr, position // places)
         scores_ptr = _row(scores_ptr, position, places, row_stride, place_stride)
         score = scores_at(scores_ptr, b * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK), vocab)
         top = tl.max(score, 0)
@@ -190,70 +199,102 @@ if triton is not None:
         return tl.load(low_ptr + position) + largest.to(tl.int64) * step
 
     @triton.jit
+    def _is_searched(needed_ptr, row, BY_MASS: tl.constexpr):
+        """Whether a row has a top-k, or with BY_MASS a top-p."""
+        needed = tl.load(needed_ptr + row)
+        return needed < 1.0 if BY_MASS else needed > 0.0
+
+    @triton.jit
+    def _needed(needed_ptr, row, vocab, mass, BY_MASS: tl.constexpr):
+        """How many scores, or with BY_MASS how much of the mass, a row wants above its cutoff, float64."""
+        needed = tl.load(needed_ptr + row).to(tl.float32).to(tl.float64)
+        if BY_MASS:
+            needed *= mass
+        else:
+            needed = tl.minimum(needed, vocab)
+        return needed
+
+    @triton.jit
     def _narrow_kernel(
-        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature, partials_ptr, needed,
+        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, needed_ptr,
         old_low_ptr, old_amounts_ptr, step, low_ptr, amounts_ptr,
         BY_MASS: tl.constexpr, FIRST: tl.constexpr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
         DIGITS: tl.constexpr,
     ):  # fmt: skip
-        """One digit of the largest key above which `needed` scores, or the share `needed` of the mass, lie.
+        """One digit of the largest key above which enough scores, or enough of the mass, lie.
 
         The last pass, whose pivots were DIGITS steps apart, has left its amounts; this one leaves those of the pivots
         between. A pivot at the low end always has enough above it and is not looked at.
         """
         position, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        top, mass = combined(partials_ptr, position, num_blocks, temperature, NUM_BLOCKS)
-        if BY_MASS:
-            needed *= mass
-        if FIRST:
-            low = tl.full((), -2147483648, tl.int64)
-        else:
-            low = _narrowed(
-                old_low_ptr, old_amounts_ptr, position, num_blocks, needed, step * DIGITS, NUM_BLOCKS, DIGITS
-            )
-        scores_ptr = _row(scores_ptr, position, places, row_stride, place_stride)
-        score = scores_at(scores_ptr, b * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK), vocab)
-        key = _key_of(score)
-        weight = weight_of(score, top, temperature).to(tl.float64)
-        amounts_ptr += (position * num_blocks + b) * DIGITS
-        pivot = low
-        for digit in tl.static_range(1, DIGITS):
-            pivot += step
-            counts = key >= pivot.to(tl.int32)
-            if BY_MASS:
-                amount = tl.sum(tl.where(counts, weight, 0.0), 0)
+        row = position // places
+        if _is_searched(needed_ptr, row, BY_MASS):
+            temperature = temperature_at(temperature_ptr, row)
+            top, mass = combined(partials_ptr, position, num_blocks, temperature, NUM_BLOCKS)
+            if FIRST:
+                low = tl.full((), -2147483648, tl.int64)
             else:
-                amount = tl.sum(counts.to(tl.int32), 0).to(tl.float64)
-            tl.store(amounts_ptr + digit, amount)
-        if b == 0:
-            tl.store(low_ptr + position, low)
+                needed = _needed(needed_ptr, row, vocab, mass, BY_MASS)
+                low = _narrowed(
+                    old_low_ptr, old_amounts_ptr, position, num_blocks, needed, step * DIGITS, NUM_BLOCKS, DIGITS
+                )
+            scores_ptr = _row(scores_ptr, position, places, row_stride, place_stride)
+            score = scores_at(scores_ptr, b * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK), vocab)
+            key = _key_of(score)
+            weight = weight_of(score, top, temperature).to(tl.float64)
+            amounts_ptr += (position * num_blocks + b) * DIGITS
+            pivot = low
+            for digit in tl.static_range(1, DIGITS):
+                pivot += step
+                counts = key >= pivot.to(tl.int32)
+                if BY_MASS:
+                    amount = tl.sum(tl.where(counts, weight, 0.0), 0)
+                else:
+                    amount = tl.sum(counts.to(tl.int32), 0).to(tl.float64)
+                tl.store(amounts_ptr + digit, amount)
+            if b == 0:
+                tl.store(low_ptr + position, low)
 
     @triton.jit
     def _cut_kernel(
-        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature, partials_ptr, old_cutoff_ptr,
-        needed, low_ptr, amounts_ptr, step, kept_ptr, cutoff_ptr,
+        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, old_cutoff_ptr,
+        needed_ptr, low_ptr, amounts_ptr, step, kept_ptr, cutoff_ptr,
         BY_MASS: tl.constexpr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, DIGITS: tl.constexpr,
     ):  # fmt: skip
         """The end of a search: its cutoff, and the partials of what that keeps."""
         position, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        top, mass = combined(partials_ptr, position, num_blocks, temperature, NUM_BLOCKS)
-        if BY_MASS:
-            needed *= mass
-        key = _narrowed(low_ptr, amounts_ptr, position, num_blocks, needed, step, NUM_BLOCKS, DIGITS)
-        cutoff = tl.maximum(_score_of(key), tl.load(old_cutoff_ptr + position))
-        scores_ptr = _row(scores_ptr, position, places, row_stride, place_stride)
-        _keep(scores_ptr, position, b, vocab, num_blocks, temperature, top, cutoff, kept_ptr, cutoff_ptr, VOCAB_BLOCK)
+        row = position // places
+        if _is_searched(needed_ptr, row, BY_MASS):
+            temperature = temperature_at(temperature_ptr, row)
+            top, mass = combined(partials_ptr, position, num_blocks, temperature, NUM_BLOCKS)
+            needed = _needed(needed_ptr, row, vocab, mass, BY_MASS)
+            key = _narrowed(low_ptr, amounts_ptr, position, num_blocks, needed, step, NUM_BLOCKS, DIGITS)
+            cutoff = tl.maximum(_score_of(key), tl.load(old_cutoff_ptr + position))
+            scores_ptr = _row(scores_ptr, position, places, row_stride, place_stride)
+            _keep(
+                scores_ptr, position, b, vocab, num_blocks, temperature, top, cutoff, kept_ptr, cutoff_ptr, VOCAB_BLOCK
+            )
+        else:
+            _copy(partials_ptr, old_cutoff_ptr, position, b, num_blocks, kept_ptr, cutoff_ptr)
 
     @triton.jit
     def _min_p_kernel(
-        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature, partials_ptr, old_cutoff_ptr,
-        log_min_p, kept_ptr, cutoff_ptr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+        scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, old_cutoff_ptr,
+        log_min_p_ptr, kept_ptr, cutoff_ptr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     ):  # fmt: skip
         position, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        top, _ = combined(partials_ptr, position, num_blocks, temperature, NUM_BLOCKS)
-        cutoff = tl.maximum(top + temperature * log_min_p, tl.load(old_cutoff_ptr + position))
-        scores_ptr = _row(scores_ptr, position, places, row_stride, place_stride)
-        _keep(scores_ptr, position, b, vocab, num_blocks, temperature, top, cutoff, kept_ptr, cutoff_ptr, VOCAB_BLOCK)
+        row = position // places
+        log_min_p = tl.load(log_min_p_ptr + row).to(tl.float32)
+        if log_min_p > -float("inf"):
+            temperature = temperature_at(temperature_ptr, row)
+            top, _ = combined(partials_ptr, position, num_blocks, temperature, NUM_BLOCKS)
+            cutoff = tl.maximum(top + temperature * log_min_p, tl.load(old_cutoff_ptr + position))
+            scores_ptr = _row(scores_ptr, position, places, row_stride, place_stride)
+            _keep(
+                scores_ptr, position, b, vocab, num_blocks, temperature, top, cutoff, kept_ptr, cutoff_ptr, VOCAB_BLOCK
+            )
+        else:
+            _copy(partials_ptr, old_cutoff_ptr, position, b, num_blocks, kept_ptr, cutoff_ptr)
 
     @triton.jit
     def _keep(
@@ -265,3 +306,12 @@ if triton is not None:
         _store_partials(kept_ptr, position, b, num_blocks, top, tl.sum(weight.to(tl.float64), 0))
         if b == 0:
             tl.store(cutoff_ptr + position, cutoff)
+
+    @triton.jit
+    def _copy(partials_ptr, old_cutoff_ptr, position, b, num_blocks, kept_ptr, cutoff_ptr):
+        """A row that a pass does not concern keeps what it has, to the last bit."""
+        partial = position * 2 * num_blocks + b
+        tl.store(kept_ptr + partial, tl.load(partials_ptr + partial))
+        tl.store(kept_ptr + partial + num_blocks, tl.load(partials_ptr + partial + num_blocks))
+        if b == 0:
+            tl.store(cutoff_ptr + position, tl.load(old_cutoff_ptr + position))

@@ -3,9 +3,12 @@
 Each of these keeps the tokens whose score reaches some cutoff, so a distribution is its scores, the cutoff and a
 normaliser: p(x) = exp((scores[x] - top) / temperature) / mass where scores[x] >= cutoff, else 0. Probabilities are
 computed where they are read and never stored for a whole vocabulary at all positions; the scores keep their precision.
+A greedy row's distribution is one-hot at the first of its largest scores.
 
 The cutoffs are those of transformers' warpers in their order (temperature, top-k, top-p, min-p). Of tokens that tie at
 a cutoff all are kept; transformers' top-p keeps those that an unstable sort happens to favour.
+
+Every row has values of its own, and its numbers are the same to the last bit in any batch.
 """
 
 from __future__ import annotations
@@ -18,105 +21,135 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.commit.block_statistics import block_statistics, kernel_scores, tiles_of
+from specdec.kernels.commit.greedy_commit import NO_TOKEN, best_of_blocks
+from specdec.kernels.commit.truncation import Truncation, Truncations
 from specdec.kernels.dispatch import triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.commit.block_statistics import combined
+    from specdec.kernels.commit.block_statistics import combined, temperature_at
+    from specdec.kernels.commit.greedy_commit import best_of_partials
 
-FEW = 128  # scores of which the reference ranks the largest whatever the vocabulary
+FEW = 128  # the reference ranks at least this many of the largest scores, whatever the vocabulary
 REFERENCE_ELEMENTS = 2**21  # scores that the reference holds in its own precision at a time
 
 
-class Truncation(NamedTuple):
-    """temperature: > 0. top_k: 0 for no limit. top_p: 1 for no limit. min_p: 0 for no limit."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-NO_TRUNCATION = Truncation()
-
-
 class Distribution(NamedTuple):
-    """scores: [rows, places, vocab] float. cutoff, top: [rows, places] float32 (float64 for float64 scores).
-    mass: [rows, places] float64, NaN where the scores hold a NaN or nothing but -inf."""
+    """scores: [rows, places, vocab] float. temperature: [rows] float64, 0 in greedy rows.
+    cutoff, top: [rows, places] float32 (float64 for float64 scores).
+    mass: [rows, places] float64, NaN where the scores hold a NaN, and in rows that sample also where they hold nothing
+        but -inf.
+    best: [rows, places] int64, the first of the largest scores in greedy rows and NO_TOKEN in the others; None if no
+        row is greedy. A NaN counts as the largest score."""
 
     scores: Tensor
-    temperature: float
+    temperature: Tensor
     cutoff: Tensor
     top: Tensor
     mass: Tensor
+    best: Tensor | None = None
 
     def of_tokens(self, token_ids: Tensor) -> Tensor:
         """The probability of token_ids[:, j] at place j, [rows, n] float64. token_ids: [rows, n <= places] int64."""
-        n = token_ids.shape[1]
-        scores = self.scores[:, :n].gather(2, token_ids[..., None]).squeeze(2).to(self.top.dtype)
-        weights = scores.sub(self.top[:, :n]).div_(self.temperature).exp_().mul_(scores.ge(self.cutoff[:, :n]))
+        n, dtype = token_ids.shape[1], self.top.dtype
+        scores = self.scores[:, :n].gather(2, token_ids[..., None]).squeeze(2).to(dtype)
+        weights = scores.sub(self.top[:, :n]).div_(self.temperature[:, None].to(dtype))
+        weights = weights.exp_().mul_(scores.ge(self.cutoff[:, :n]))
+
         # Rounded as the draft probabilities are, so that equal scores give equal p and q.
-        return weights.div_(self.mass[:, :n].to(self.top.dtype)).double()
+        probs = weights.div_(self.mass[:, :n].to(dtype)).double()
+        if self.best is None:
+            return probs
+        best = self.best[:, :n]
+        return torch.where(best != NO_TOKEN, (token_ids == best).double(), probs)
 
     def at(self, place: Tensor) -> Tensor:
         """The probabilities at one place of every row, [rows, vocab] in the dtype of `top`. place: [rows] int64."""
         row = torch.arange(len(place), device=place.device)
-        top, cutoff = self.top[row, place, None], self.cutoff[row, place, None]
-        return probs_of(self.scores[row, place].to(top.dtype), top, cutoff, self.temperature)
+        top, cutoff = self.top[row, place], self.cutoff[row, place]
+        scores = self.scores[row, place].to(top.dtype)
+        best = None if self.best is None else self.best[row, place]
+
+        return probs_of(scores, top, cutoff, self.temperature, best)
 
     def rows(self, part: slice) -> Distribution:
         """The same of some rows."""
-        scores, temperature, *statistics = self
-        return Distribution(scores[part], temperature, *(values[part] for values in statistics))
+        return Distribution(*(None if values is None else values[part] for values in self))  # type: ignore[arg-type]
 
 
-def probs_of(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+def probs_of(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: Tensor, best: Tensor | None = None) -> Tensor:
     """The probabilities that scores stand for, [rows, vocab]; NaN where they stand for none.
 
-    top, cutoff: [rows, 1]. One softmax, which on a CPU is a fraction of the same in single operations.
+    top, cutoff: [rows]. temperature: [rows], or [1] for all. best: [rows], see `Distribution`.
+    One softmax, which on a CPU is a fraction of the same in single operations.
     """
-    shifted = scores - top  # before the division, so that large scores lose nothing to it
-    if temperature != 1:
-        shifted /= temperature
-    if not cutoff.isneginf().all():
-        shifted.masked_fill_(scores < cutoff, -math.inf)
-    return torch.softmax(shifted, -1, out=out)
+    # A CPU saves a pass where all rows are without; on a GPU the host would have to wait for the answer.
+    may_skip = not scores.is_cuda
+    shifted = scores - top[:, None]  # before the division, so that large scores lose nothing to it
+    if not (may_skip and temperature.eq(1).all()):
+        shifted /= temperature[:, None].to(shifted.dtype)
+    if not (may_skip and cutoff.isneginf().all()):
+        shifted.masked_fill_(scores < cutoff[:, None], -math.inf)
+
+    probs = torch.softmax(shifted, -1)
+    if best is None:
+        return probs
+    is_best = torch.arange(scores.shape[1], device=scores.device) == best[:, None]
+    is_one_hot = (best != NO_TOKEN) & ~top.isnan()
+    return torch.where(is_one_hot[:, None], is_best.to(probs.dtype), probs)
 
 
-def distribution_of(scores: Tensor, truncation: Truncation, implementation: str = "auto") -> Distribution:
+def distribution_of(scores: Tensor, truncations: Truncations, implementation: str = "auto") -> Distribution:
     """The numbers that make a distribution of scores at every position.
 
-    scores: [rows, places, vocab] float, -inf for what is forbidden.
+    scores: [rows, places, vocab] float, -inf for what is forbidden. truncations: of the same rows.
     implementation: "torch", "triton", or "auto": Triton for CUDA tensors, the torch reference elsewhere.
     """
+    truncations.check_rows(scores)
     serve = _distribution_triton if uses_triton(implementation, scores) else distribution_reference
-    return Distribution(scores, truncation.temperature, *serve(scores, truncation))
+    return serve(scores, truncations)
 
 
-def distribution_reference(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor]:
-    """(cutoff, top, mass), [rows, places] each, a few positions at a time."""
+def distribution_reference(scores: Tensor, truncations: Truncations) -> Distribution:
+    """The same in plain torch."""
+    cutoff, top, mass, best = truncations.apply(_statistics_in_parts, scores)
+    return Distribution(scores, truncations.temperature, cutoff, top, mass, best if truncations.has_greedy else None)
+
+
+def _statistics_in_parts(scores: Tensor, truncation: Truncation) -> tuple[Tensor, ...]:
+    """(cutoff, top, mass, best) of rows that share a truncation, [rows, places] each, a few positions at a time."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
     shape, vocab = scores.shape[:-1], scores.shape[-1]
     size = max(REFERENCE_ELEMENTS // vocab, 1)
     parts = [_statistics(part.to(dtype), truncation) for part in scores.reshape(-1, vocab).split(size)]
     if not parts:
         empty = scores.new_empty(shape, dtype=dtype)
-        return empty, empty, empty.double()
-    cutoff, top, mass = (torch.cat(values).view(shape) for values in zip(*parts, strict=True))
-    return cutoff, top, mass
+        return empty, empty, empty.double(), empty.long()
+    return tuple(torch.cat(values).view(shape) for values in zip(*parts, strict=True))
 
 
-def _statistics(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor]:
-    cutoff, top, mass = cutoffs(scores, truncation)
-    return cutoff, top, _mass(scores, top, cutoff, truncation.temperature) if mass is None else mass
+def _statistics(scores: Tensor, truncation: Truncation) -> tuple[Tensor, ...]:
+    cutoff, top, mass, best = cutoffs(scores, truncation)
+    if mass is None:
+        mass = _mass(scores, top, cutoff, truncation.temperature)
+    return cutoff, top, mass, best
 
 
-def cutoffs(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(cutoff, top, mass), [positions] each; no mass where nothing has to be searched.
+def cutoffs(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(cutoff, top, mass, best), [positions] each; no mass where nothing has to be searched.
 
     scores: [positions, vocab] float32 or float64.
     """
+    if truncation.is_greedy:
+        top, best = scores.max(1)  # a NaN anywhere is the maximum
+        return top, top, torch.ones_like(top, dtype=torch.float64).masked_fill_(top.isnan(), math.nan), best
+
+    none = torch.full((len(scores),), NO_TOKEN, device=scores.device)
+    return *_sampling_cutoffs(scores, truncation), none
+
+
+def _sampling_cutoffs(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor | None]:
     vocab = scores.shape[1]
     temperature, top_k, top_p, min_p = truncation
     top = scores.amax(1)
@@ -159,13 +192,21 @@ def _cut(ranked: Tensor, truncation: Truncation, vocab: int) -> tuple[Tensor, Te
         is_sure = (last < cutoff) | cutoff.isneginf()  # nothing beyond them ties with the k-th
     weights *= ranked >= cutoff[:, None]
     if top_p < 1:
-        reached = weights.cumsum(1) >= top_p * weights.sum(1, keepdim=True)
+        reached = weights.cumsum(1) >= top_p * row_sums(weights)[:, None]
         place = torch.where(reached.any(1), reached.long().argmax(1), count - 1)
         cutoff = ranked.gather(1, place[:, None]).squeeze(1)
     if min_p > 0:
         cutoff = torch.maximum(cutoff, top[:, 0] + temperature * math.log(min_p))
-    mass = (weights * (ranked >= cutoff[:, None])).sum(1)
+    mass = row_sums(weights * (ranked >= cutoff[:, None]))
     return cutoff, mass, is_sure | (count == vocab) | ranked[:, 0].isnan()
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """The sum of every row, [rows], with the bits it has in any batch. values: [rows, n] float."""
+    if len(values) == 1 and not values.is_cuda:
+        # torch splits the sum of a single row among its threads, and so rounds it differently than in a batch.
+        return values.expand(2, -1).contiguous().sum(1)[:1]
+    return values.sum(1)
 
 
 def _nucleus(scores: Tensor, top: Tensor, total: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:
@@ -194,25 +235,43 @@ def _nucleus(scores: Tensor, top: Tensor, total: Tensor, truncation: Truncation)
 
 def _mass(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: float) -> Tensor:
     """The sum of exp((scores - top) / temperature): the largest of these is 1, and its probability 1 / sum."""
-    return probs_of(scores, top[:, None], cutoff[:, None], temperature).amax(1).double().reciprocal_()
+    return probs_of(scores, top, cutoff, top.new_full((1,), temperature)).amax(1).double().reciprocal_()
 
 
-def _distribution_triton(scores: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor, Tensor]:
-    scores = kernel_scores(scores)
-    partials, cutoff = block_statistics(scores, truncation)
+def _distribution_triton(scores: Tensor, truncations: Truncations) -> Distribution:
+    wide = kernel_scores(scores)
+    rows, places, vocab = scores.shape
+    tiles = tiles_of(vocab)
+    partials, cutoff = block_statistics(wide, truncations)
     top, mass = torch.empty_like(cutoff), torch.empty_like(cutoff, dtype=torch.float64)
-    tiles = tiles_of(scores.shape[2])
+
+    # Of the scores as they came, since float64 ones may tie in float32.
+    greedy = best_of_blocks(scores) if truncations.has_greedy else (None, None)
+    best = torch.empty(rows, places, dtype=torch.long, device=scores.device) if truncations.has_greedy else None
     _combine_kernel[(cutoff.numel(),)](
-        partials, top, mass, tiles.num_blocks, float(truncation.temperature), NUM_BLOCKS=tiles.padded, num_warps=1
-    )
-    return cutoff, top, mass
+        partials, cutoff, top, mass, *greedy, best, places, tiles.num_blocks, truncations.temperature,
+        HAS_GREEDY=truncations.has_greedy, NUM_BLOCKS=tiles.padded, num_warps=1,
+    )  # fmt: skip
+    return Distribution(scores, truncations.temperature, cutoff, top, mass, best)
 
 
 if triton is not None:
 
     @triton.jit
-    def _combine_kernel(partials_ptr, top_ptr, mass_ptr, num_blocks, temperature, NUM_BLOCKS: tl.constexpr):
+    def _combine_kernel(
+        partials_ptr, cutoff_ptr, top_ptr, mass_ptr, block_best_ptr, block_ids_ptr, best_ptr, places, num_blocks,
+        temperature_ptr, HAS_GREEDY: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    ):  # fmt: skip
         position = tl.program_id(0).to(tl.int64)
-        top, mass = combined(partials_ptr, position, num_blocks, temperature, NUM_BLOCKS)
+        row = position // places
+        top, mass = combined(partials_ptr, position, num_blocks, temperature_at(temperature_ptr, row), NUM_BLOCKS)
+        if HAS_GREEDY:
+            is_greedy = tl.load(temperature_ptr + row) == 0.0
+            largest, best = best_of_partials(block_best_ptr, block_ids_ptr, position, num_blocks, NUM_BLOCKS)
+            largest = largest.to(tl.float32)
+            top = tl.where(is_greedy, largest, top)
+            mass = tl.where(is_greedy, tl.where(largest == largest, 1.0, float("nan")).to(tl.float64), mass)
+            tl.store(cutoff_ptr + position, largest, mask=is_greedy)
+            tl.store(best_ptr + position, tl.where(is_greedy, best, -1))
         tl.store(top_ptr + position, top)
         tl.store(mass_ptr + position, mass)

@@ -150,23 +150,36 @@ def _greedy_commit_triton(
     limits: Tensor,
     passes: Tensor | None,
 ) -> Committed:
-    scores = scores if scores.stride(2) == 1 else scores.contiguous()
     num_rows, width, vocab = scores.shape
-    tiles, device = tiles_of(vocab), scores.device
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    best = torch.empty(num_rows, width, tiles.num_blocks, dtype=dtype, device=device)
-    best_ids = torch.empty(num_rows, width, tiles.num_blocks, dtype=torch.int32, device=device)
-    report = empty_report(num_rows, width, device)
-    _best_kernel[(num_rows * width, tiles.num_blocks)](
-        scores, vocab, width, scores.stride(0), scores.stride(1), best, best_ids,
-        VOCAB_BLOCK=tiles.size, num_warps=tiles.num_warps,
-    )  # fmt: skip
+    tiles = tiles_of(vocab)
+    best, best_ids = best_of_blocks(scores)
+    report = empty_report(num_rows, width, scores.device)
     _greedy_commit_kernel[(num_rows,)](
         best, best_ids, tiles.num_blocks, draft_ids.contiguous(), None if passes is None else passes.contiguous(),
         eos_ids, token_ids, lengths, limits, report, width, eos_ids.numel(), token_ids.stride(0),
         HAS_PASSES=passes is not None, BLOCK=triton.next_power_of_2(width), NUM_BLOCKS=tiles.padded,
     )  # fmt: skip
     return Committed(report)
+
+
+def best_of_blocks(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest score of every block of the vocabulary and its lowest index, for `best_of_partials`.
+
+    scores: [rows, places, vocab] float; a NaN is the largest.
+    Returns [rows, places, num_blocks] float32 (float64 for float64 scores) and int32.
+    """
+    scores = scores if scores.stride(2) == 1 else scores.contiguous()
+    num_rows, width, vocab = scores.shape
+    tiles, device = tiles_of(vocab), scores.device
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    best = torch.empty(num_rows, width, tiles.num_blocks, dtype=dtype, device=device)
+    best_ids = torch.empty(num_rows, width, tiles.num_blocks, dtype=torch.int32, device=device)
+
+    _best_kernel[(num_rows * width, tiles.num_blocks)](
+        scores, vocab, width, scores.stride(0), scores.stride(1), best, best_ids,
+        VOCAB_BLOCK=tiles.size, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return best, best_ids
 
 
 def empty_report(num_rows: int, width: int, device: torch.device) -> Tensor:
@@ -230,6 +243,20 @@ if triton is not None:
         partial = position * tl.num_programs(1) + b
         tl.store(best_ptr + partial, tl.where(any_nan, float("nan"), top))
         tl.store(ids_ptr + partial, tl.min(tl.where(wins, index, vocab), 0))
+
+    @triton.jit
+    def best_of_partials(best_ptr, ids_ptr, position, num_blocks, NUM_BLOCKS: tl.constexpr):
+        """(the largest score of one position, its lowest index as int64) from `best_of_blocks`; NaN is the largest."""
+        block = tl.arange(0, NUM_BLOCKS)
+        partial = position * num_blocks + block
+        best = tl.load(best_ptr + partial, mask=block < num_blocks, other=-float("inf"))
+        ids = tl.load(ids_ptr + partial, mask=block < num_blocks, other=2147483647)
+        is_nan = best != best
+        any_nan = tl.max(is_nan.to(tl.int32), 0) > 0
+        top = tl.max(tl.where(is_nan, -float("inf"), best), 0)
+        wins = tl.where(any_nan, is_nan, best == top)
+        token = tl.min(tl.where(wins, ids, 2147483647), 0)
+        return tl.where(any_nan, float("nan"), top), token.to(tl.int64)
 
     @triton.jit
     def _greedy_commit_kernel(

@@ -1,7 +1,8 @@
 """One sample per row of what scores stand for, and the probabilities that it came from.
 
 A sample is the token at which the cumulative sum of its distribution exceeds a uniform number (inverse transform), so
-that a row's token depends on nothing but its own scores and its own number.
+that a row's token depends on nothing but its own scores, its own truncation and its own number. A greedy row takes the
+first of its largest scores, whatever its number.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.kernels.commit.block_statistics import block_statistics, kernel_scores, tiles_of
-from specdec.kernels.commit.distribution import Truncation, cutoffs, probs_of
-from specdec.kernels.commit.greedy_commit import NO_TOKEN
+from specdec.kernels.commit.distribution import cutoffs, probs_of
+from specdec.kernels.commit.greedy_commit import NO_TOKEN, best_of_blocks
+from specdec.kernels.commit.truncation import Truncation, Truncations
 from specdec.kernels.dispatch import triton, uses_triton
 
 BLOCK = 128  # entries of the vocabulary that the reference sums first
@@ -21,15 +23,25 @@ BLOCK = 128  # entries of the vocabulary that the reference sums first
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.commit.block_statistics import chosen_block, combined, first_above, prob_of, scores_at
+    from specdec.kernels.commit.block_statistics import (
+        chosen_block,
+        combined,
+        first_above,
+        prob_of,
+        scores_at,
+        temperature_at,
+    )
+    from specdec.kernels.commit.greedy_commit import best_of_partials
 
 
 def sample(
-    scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor, implementation: str = "auto"
+    scores: Tensor, truncations: Truncations, uniforms: Tensor, probs: Tensor, implementation: str = "auto"
 ) -> Tensor:
     """A token per row, [rows] int64; NO_TOKEN, and probabilities of zero, where the scores hold a NaN or only -inf.
 
-    scores: [rows, at most vocab] float. uniforms: [rows] float64 in [0, 1).
+    A greedy row gets the first of its largest scores and one-hot probabilities; only a NaN gives it NO_TOKEN.
+
+    scores: [rows, at most vocab] float. truncations: of the same rows. uniforms: [rows] float64 in [0, 1).
     probs: [rows, vocab] float32, overwritten with the distribution of the token; 0 for what has no score.
     implementation: "torch", "triton", or "auto": Triton for CUDA tensors, the torch reference elsewhere.
     """
@@ -38,23 +50,31 @@ def sample(
             f"probs of {list(probs.shape)} {probs.dtype} cannot hold the distributions of scores of "
             f"{list(scores.shape)}; float32 and as many rows and at least as many columns are needed"
         )
+    truncations.check_rows(scores)
     serve = _sample_triton if uses_triton(implementation, scores) else sample_reference
-    return serve(scores, truncation, uniforms, probs)
+    return serve(scores, truncations, uniforms, probs)
 
 
-def sample_reference(scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor) -> Tensor:
+def sample_reference(scores: Tensor, truncations: Truncations, uniforms: Tensor, probs: Tensor) -> Tensor:
     """The same in plain torch."""
     vocab = scores.shape[1]
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    cutoff, top, _ = cutoffs(wide, truncation)
+    cutoff, top, best = truncations.apply(_cutoffs, wide)
     probs[:, vocab:] = 0
-    probs[:, :vocab] = probs_of(wide, top[:, None], cutoff[:, None], truncation.temperature)
+    probs[:, :vocab] = probs_of(wide, top, cutoff, truncations.temperature, best if truncations.has_greedy else None)
+
     tokens = sample_tokens(probs, uniforms)
     nothing = probs[:, 0].isnan()  # one NaN, or -inf everywhere, leaves no number among them
     if nothing.any():
         probs[nothing] = 0
         tokens[nothing] = NO_TOKEN
     return tokens
+
+
+def _cutoffs(scores: Tensor, truncation: Truncation) -> tuple[Tensor, ...]:
+    """(cutoff, top, best), [rows] each."""
+    cutoff, top, _, best = cutoffs(scores, truncation)
+    return cutoff, top, best
 
 
 def sample_tokens(mass: Tensor, uniforms: Tensor) -> Tensor:
@@ -102,18 +122,20 @@ def _sample_on_cpu(mass: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     return token
 
 
-def _sample_triton(scores: Tensor, truncation: Truncation, uniforms: Tensor, probs: Tensor) -> Tensor:
+def _sample_triton(scores: Tensor, truncations: Truncations, uniforms: Tensor, probs: Tensor) -> Tensor:
     num_rows, num_columns = probs.shape
     vocab = scores.shape[1]
+    # Of the scores as they came, since float64 ones may tie in float32.
+    greedy = best_of_blocks(scores[:, None]) if truncations.has_greedy else (None, None)
     scores = kernel_scores(scores)
-    partials, cutoff = block_statistics(scores[:, None], truncation)
+    partials, cutoff = block_statistics(scores[:, None], truncations)
     parts, tiles = tiles_of(vocab), tiles_of(num_columns)
     sums = torch.empty(num_rows, tiles.num_blocks, dtype=torch.float64, device=scores.device)
     tokens = torch.empty(num_rows, dtype=torch.long, device=scores.device)
     _probs_kernel[(num_rows, tiles.num_blocks)](
-        scores, vocab, scores.stride(0), partials, cutoff, parts.num_blocks, float(truncation.temperature),
+        scores, vocab, scores.stride(0), partials, cutoff, *greedy, parts.num_blocks, truncations.temperature,
         probs, num_columns, probs.stride(0), sums,
-        NUM_PARTS=parts.padded, VOCAB_BLOCK=tiles.size, num_warps=tiles.num_warps,
+        HAS_GREEDY=truncations.has_greedy, NUM_PARTS=parts.padded, VOCAB_BLOCK=tiles.size, num_warps=tiles.num_warps,
     )  # fmt: skip
     _choose_kernel[(num_rows,)](
         probs, num_columns, probs.stride(0), sums, tiles.num_blocks, uniforms, uniforms.stride(0), tokens,
@@ -126,17 +148,23 @@ if triton is not None:
 
     @triton.jit
     def _probs_kernel(
-        scores_ptr, vocab, stride, partials_ptr, cutoff_ptr, num_parts, temperature,
+        scores_ptr, vocab, stride, partials_ptr, cutoff_ptr, part_best_ptr, part_ids_ptr, num_parts, temperature_ptr,
         probs_ptr, num_columns, probs_stride, sums_ptr,
-        NUM_PARTS: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
+        HAS_GREEDY: tl.constexpr, NUM_PARTS: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
     ):  # fmt: skip
         """The probabilities of one block of a row, and their sum."""
         row, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        temperature = temperature_at(temperature_ptr, row)
         top, mass = combined(partials_ptr, row, num_parts, temperature, NUM_PARTS)
         index = b * VOCAB_BLOCK + tl.arange(0, VOCAB_BLOCK)
         score = scores_at(scores_ptr + row * stride, index, vocab)
         probs = prob_of(score, temperature, tl.load(cutoff_ptr + row), top, mass)
         probs = tl.where(mass == mass, probs, 0.0)
+        if HAS_GREEDY:
+            is_greedy = tl.load(temperature_ptr + row) == 0.0
+            largest, best = best_of_partials(part_best_ptr, part_ids_ptr, row, num_parts, NUM_PARTS)
+            is_best = (index == best) & (largest == largest)
+            probs = tl.where(is_greedy, is_best.to(tl.float64), probs)
         tl.store(probs_ptr + row * probs_stride + index, probs.to(tl.float32), mask=index < num_columns)
         tl.store(sums_ptr + row * tl.num_programs(1) + b, tl.sum(probs, 0))
 

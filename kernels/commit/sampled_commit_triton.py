@@ -1,8 +1,10 @@
 """`sampled_commit` on a GPU, in two launches: how much is left to recover in every block of the vocabulary, then one
-program a row that decides, finds the token in its block and commits.
+program per row that decides, finds the token in its block and commits.
 
-For "token" the place behind the accepted drafts is known from the drafts' own probabilities, and only its blocks are
+For "token" the place after the accepted drafts is known from the drafts' own probabilities, and only its blocks are
 read. For "block" the R_i of every place are needed and are taken side by side; the last one is the bonus.
+
+A greedy row takes the same way as the others. At its end the greedy decision replaces the sampled one.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 if triton is not None:
     import triton.language as tl
 
-    from specdec.kernels.commit.block_statistics import chosen_block, first_above, prob_of, scores_at
+    from specdec.kernels.commit.block_statistics import chosen_block, first_above, prob_of, scores_at, temperature_at
     from specdec.kernels.commit.greedy_commit import commit_row
 
 
@@ -37,6 +39,7 @@ def sampled_commit_triton(
     limits: Tensor,
     verification: str,
     lenience: float,
+    passes: Tensor | None = None,
 ) -> Committed:
     num_rows, k = draft_ids.shape
     scores = kernel_scores(target.scores)
@@ -49,9 +52,12 @@ def sampled_commit_triton(
     if q.stride(2) != 1:
         q = q.contiguous()
     statistics = target.cutoff.float().contiguous(), target.top.float().contiguous(), target.mass.contiguous()
+    temperature, best = target.temperature.contiguous(), target.best
+    if best is None:
+        passes = None
     given = (
         scores, *statistics, draft_ids.contiguous(), q, uniforms, k, scores.shape[2], scores.stride(0),
-        scores.stride(1), q.stride(0), q.stride(1), uniforms.stride(0), float(target.temperature), 1.0 / lenience, sums,
+        scores.stride(1), q.stride(0), q.stride(1), uniforms.stride(0), temperature, 1.0 / lenience, sums,
     )  # fmt: skip
     options = {
         "BY_BLOCK": by_block, "SAMPLED": draft_probs is not None, "BLOCK": triton.next_power_of_2(k + 1),
@@ -59,8 +65,10 @@ def sampled_commit_triton(
     }  # fmt: skip
     _sums_kernel[(num_rows, tiles.num_blocks, num_sums)](*given, **options)
     _commit_kernel[(num_rows,)](
-        *given, tiles.num_blocks, eos_ids, token_ids, lengths, limits, report, eos_ids.numel(), token_ids.stride(0),
-        NUM_BLOCKS=tiles.padded, **options,
+        *given, tiles.num_blocks, None if best is None else best.contiguous(),
+        None if passes is None else passes.contiguous(), eos_ids, token_ids, lengths, limits, report, eos_ids.numel(),
+        token_ids.stride(0), HAS_GREEDY=best is not None, HAS_PASSES=passes is not None, NUM_BLOCKS=tiles.padded,
+        **options,
     )  # fmt: skip
     return Committed(report)
 
@@ -79,7 +87,7 @@ if triton is not None:
 
     @triton.jit
     def _drafts(draft_ptr, uniforms_ptr, row, k, uniforms_stride, column):
-        """(draft, how many there are, their uniforms) of a row; -1 and 1 behind the last draft."""
+        """(draft, how many there are, their uniforms) of a row; -1 and 1 after the last draft."""
         draft = tl.load(draft_ptr + row * k + column, mask=column < k, other=-1)
         uniforms = tl.load(uniforms_ptr + row * uniforms_stride + 1 + column, mask=draft != -1, other=1.0)
         return draft, tl.sum((draft != -1).to(tl.int32), 0), uniforms
@@ -132,11 +140,12 @@ if triton is not None:
     @triton.jit
     def _sums_kernel(
         target_ptr, cutoff_ptr, top_ptr, mass_ptr, draft_ptr, draft_probs_ptr, uniforms_ptr, k, vocab,
-        p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature, token_scale, sums_ptr,
+        p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature_ptr, token_scale, sums_ptr,
         BY_BLOCK: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The sums of (s p - q)+ and of p over one block, at the place behind the accepted drafts or at every place."""
+        """The sums of (s p - q)+ and of p over one block, at the place after the accepted drafts or at every place."""
         row, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        temperature = temperature_at(temperature_ptr, row)
         p_ptr, q_ptr = target_ptr + row * p_row_stride, draft_probs_ptr + row * q_row_stride
         cutoff_ptr, top_ptr, mass_ptr = cutoff_ptr + row * (k + 1), top_ptr + row * (k + 1), mass_ptr + row * (k + 1)
         column = tl.arange(0, BLOCK)
@@ -150,7 +159,7 @@ if triton is not None:
         else:
             scale = tl.full((), 1.0, tl.float64) * token_scale
             place = _accepted_by_token(p, q, uniforms, scale, column, num_drafted)
-        if place <= num_drafted:  # behind the draft nothing is to be read
+        if place <= num_drafted:  # places after the draft may not be read
             residual, whole = _masses(
                 p_ptr + place * p_stride, q_ptr + place * q_stride, b, vocab, temperature, tl.load(cutoff_ptr + place),
                 tl.load(top_ptr + place), tl.load(mass_ptr + place), scale, _at(draft, column, place), SAMPLED,
@@ -176,15 +185,27 @@ if triton is not None:
         return place
 
     @triton.jit
+    def _greedy_decision(best_ptr, passes_ptr, draft, column, row, k, HAS_PASSES: tl.constexpr):
+        """(how many drafts are accepted, the token after them) of a greedy row."""
+        best = tl.load(best_ptr + row * (k + 1) + column, mask=column <= k, other=-1)
+        agrees = draft == best
+        if HAS_PASSES:
+            agrees = agrees | (tl.load(passes_ptr + row * k + column, mask=column < k, other=0) != 0)
+        num_agreed = tl.min(tl.where(agrees & (column < k), k, column), 0)
+        return num_agreed, _at(best, column, num_agreed)
+
+    @triton.jit
     def _commit_kernel(
         target_ptr, cutoff_ptr, top_ptr, mass_ptr, draft_ptr, draft_probs_ptr, uniforms_ptr, k, vocab,
-        p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature, token_scale, sums_ptr, num_blocks,
+        p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature_ptr, token_scale, sums_ptr,
+        num_blocks, best_ptr, passes_ptr,
         eos_ptr, tokens_ptr, lengths_ptr, limits_ptr, report_ptr,
         num_eos, tokens_stride,
+        HAS_GREEDY: tl.constexpr, HAS_PASSES: tl.constexpr, NUM_BLOCKS: tl.constexpr,
         BY_BLOCK: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
-        NUM_BLOCKS: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
+        temperature = temperature_at(temperature_ptr, row)
         p_ptr, q_ptr = target_ptr + row * p_row_stride, draft_probs_ptr + row * q_row_stride
         cutoff_ptr, top_ptr, mass_ptr = cutoff_ptr + row * (k + 1), top_ptr + row * (k + 1), mass_ptr + row * (k + 1)
         column, block, inner = tl.arange(0, BLOCK), tl.arange(0, NUM_BLOCKS), tl.arange(0, VOCAB_BLOCK)
@@ -202,9 +223,9 @@ if triton is not None:
             sums_ptr += row * 2 * num_blocks
             scale = tl.full((), 1.0, tl.float64) * token_scale
             place = _accepted_by_token(p, q, uniforms, scale, column, num_drafted)
-        drafted = _at(draft, column, place)  # -1 behind the last draft, where column num_drafted is, since BLOCK > k
+        drafted = _at(draft, column, place)  # -1 after the last draft, where column num_drafted is, since BLOCK > k
         sums = tl.load(sums_ptr + block, mask=block < num_blocks, other=0.0)
-        if tl.sum(sums, 0) == 0.0:  # nothing is to recover
+        if tl.sum(sums, 0) == 0.0:  # nothing has to be recovered
             sums = tl.load(sums_ptr + num_blocks + block, mask=block < num_blocks, other=0.0)
             drafted = drafted * 0 - 1
             scale = scale * 0.0 + 1.0
@@ -215,9 +236,15 @@ if triton is not None:
             tl.load(top_ptr + place), tl.load(mass_ptr + place), scale, drafted, SAMPLED, VOCAB_BLOCK,
         )  # fmt: skip
         final = chosen * VOCAB_BLOCK + first_above(mass, before + tl.cumsum(mass, 0), threshold, inner, VOCAB_BLOCK)
+        final = final.to(tl.int64)
+        if HAS_GREEDY:
+            is_greedy = tl.load(temperature_ptr + row) == 0.0
+            agreed, best = _greedy_decision(best_ptr, passes_ptr, draft, column, row, k, HAS_PASSES)
+            place = tl.where(is_greedy, agreed, place)
+            final = tl.where(is_greedy, best, final)
         masses = tl.load(mass_ptr + column, mask=column <= place, other=1.0)
         mass_is_nan = masses != masses
         commit_row(
-            tl.where(column < place, draft, final.to(tl.int64)), place, num_drafted, mass_is_nan, column, row, eos_ptr,
+            tl.where(column < place, draft, final), place, num_drafted, mass_is_nan, column, row, eos_ptr,
             tokens_ptr, lengths_ptr, limits_ptr, report_ptr, k + 1, num_eos, tokens_stride,
         )  # fmt: skip

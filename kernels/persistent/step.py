@@ -3,9 +3,8 @@
 A step of few tokens through a small model is bound by its launches, not by its arithmetic or its memory. Here one
 program per multiprocessor stays for the whole step, and a barrier among all of them stands where a launch would.
 Weights depend on no other program, so each program's next tile is on its way into registers while it waits, and the
-cache is asked for the ones behind it. Nothing is summed by atomics and every sum has a fixed order, so equal inputs
-give equal bits; but they are not the bits of `in_order_linear`, so a model whose output must be exact is not run
-through it.
+tiles after that are on their way into the cache. Nothing is summed by atomics and every sum has a fixed order, so equal
+inputs give equal bits. They are not the bits of `in_order_linear`, so models whose output must be exact do not use it.
 """
 
 from __future__ import annotations
@@ -27,13 +26,15 @@ if triton is not None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 32  # rows * width
-# Where it was measured to be faster than the step layer by layer: up to so many tokens (rows * width), and slots that
-# attention looks at, which no two programs share here; a single token may have twice as many.
+# Where it was measured to be faster than the step layer by layer: up to this many tokens (rows * width) and this many
+# slots that attention looks at, because no two programs share slots here. A single token may have twice as many slots.
 FASTER_UP_TO = 8
 FASTER_SLOTS = 1024
-MAX_ROW_BYTES = 4096  # of a hidden state: a program holds whole rows of weights, and all tokens beside them
+MAX_ROW_BYTES = 4096  # of a hidden state: a program holds whole rows of weights and all tokens
 TILE_BYTES = 65536  # of such rows: 64 registers a thread, or shared memory
 MAX_INNER = 4096
+MANY_TOKENS = 16  # more than these take the registers that large tiles after a norm would need
+ROWS_FOR_MANY = 16  # rows of such a tile, at most, for many tokens
 
 
 def is_faster(num_tokens: int, used_slots: int) -> bool:
@@ -70,7 +71,7 @@ class LayerTensors(NamedTuple):
 class StepTensors(NamedTuple):
     """A model and its cache. embedding, head: [vocab, hidden]; norm: [hidden]; cos, sin: [slots, head_dim].
 
-    eps: of every norm over the hidden state. num_text_slots: rows that start there or behind pad the batch; they see
+    eps: of every norm over the hidden state. num_text_slots: rows that start there or later pad the batch. They see
     nothing, and their results mean nothing.
     """
 
@@ -86,16 +87,13 @@ class StepTensors(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """What changes the speed, and the order of sums.
+    """Settings that change the speed and the order of sums, but not what is computed.
 
     Rows of weights per tile, powers of two from 8 on (block_gate: any multiple of 8); keys per tile; elements of the
     attention's splits that a program may have to merge; elements of a product's input (half as many in float32) that
     it takes at a time; num_warps of a program, among which a tile's inner dimension is split.
     least_tokens: to which fewer are padded; 8 fill a tensor core's operand, 1 leaves a single token to plain sums.
-    crowded_rows: of the tiles behind a norm, at most, if there are more than 16 tokens, which take the registers.
-    polls: whether barriers are waited for by plain reads in place of atomics. prefetch: whether later tiles are asked
-    into the cache. num_programs: None = one per multiprocessor.
-    cooperative: launched such that programs that cannot all be resident are an error in place of a hang.
+    num_programs: None = one per multiprocessor.
     """
 
     block_qkv: int = 32
@@ -110,11 +108,77 @@ class Tuning(NamedTuple):
     num_warps: int = 8
     attention_stages: int = 2
     least_tokens: int = 1
-    crowded_rows: int = 16
-    polls: bool = True
-    prefetch: bool = True
     num_programs: int | None = None
-    cooperative: bool = True
+
+
+class Pointers(NamedTuple):
+    """What the kernel reads and writes, under the names of its parameters."""
+
+    # The batch, and where a row's new tokens begin.
+    token_ids_ptr: Tensor  # [rows, width] int64
+    starts_ptr: Tensor  # [rows] int64
+    # The model: addresses of the layers' tensors, and the tensors that stand outside the layers.
+    table_ptr: Tensor  # [layers, entries] int64
+    embedding_ptr: Tensor  # [vocab, hidden]
+    norm_ptr: Tensor  # [hidden]
+    head_ptr: Tensor  # [vocab, hidden]
+    cos_ptr: Tensor  # [slots, head_dim]
+    sin_ptr: Tensor  # [slots, head_dim]
+    # Buffers that programs pass results through.
+    arrived_ptr: Tensor  # [1] int64, arrivals at barriers
+    hidden_ptr: Tensor  # [MAX_TOKENS, hidden]
+    qkv_ptr: Tensor  # [MAX_TOKENS, heads of query, key and value * head_dim]
+    partial_ptr: Tensor  # [tokens, splits, heads, head_dim]
+    weights_ptr: Tensor  # [2, tokens, splits, heads] float32: maxima and sums
+    gated_ptr: Tensor  # [MAX_TOKENS, inner]
+    # Results.
+    normed_ptr: Tensor  # [rows, width, hidden]
+    logits_ptr: Tensor  # [rows, width, vocab]
+
+
+class Numbers(NamedTuple):
+    """Numbers that do not compile the kernel anew, under the names of its parameters. cache_row: elements of a row."""
+
+    rows: int
+    width: int
+    num_layers: int
+    num_text_slots: int
+    cache_row: int
+    vocab: int
+    eps: float
+    head_eps: float
+    scaling: float
+
+
+class Constants(NamedTuple):
+    """What the kernel is compiled for, under the names of its parameters. BLOCK_: elements of a tile."""
+
+    HAS_BIAS: bool
+    HAS_HEAD_NORM: bool
+    NUM_ENTRIES: int
+    SIZE: int
+    SIZE_GATE: int
+    NUM_HEADS: int
+    NUM_KV_HEADS: int
+    DIM: int
+    TOKENS: int
+    BLOCK_WIDTH: int
+    BLOCK_PAIRS: int
+    BLOCK: int
+    BLOCK_DIM: int
+    SPLITS: int
+    BLOCK_HEADS: int
+    BLOCK_INNER: int
+    BLOCK_QKV: int
+    BLOCK_OUT: int
+    BLOCK_GATE: int
+    BLOCK_DOWN: int
+    BLOCK_HEAD: int
+    BLOCK_KEYS: int
+    ATTENTION_STAGES: int
+    PREFETCH: bool
+    POLLS: bool
+    NUM_WARPS: int
 
 
 class PersistentStep:
@@ -142,7 +206,7 @@ class PersistentStep:
     def __call__(self, token_ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """token_ids: [rows, width] int64, at most MAX_TOKENS; row b's follow its first starts[b] ([rows] int64) slots.
 
-        Writes their keys and values behind those. Returns logits, [rows, width, vocab], and the states behind the
+        Writes their keys and values after those slots. Returns logits, [rows, width, vocab], and the states after the
         final norm, [rows, width, hidden].
         """
         if token_ids.dim() != 2 or starts.shape != token_ids.shape[:1] or not 0 < token_ids.numel() <= MAX_TOKENS:
@@ -159,55 +223,81 @@ class PersistentStep:
     def num_splits(self, rows: int, tokens: int, size: int) -> int:
         """Into how many parts the keys of a row are split. size: of all heads of a token, padded."""
         tuning, num_items = self.tuning, rows * self.tensors.layers[0].keys.shape[2]
-        # Every program merges all splits behind the attention, so many tokens afford few of them.
+        # Every program merges all splits after attention, so many tokens can afford only a few splits.
         affordable = tuning.merged_elements // (tokens * size)
         return _floor_power(max(1, min(tuning.max_splits, affordable, self.num_programs // num_items)))
 
     def _launch(self, token_ids: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        tensors, layer = self.tensors, self.tensors.layers[0]
+        rows, width = token_ids.shape
+        logits = tensors.head.new_empty(rows, width, len(tensors.head))
+        normed = tensors.head.new_empty(rows, width, tensors.embedding.shape[1])
+
+        pointers = Pointers(
+            token_ids_ptr=token_ids,
+            starts_ptr=starts,
+            table_ptr=self.table,
+            embedding_ptr=tensors.embedding,
+            norm_ptr=tensors.norm,
+            head_ptr=tensors.head,
+            cos_ptr=tensors.cos,
+            sin_ptr=tensors.sin,
+            arrived_ptr=self.arrived,
+            hidden_ptr=self.hidden,
+            qkv_ptr=self.qkv,
+            partial_ptr=self.partial,
+            weights_ptr=self.weights,
+            gated_ptr=self.gated,
+            normed_ptr=normed,
+            logits_ptr=logits,
+        )
+        numbers = Numbers(
+            rows=rows,
+            width=width,
+            num_layers=len(tensors.layers),
+            num_text_slots=tensors.num_text_slots,
+            cache_row=layer.keys.stride(0),
+            vocab=len(tensors.head),
+            eps=tensors.eps,
+            head_eps=layer.head_norm.eps if layer.head_norm else 0.0,
+            scaling=tensors.scaling,
+        )
+        constants = self._constants(rows, width)
+
+        # Programs that cannot all be resident are then an error in place of a hang. The interpreter has no such launch.
+        cooperative = {"launch_cooperative_grid": True} if token_ids.is_cuda else {}
+        persistent_step_kernel[(self.num_programs,)](
+            **pointers._asdict(),
+            **numbers._asdict(),
+            **constants._asdict(),
+            num_warps=constants.NUM_WARPS,
+            num_stages=1,
+            **cooperative,
+        )
+        return logits, normed
+
+    def _constants(self, rows: int, width: int) -> Constants:
+        """The shapes and tiles of a step over [rows, width] tokens."""
         tensors, tuning, layer = self.tensors, self.tuning, self.tensors.layers[0]
-        (rows, width), size = token_ids.shape, tensors.embedding.shape[1]
+        on_gpu, element_size = tensors.embedding.is_cuda, tensors.embedding.element_size()
+        size, power = tensors.embedding.shape[1], triton.next_power_of_2
         num_kv_heads, dim = layer.keys.shape[2:]
         num_heads = len(layer.query) // dim
-        logits = tensors.head.new_empty(rows, width, len(tensors.head))
-        normed = tensors.head.new_empty(rows, width, size)
-        power = triton.next_power_of_2
         block_dim, block = max(32, power(dim)), max(32, power(size))
-        splits = self.num_splits(rows, power(rows * width), num_heads * block_dim)
+
         tokens = power(rows * width)
+        splits = self.num_splits(rows, tokens, num_heads * block_dim)
         if tokens > 1 or tuning.least_tokens > 1:
             tokens = max(8, tokens)
-        inner_elements = tuning.inner_elements * 2 // tensors.embedding.element_size()
+
+        inner_elements = tuning.inner_elements * 2 // element_size
         held = max(8, tokens) * block_dim  # of a head; all splits are in registers at once
         block_heads = max(1, min(power(num_heads), inner_elements // held, 2 * inner_elements // (held * splits)))
         block_inner = max(32, min(power(len(layer.gate)), inner_elements // tokens, MAX_INNER))
-        most_rows = TILE_BYTES // (block * tensors.embedding.element_size())
-        rows_of_norms = min(most_rows, tuning.crowded_rows) if tokens > 16 else most_rows
-        persistent_step_kernel[(self.num_programs,)](
-            token_ids,
-            starts,
-            self.table,
-            self.arrived,
-            tensors.embedding,
-            tensors.norm,
-            tensors.head,
-            tensors.cos,
-            tensors.sin,
-            self.hidden,
-            self.qkv,
-            self.partial,
-            self.weights,
-            self.gated,
-            normed,
-            logits,
-            rows,
-            width,
-            len(tensors.layers),
-            tensors.num_text_slots,
-            layer.keys.stride(0),
-            len(tensors.head),
-            tensors.eps,
-            layer.head_norm.eps if layer.head_norm else 0.0,
-            tensors.scaling,
+        most_rows = TILE_BYTES // (block * element_size)
+        rows_of_norms = min(most_rows, ROWS_FOR_MANY) if tokens > MANY_TOKENS else most_rows
+
+        return Constants(
             HAS_BIAS=layer.biases is not None,
             HAS_HEAD_NORM=layer.head_norm is not None,
             NUM_ENTRIES=self.table.shape[1],
@@ -231,14 +321,10 @@ class PersistentStep:
             BLOCK_HEAD=min(tuning.block_head, 2 * most_rows),
             BLOCK_KEYS=tuning.block_keys,
             ATTENTION_STAGES=tuning.attention_stages,
-            PREFETCH=tuning.prefetch and token_ids.is_cuda,
-            POLLS=tuning.polls and token_ids.is_cuda,
+            PREFETCH=on_gpu,
+            POLLS=on_gpu,
             NUM_WARPS=tuning.num_warps,
-            num_warps=tuning.num_warps,
-            num_stages=1,
-            **({"launch_cooperative_grid": True} if tuning.cooperative and token_ids.is_cuda else {}),
         )
-        return logits, normed
 
 
 def refusal(tensors: StepTensors) -> str | None:

@@ -515,8 +515,11 @@ if triton is not None:
         BLOCK_DOWN: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_KEYS: tl.constexpr,
         ATTENTION_STAGES: tl.constexpr, PREFETCH: tl.constexpr, POLLS: tl.constexpr, NUM_WARPS: tl.constexpr,
     ):  # fmt: skip
-        """Five parts a layer, each behind a barrier. While a program waits at one, the first tile of the next part is
-        on its way into registers and what the part behind that will read is on its way into the cache."""
+        """Five parts a layer, each after a barrier. While a program waits at a barrier, the first tile of the next part
+        is on its way into registers, and the data of the part after that is on its way into the cache.
+
+        Launched with `step.Pointers`, `step.Numbers` and `step.Constants`, by keyword; a test pins that they agree.
+        """
         QUERY: tl.constexpr = NUM_HEADS * DIM
         KEY: tl.constexpr = NUM_KV_HEADS * DIM
         OUT_CHUNKS: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS

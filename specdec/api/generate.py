@@ -18,7 +18,8 @@ from transformers.generation import (
 )
 
 from specdec.batch.layout import Layout
-from specdec.batch.rows import Rows, StepReport
+from specdec.batch.report import StepReport
+from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
 from specdec.engine.decode import OnCommit, decode
 from specdec.engine.emitted import Emitted
@@ -28,12 +29,12 @@ from specdec.engine.streaming import Streamers
 from specdec.engine.target import Target
 from specdec.errors import ConfigError, DrafterError
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
+from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options, whole_number
 from specdec.options.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.options.speculation import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
-from specdec.policies.length import LengthPolicy
+from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy
 from specdec.verify.processors import processors_of, users_own
 from specdec.verify.sampler import Sampler
@@ -245,11 +246,11 @@ def _generate(
         model, config, set(lengths), options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
     )
     rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, speculation.spare_slots, model.device)
-    drafter.sampler, streams = None, None
+    sampler, streams = None, None
     if options.do_sample:
         streams = randomness.streams(len(rows), rows.device)
-        drafter.sampler = Sampler(processors, streams, vocab_size_of(model))
-    verification = verification_of(randomness.verification, options.do_sample, streams, processors.truncation)
+        sampler = Sampler(processors, streams, vocab_size_of(model))
+    verification = verification_of(randomness.verification, options.do_sample, streams, processors)
     scores, logits = (
         Emitted(len(rows), options.pad_token_id) if wanted else None
         for wanted in (options.output_scores, options.output_logits)
@@ -267,7 +268,7 @@ def _generate(
         scores,
         logits,
     )
-    check_memory(target, drafter, len(rows), rows.capacity)
+    check_memory(target.network, target.layout, len(rows), rows.capacity, drafter.kv_model)
 
     def on_commit(report: StepReport) -> None:
         streamers.after_step(report)
@@ -276,7 +277,7 @@ def _generate(
 
     streamers.begin(prompts)
     policy = speculation.length_policy
-    statistics = decode(target, drafter, policy, rows, num_speculative_tokens, stopping, on_commit)
+    statistics = decode(target, drafter, policy, rows, num_speculative_tokens, stopping, on_commit, sampler)
     sequences: Any = assemble(rows, input_ids, lengths, options)
     if not options.return_dict:
         return sequences

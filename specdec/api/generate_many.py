@@ -14,7 +14,8 @@ from transformers.generation import LogitsProcessorList
 
 from specdec.api.generate import Callbacks
 from specdec.batch.layout import Layout
-from specdec.batch.rows import Rows, StepReport
+from specdec.batch.report import StepReport
+from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
 from specdec.engine.decode import OnCommit, check_shared_slots, decode_steps
 from specdec.engine.metrics import Speculation
@@ -23,12 +24,12 @@ from specdec.engine.stopping import Stopping
 from specdec.engine.target import Target
 from specdec.errors import ConfigError, InputError
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import check_architecture, check_lengths, check_model
 from specdec.network.memory import check_memory
+from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import Randomness, SpeculativeConfig, speculative_config
-from specdec.policies.length import LengthPolicy
+from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy
 from specdec.verify.processors import processors_of
 from specdec.verify.sampler import Sampler
@@ -162,12 +163,12 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
     )
     schedule.on_enter = lambda request: processors.add(len(request.prompt))
     drafter = speculation.drafter
-    drafter.sampler, streams = None, None
+    sampler, streams = None, None
     if config.do_sample:
         streams = intake.randomness.streams(None, model.device)
-        drafter.sampler = Sampler(processors, streams, vocab_size_of(model))
+        sampler = Sampler(processors, streams, vocab_size_of(model))
     method = intake.randomness.verification
-    verification = verification_of(method, bool(config.do_sample), streams, processors.truncation)
+    verification = verification_of(method, bool(config.do_sample), streams, processors)
     slots, eos = schedule.slots, options.eos_token_ids
     target = Target(
         model,
@@ -180,10 +181,10 @@ def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: 
         drafter.target_layers,
         speculation.layout,
     )
-    check_memory(target, drafter, len(slots), slots.capacity)
+    check_memory(target.network, target.layout, len(slots), slots.capacity, drafter.kv_model)
     k = speculation.num_speculative_tokens
     policy = speculation.length_policy
-    steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping)
+    steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping, sampler)
     return collect(steps, schedule, set(eos), callbacks.on_commit)
 
 

@@ -9,25 +9,9 @@ text's. The next forward starts among or right behind the text's slots and so wr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class ExtraQueries(NamedTuple):
-    """A branch that is to stand behind every place of a step.
-
-    embeddings: [extra, hidden], input embeddings of the model. ahead: [extra] int64, how many places behind the end of
-    the text each stands: from 1 to its own number, and several may stand in one place.
-    """
-
-    embeddings: Tensor
-    ahead: Tensor
-
-    @property
-    def num(self) -> int:
-        return len(self.embeddings)
 
 
 @dataclass(frozen=True)

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.batch.report import StepReport, on_its_way
 from specdec.batch.slots import ON_DEVICE, ON_HOST, Slots, to_device
-from specdec.drafter import NO_TOKEN
 from specdec.kernels.commit.greedy_commit import (
     FAULT,
     FINISHED,
     FIRST_TOKEN,
+    NO_TOKEN,
     NUM_ACCEPTED,
     NUM_COMMITTED,
     NUM_DRAFTED,
     Committed,
 )
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step as the host sees it, read in a single copy.
-
-    row_ids: [rows] int64, the index of each row in the caller's batch.
-    num_committed, num_accepted, num_drafted: [rows] int64.
-    finished: [rows] bool. fault: [rows] int64, 0 if all is well, see `verify.py`.
-    token_ids: [rows, k + 1] int64, `NO_TOKEN` after the committed ones.
-    is_prefill: the tokens come from the prefill, not from a verify forward.
-    predicted: [rows, places] float64, the length policy's predicted acceptance of drafted tokens, if all before them
-    are accepted; NaN where it predicted nothing. None if it makes no predictions.
-    """
-
-    row_ids: np.ndarray
-    num_committed: np.ndarray
-    num_accepted: np.ndarray
-    num_drafted: np.ndarray
-    finished: np.ndarray
-    fault: np.ndarray
-    token_ids: np.ndarray
-    is_prefill: bool = False
-    predicted: np.ndarray | None = None
 
 
 class Rows:
@@ -69,9 +47,7 @@ class Rows:
     host_limits: np.ndarray
     _taken: Tensor | None = None  # the slots' token tensor when the views were made; it is replaced only by a resize
     _newest: tuple[Tensor, Tensor] | None = None  # see `newest`
-    _num_changes = -1  # the slots' num_changes when that was computed
-    num_steps = 0  # steps whose reports were read
-    num_unread = 0  # most tokens that a row may have committed beyond `host_lengths` while a report is on its way
+    _num_changes = -1  # of the slots when that was computed
 
     def __init__(
         self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
@@ -123,10 +99,8 @@ class Rows:
 
     @property
     def max_length(self) -> int:
-        """An upper bound of all rows' committed lengths; exact while no report is on its way."""
-        if self.num_unread:
-            return int(np.minimum(self.host_lengths + self.num_unread, self.host_limits).max())
-        return max(self.host_lengths.tolist())  # for a few numbers Python's own maximum is the fastest
+        """The longest row's committed length on the host."""
+        return max(self.host_lengths.tolist())  # of a few numbers Python's own maximum is the fastest
 
     @property
     def max_limit(self) -> int:
@@ -158,43 +132,57 @@ class Rows:
         places = self.lengths - 1
         return places, self.token_ids.gather(1, places[:, None])
 
-    def read(self, done: Committed, meanwhile: Callable[[], None] | None = None) -> StepReport:
-        """Bring one step to the host in one copy and advance the host's lengths.
-
-        meanwhile: called before waiting for the report. On the device the step is then already committed; the host's
-        lengths are those before the step, and `max_length` bounds the new ones.
-        """
+    def reading(self, done: Committed, is_prefill: bool = False) -> Callable[[], StepReport]:
+        """Start to bring one step to the host, in one copy. Call the result for the report: it waits for the copy and
+        advances the host's lengths. On the device the step is committed already."""
         arriving = on_its_way(done.report)
         self._newest = None
         self._newest, self._num_changes = self.newest(), self.slots.num_changes
-        if meanwhile is not None:
-            self.num_unread = done.report.shape[1] - FIRST_TOKEN
-            meanwhile()
-            self.num_unread = 0
-        report = arriving()
-        self.num_steps += 1
-        self.host_lengths += report[:, NUM_COMMITTED]
-        return StepReport(
-            self.row_ids.copy(),  # a copy, as its rows may move
-            report[:, NUM_COMMITTED],
-            report[:, NUM_ACCEPTED],
-            report[:, NUM_DRAFTED],
-            report[:, FINISHED].astype(bool),
-            report[:, FAULT],
-            report[:, FIRST_TOKEN:],
-        )
 
-    def cut(self, report: StepReport, num_committed: np.ndarray) -> StepReport:
-        """Undo committed tokens of this step: row i keeps the first num_committed[i] ([rows] int64)."""
+        def read() -> StepReport:
+            report = arriving()
+            self.host_lengths += report[:, NUM_COMMITTED]
+
+            return StepReport(
+                self.row_ids.copy(),  # its rows may move
+                report[:, NUM_COMMITTED],
+                report[:, NUM_ACCEPTED],
+                report[:, NUM_DRAFTED],
+                report[:, FINISHED].astype(bool),
+                report[:, FAULT],
+                report[:, FIRST_TOKEN:],
+                is_prefill,
+            )
+
+        return read
+
+    def grown(self, num_tokens: int) -> Rows:
+        """These rows while a step of at most `num_tokens` tokens a row is on its way to the host.
+
+        The tensors are the same; the host lengths of the view are upper bounds.
+        """
+        view = copy.copy(self)
+        view.host_lengths = np.minimum(self.host_lengths + num_tokens, self.host_limits)
+        return view
+
+    def cut(self, report: StepReport, num_committed: np.ndarray, finished: np.ndarray) -> StepReport:
+        """The report after a change of its end: row i keeps the first num_committed[i] tokens of this step, and is
+        finished if finished[i] says so. num_committed: [rows] int64. finished: [rows] bool."""
+        is_shorter = num_committed < report.num_committed
+        if not is_shorter.any():
+            return replace(report, finished=finished)
+
         self.host_lengths -= report.num_committed - num_committed
         self.lengths.copy_(to_device(self.host_lengths, self.device))
         self._newest = None
-        behind = np.arange(report.token_ids.shape[1]) >= num_committed[:, None]
+
+        past_the_end = np.arange(report.token_ids.shape[1]) >= num_committed[:, None]
         return replace(
             report,
             num_committed=num_committed,
-            token_ids=np.where(behind, NO_TOKEN, report.token_ids),
+            token_ids=np.where(past_the_end, NO_TOKEN, report.token_ids),
             num_accepted=np.minimum(report.num_accepted, num_committed),
+            finished=finished,
         )
 
     def retire(self, finished: np.ndarray) -> Tensor:
@@ -212,20 +200,3 @@ class Rows:
         index = self.slots.remove(done + self.first)
         self.take(max(self.slots.num_residents - self.first, 0))
         return index
-
-
-def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying a tensor to the host; call the returned function for the result. Work launched in between does not
-    delay it."""
-    if not values.is_cuda:
-        return values.cpu().numpy
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    has_arrived = torch.cuda.Event()
-    has_arrived.record(torch.cuda.current_stream(values.device))
-
-    def arrive() -> np.ndarray:
-        has_arrived.synchronize()
-        return host.numpy().copy()  # pinned memory is reused for the next step
-
-    return arrive

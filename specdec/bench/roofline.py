@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 from specdec import Speculation
 from specdec.bench.latency import RowTimes, synchronise
-from specdec.network.footprint import available_bytes
+from specdec.network.free_memory import free_bytes
 
 COPY_BYTES = 2**30  # at most; a fourth of the free memory if that is less
 NUM_COPIES = 10
 
 
 def measured_bandwidth(device: torch.device) -> float:
-    """Bytes per second read and written by a large copy."""
-    size = min(COPY_BYTES, available_bytes(device) // 4)
+    """Bytes per second that a large copy reads and writes."""
+    size = min(COPY_BYTES, free_bytes(device) // 4)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)

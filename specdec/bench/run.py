@@ -28,10 +28,10 @@ from specdec.check.ways import PLAIN as NO_DRAFTER
 from specdec.check.ways import Way, generate_options
 from specdec.errors import ConfigError
 from specdec.files.environment import environment
-from specdec.network.choose import check_model
-from specdec.network.footprint import kv_bytes_per_token
+from specdec.network.base import evaluating
 from specdec.network.invariant.swap import is_batch_invariant
-from specdec.network.stock import evaluating
+from specdec.network.memory import footprint
+from specdec.network.refusals import check_model
 from specdec.options.speculation import speculative_config
 
 
@@ -183,5 +183,5 @@ def least_seconds(result: Result, rows: Sequence[RowTimes], pair: Pair, bandwidt
     lengths = [len(prompt) for prompt in pair.prompts]
     num_calls = len(result.seconds[0])
     draft = pair.draft if result.speculation.num_draft_calls else None
-    per_token = kv_bytes_per_token(pair.target)
+    per_token = footprint(pair.target).kv_per_token
     return bytes_read(pair.target, draft, result.speculation, num_calls, rows, lengths, per_token) / bandwidth

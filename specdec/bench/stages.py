@@ -41,7 +41,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "target prefill": [(Target, "prefill")],
     "draft prefill": own_methods("start"),
     "draft": own_methods("propose") + own_methods("begin") + own_methods("observe"),
-    "verify": [(Target, "verify"), (Target, "begin")],
+    "verify": [(Target, "forward")],
     "commit": [(Target, "_commit")],
     "realign": [(RepadCache, "realign")],
     "move rows": [(RaggedCache, "keep_rows")],

@@ -24,8 +24,8 @@ from specdec.check.referee import name_of, precise_copy
 from specdec.check.teacher_forcing import pieces
 from specdec.errors import ConfigError, InputError, NumericalError
 from specdec.files.environment import versions
-from specdec.network.choose import check_model
-from specdec.network.stock import evaluating
+from specdec.network.base import evaluating
+from specdec.network.refusals import check_model
 
 EQUAL, TIE, BUG = "equal", "tie", "bug"
 # A tie's margin is at most this many standard deviations of what rounding does to a margin. An engine's tie beyond it

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from specdec.batch.layout import LAYOUTS, Layout
+from specdec.batch.layout import LAYOUTS, Layout, Ragged
 from specdec.drafter import Drafter
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.files.environment import machine, versions
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import build_network, check_architecture, check_lengths
-from specdec.network.footprint import PROBE_SLOTS, Footprint, available_bytes, footprint
+from specdec.network.choose import build_network
+from specdec.network.free_memory import free_bytes
 from specdec.network.invariant.swap import batch_invariant, invariant_forward
+from specdec.network.memory import PROBE_SLOTS, Footprint, footprint
+from specdec.network.refusals import check_architecture, check_lengths
+from specdec.options.speculation import check_drafter
 
 # What each network is, by its class.
 NETWORKS = {"FusedNetwork": "fused", "InvariantNetwork": "invariant", "StockNetwork": "stock"}
@@ -195,8 +198,7 @@ def fit(drafter: Drafter | str, model: PreTrainedModel, length: int, layout: Lay
     if isinstance(drafter, str):
         return Fit(False, drafter)
     try:
-        drafter.layout = layout
-        drafter.check(model, length)
+        check_drafter(drafter, model, layout or Ragged(), length)
     except SpecDecError as error:
         return Fit(False, str(error))
     return Fit(True)
@@ -221,5 +223,5 @@ def memory_for(
     total = sum(part.total(batch_size, slots, step) for part, step in parts)
     taken = sum(part.total(0, slots, step) for part, step in parts)
     per_row = sum(part.total(1, slots, step) for part, step in parts) - taken
-    available = available_bytes(model.device)
+    available = free_bytes(model.device)
     return Memory(target, drafted, batch_size, length, total, total - taken, available, available // max(per_row, 1))

@@ -22,11 +22,11 @@ from specdec.drafter import Drafter
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
 from specdec.files.environment import versions
-from specdec.network.choose import check_architecture, check_lengths, check_model
-from specdec.network.stock import evaluating
+from specdec.network.base import evaluating
+from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import SpeculativeConfig, speculative_config
-from specdec.policies.length import DEFAULT_FIXED
+from specdec.policies.fixed import DEFAULT_FIXED
 
 TIE, BUG = "tie", "bug"
 

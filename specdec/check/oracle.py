@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.batch.rows import StepReport
+from specdec.batch.report import StepReport
 from specdec.engine.metrics import Speculation
 from specdec.options.speculation import SpeculativeConfig
 

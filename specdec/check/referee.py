@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from specdec.network.free_memory import free_bytes
 from specdec.network.model_cache import cache_argument, returned_cache
 
 # |margin| <= TIE_MULTIPLE * error is a tie. If rounding alone exchanged two tokens, one run's margin is not below 0 and
@@ -153,22 +153,12 @@ def precise_copy(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:
 
 
 def lacking_memory(model: PreTrainedModel, dtype: torch.dtype) -> str:
-    """What is lacking for a copy in `dtype`, as text; empty if it fits or nobody knows."""
+    """Why a copy in `dtype` does not fit, as text; empty if it fits."""
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    available = available_bytes(model.device)
-    if available is None or needed <= available:
+    available = free_bytes(model.device)
+    if needed <= available:
         return ""
     return f"a copy needs {needed / 2**30:.1f} GiB of {available / 2**30:.1f} GiB available"
-
-
-def available_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 def name_of(dtype: torch.dtype) -> str:

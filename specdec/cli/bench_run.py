@@ -23,6 +23,7 @@ from specdec.cli.common import Models, invariant_if, load_models, print_table
 from specdec.cli.demo import shipped_pair
 from specdec.drafters.registry import DRAFTERS
 from specdec.errors import ConfigError
+from specdec.limits import MAX_DRAFT_TOKENS
 
 DRAFT_MODEL = "draft_model"
 QUIET_CORES = 0.2
@@ -70,8 +71,8 @@ class Wanted:
         return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), *complete)
 
     def plan(self) -> Plan:
-        """Raises ConfigError for values that cannot be read."""
-        ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, 32)
+        """Raises ConfigError for what cannot be read."""
+        ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, MAX_DRAFT_TOKENS)
         sizes = whole_numbers("--batch-size", self.batch_size)
         lengths = () if self.context_lengths is None else whole_numbers("--context-lengths", self.context_lengths)
         rates = () if self.acceptance_rates is None else probabilities("--acceptance-rates", self.acceptance_rates)

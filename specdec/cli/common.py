@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from specdec.limits import MAX_DRAFT_TOKENS
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,8 +36,6 @@ STAGES = {
     "sampling": "sampling",
 }  # labels of progress bars
 LOOK_AHEAD = "look_ahead"
-
-MAX_DRAFT_TOKENS = 32
 
 
 def check_draft_tokens(value: int | None) -> int | None:

@@ -13,7 +13,7 @@ import typer
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from specdec.api.generate import generate
-from specdec.batch.rows import StepReport
+from specdec.batch.report import StepReport
 from specdec.check.equivalence import check_prompts
 from specdec.check.oracle import greedy_settings, left_pad, now, tell
 from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from specdec.check.doctor import Diagnosis
     from specdec.drafter import Drafter
-    from specdec.network.footprint import Footprint
+    from specdec.network.memory import Footprint
 
 MIB = 2**20
 DEFAULT_LENGTH = 1024
@@ -44,7 +44,7 @@ def doctor(
     from specdec.check.doctor import diagnose
     from specdec.cli.common import quiet_transformers
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
-    from specdec.network.choose import check_model
+    from specdec.network.refusals import check_model
 
     place = resolve_device(device)
     folder = find_checkpoint(model, "target")

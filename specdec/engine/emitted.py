@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.batch.rows import Rows, StepReport
+from specdec.batch.report import StepReport
+from specdec.batch.rows import Rows
 
 
 class Emitted:

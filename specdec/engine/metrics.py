@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from specdec.batch.rows import StepReport
+from specdec.batch.report import StepReport, decided
 
 NUM_BINS = 10
 
@@ -132,15 +132,6 @@ class Speculation:
             "calibration",
         )
         return {**self.__dict__, **{name: getattr(self, name) for name in names}}
-
-
-def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which drafted tokens the target decided (all before them were accepted), and which it accepted, [rows, places]
-    bool. Tokens past the end of a row were not decided."""
-    place = np.arange(num_places)
-    accepted = place < report.num_accepted[:, None]
-    first_rejected = (place == report.num_accepted[:, None]) & ~report.finished[:, None]
-    return (accepted | first_rejected) & (place < report.num_drafted[:, None]), accepted
 
 
 def _counted(histogram: list[int], values: list[int], length: int) -> list[int]:

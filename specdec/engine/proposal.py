@@ -1,4 +1,4 @@
-"""What a drafter proposes, and how much of it can be verified."""
+"""Ask the drafter, and cut its draft to what the target can verify."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import torch
 
 from specdec.batch.rows import Rows
 from specdec.batch.slots import to_device
-from specdec.drafter import NO_TOKEN, Draft, Drafter
+from specdec.draft import NO_TOKEN, Draft
+from specdec.drafter import Drafter
 from specdec.errors import DrafterError
 
 
 def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, max_tokens: int, vocab_size: int) -> Draft:
-    """What of the drafter's proposal can be verified. widths: [rows] integers, the most tokens of each row, but none
-    gets more than `max_tokens`; where all are 0 the drafter is not asked."""
+    """Ask the drafter for a draft and cut it to what the target can verify.
+
+    widths: [rows] integers, the most tokens of each row, cut at `max_tokens`. Where all are 0 the drafter is not
+        asked.
+    """
     most = min(max(widths.tolist()), max_tokens)
     if most <= 0:
         return Draft.empty(len(rows), rows.device)
@@ -25,16 +29,16 @@ def propose(drafter: Drafter, rows: Rows, widths: np.ndarray, max_tokens: int, v
 def usable(rows: Rows, draft: Draft, widths: np.ndarray, most: int, vocab_size: int, name: str) -> Draft:
     """The part of a draft that can be verified.
 
-    Cut are tokens beyond `widths`, [rows] integers, tokens that a row's length limit leaves no room for (the target's
-    own token needs one place), whatever is no token of the target, and what stands behind any of these. Raises
-    DrafterError for a draft of the wrong kind or shape, or of more than `most` tokens.
+    Tokens are cut beyond `widths` ([rows] integers), where a row's length limit leaves no room (the target's own token
+    needs one place), where they are not tokens of the target, and after any of these. Raises DrafterError for a draft
+    of the wrong kind or shape, or of more than `most` tokens.
     """
     check_draft(rows, draft, most, vocab_size, name)
     ids = draft.token_ids
     if not ids.shape[1]:
         return draft
     is_asked = min(widths.tolist()) >= ids.shape[1]
-    is_roomy = min((rows.host_limits - rows.host_lengths).tolist()) > ids.shape[1] + rows.num_unread
+    is_roomy = min((rows.host_limits - rows.host_lengths).tolist()) > ids.shape[1]
     if is_asked and is_roomy and draft.is_valid:
         return draft
     unusable, place = (ids < 0) | (ids >= vocab_size), torch.arange(ids.shape[1], device=ids.device)

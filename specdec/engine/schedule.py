@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.batch.rows import Rows, StepReport
+from specdec.batch.report import StepReport
+from specdec.batch.rows import Rows
 from specdec.batch.slots import Slots
 from specdec.network.base import prefill_budget
 

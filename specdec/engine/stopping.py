@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from specdec.batch.rows import Rows, StepReport
+from specdec.batch.report import StepReport
+from specdec.batch.rows import Rows
 from specdec.errors import ConfigError
 from specdec.options.generation import GenerationOptions
 
@@ -42,18 +43,16 @@ class Stopping:
         return len(self.criteria) > 0
 
     def apply(self, rows: Rows, report: StepReport) -> StepReport:
-        """The report of the tokens that remain committed; `rows` is cut accordingly."""
-        num_committed = report.num_committed.copy()
+        """The report of what remains committed; `rows` is cut accordingly."""
+        num_committed, finished = report.num_committed.copy(), report.finished.copy()
         for slot, count in enumerate(report.num_committed):
             begin = int(rows.host_lengths[slot] - count)
             for kept in range(1, int(count) + 1):
                 if bool(self.criteria(rows.token_ids[slot : slot + 1, : begin + kept], None).all()):
                     num_committed[slot] = kept
-                    report.finished[slot] = True
+                    finished[slot] = True
                     break
-        if (num_committed < report.num_committed).any():
-            report = rows.cut(report, num_committed)
-        return report
+        return rows.cut(report, num_committed, finished)
 
 
 def users_criteria(arrived: StoppingCriteriaList | None, config: GenerationConfig) -> StoppingCriteriaList:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from specdec.batch.rows import StepReport
+from specdec.batch.report import StepReport
 from specdec.errors import ConfigError
 
 

@@ -18,16 +18,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import SpeculativeOutput
-from specdec.batch.rows import Rows, StepReport
-from specdec.drafter import Draft
+from specdec.batch.report import StepReport
+from specdec.batch.rows import Rows
+from specdec.draft import Draft
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
-from specdec.kernels.commit.distribution import Truncation
+from specdec.kernels.commit.truncation import Truncation
+from specdec.limits import MAX_DRAFT_TOKENS
 from specdec.network.any_subset.model import AnySubsetModel, Conditionals, Order, XLNet, conditionals_of
 from specdec.options.generation import is_whole
 from specdec.options.inputs import check_input_ids
-from specdec.options.speculation import MAX_SPECULATIVE_TOKENS, Randomness
+from specdec.options.speculation import Randomness
 from specdec.verify.lossy import Lossy
+from specdec.verify.truncations import SameForAllRows
 from specdec.verify.verification import GreedyVerification, SampledVerification, Verification
 
 if TYPE_CHECKING:
@@ -97,8 +100,8 @@ def infill(
     conditionals = Forbidding(conditionals_of(model, order, rows), mask_token)
     sampling, verify = None, cast(Verification, GreedyVerification())
     if do_sample:
-        sampling = Sampling(randomness.streams(len(rows), rows.device), truncation)
-        verify = SampledVerification(sampling.streams, truncation, verification)
+        sampling = Sampling(randomness.streams(len(rows), rows.device), SameForAllRows(truncation))
+        verify = SampledVerification(sampling.streams, sampling.processors, verification)
     by = drafter_of(drafter, conditionals, order, rows, sampling, served.vocab_size, num_speculative_tokens)
     speculation = fill(rows, Filling(conditionals, by, verify, num_speculative_tokens, bonus_token))
     sequences = sequences_of(rows, order, input_ids)
@@ -131,7 +134,7 @@ def fill(rows: Rows, filling: Filling) -> Speculation:
         if first is not None:  # equal to the last bit: then the first draft token is certain to be accepted
             density[:, 0] = first
         done = filling.verification(within_step(rows, draft, filling.bonus_token), draft, density, no_ends)
-        report = rows.read(done)
+        report = rows.reading(done)()
         check_report(report)
         speculation.add(report)
         if drafter is not None:
@@ -255,10 +258,10 @@ def check_drafting(drafter: str | None, num_speculative_tokens: int) -> None:
             f"drafter={named} cannot draft for infilling; choose {', '.join(map(repr, DRAFTERS))}, or None"
         )
     k = num_speculative_tokens
-    if not is_whole(k) or not 1 <= k <= MAX_SPECULATIVE_TOKENS:
+    if not is_whole(k) or not 1 <= k <= MAX_DRAFT_TOKENS:
         raise ConfigError(
-            f"num_speculative_tokens={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for one token "
-            "per call pass drafter=None"
+            f"num_speculative_tokens={k!r} must be a whole number from 1 to {MAX_DRAFT_TOKENS}; for one token a "
+            "call pass drafter=None"
         )
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
+from specdec.draft import ExtraQueries
 
 # Tokens per prefill forward. They bound the memory of masks and activations; on a CPU these also stay in the cache.
 PREFILL_TOKENS = {"cpu": 512}
@@ -169,3 +169,16 @@ def vocab_size_of(model: PreTrainedModel) -> int:
         return head.weight.shape[0]
     # A head of several layers: the last one's rows.
     return matrices[-1].shape[0] if matrices else model.config.get_text_config(decoder=True).vocab_size
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Turn dropout off, as decoding needs it. Afterwards each module returns to its own mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

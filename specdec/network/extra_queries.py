@@ -12,21 +12,20 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
+from specdec.draft import ExtraQueries
 from specdec.errors import UnsupportedModelError
-from specdec.network.base import Network
-from specdec.network.choose import (
+from specdec.network.base import Network, evaluating
+from specdec.network.choose import build_network
+from specdec.network.probe import (
     PROBE_ATTEMPTS,
     PROBE_ERRORS,
-    build_network,
     probe_key,
     probe_tokens,
     probe_tolerance,
     relative_difference,
 )
-from specdec.network.stock import evaluating
 
 WIDTH, NUM_EXTRA, PROMPT_LENGTHS = 3, 2, (4, 2)
 _probed: WeakKeyDictionary[PreTrainedModel, set[tuple]] = WeakKeyDictionary()

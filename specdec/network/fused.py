@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.cache import RaggedLayer
 from specdec.batch.layout import Layout
+from specdec.draft import ExtraQueries
 from specdec.network.base import Network, NetworkOutput
 from specdec.network.known_classes import LLAMA_LIKE, head_norm_eps, is_known_class, is_plain, windows
 from specdec.network.packed_linear import MergedLinear, can_pack

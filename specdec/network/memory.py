@@ -1,53 +1,109 @@
-"""Whether the caches of a generation fit on the GPU, asked before anything of them is allocated."""
+"""How much memory a model and its caches take, and whether the caches of a generation fit on the GPU."""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.batch.layout import Layout
-from specdec.drafter import Drafter
-from specdec.engine.target import Target
+from specdec.batch.layout import Layout, Ragged
 from specdec.errors import ConfigError
-from specdec.network.choose import NetworkType, choose_network, probe_key
-from specdec.network.footprint import PROBE_SLOTS, cached_bytes
+from specdec.network.base import Network, vocab_size_of
+from specdec.network.choose import build_network, choose_network
+from specdec.network.free_memory import free_bytes
+from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.probe import NetworkType, probe_key
 
 GIB = 2**30
+PROBE_SLOTS = 8  # tokens of the cache whose size is measured
+# A host swaps and overcommits: a cache that is larger than its free memory may still be served.
+LIMITED_DEVICES = ("cuda",)
+
 _measured: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDictionary()
 
 
-def check_memory(target: Target, drafter: Drafter, max_rows: int, num_slots: int) -> None:
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a model takes here.
+
+    weights: parameters and buffers. packed: the copies that a CPU's products read instead of the weights.
+    kv_per_token: keys and values of all layers, per row and token. logits_per_token: the logits of one position.
+    """
+
+    weights: int
+    packed: int
+    kv_per_token: float
+    logits_per_token: int
+
+    def total(self, rows: int, tokens: int, step_width: int) -> int:
+        """Bytes with a cache of `tokens` for each row and a step over `step_width` tokens, without activations."""
+        cache = rows * tokens * self.kv_per_token
+        return int(self.weights + self.packed + cache + rows * step_width * self.logits_per_token)
+
+
+def footprint(model: PreTrainedModel, layout: Layout | None = None) -> Footprint:
+    """Measured by building what `generate` builds; raises UnsupportedModelError if the layout does not serve it."""
+    layout = layout or Ragged()
+    network = build_network(model, 1, PROBE_SLOTS, layout=layout)
+
+    weights = unique_bytes([*model.parameters(), *model.buffers()])
+    kv_per_token = kv_bytes_per_token(cast(NetworkType, type(network)), model, layout)
+    logits = vocab_size_of(model) * model.dtype.itemsize
+    return Footprint(weights, packed_bytes(network), kv_per_token, logits)
+
+
+def packed_bytes(network: Network) -> int:
+    """Bytes of the packed copies that the fused network multiplies by on a CPU."""
+    if not isinstance(network, FusedNetwork) or network.weights.head.parts is not None:
+        return 0
+    return sum(module.weight.nbytes for module in network.model.modules() if isinstance(module, nn.Linear))
+
+
+def unique_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of tensors of which several may share their memory, as tied weights do."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def check_memory(
+    target: Network,
+    layout: Layout,
+    max_rows: int,
+    num_slots: int,
+    draft_model: PreTrainedModel | None = None,
+) -> None:
     """Raise ConfigError if the keys and values of the target and of a draft model do not fit.
 
-    max_rows, num_slots: rows, and tokens of each, that the caches are to hold. Activations are not counted, so what
-    passes may still run out of memory. Devices that do not tell what is free, such as a CPU, are not asked.
+    max_rows, num_slots: rows of each cache, and tokens of each row.
+    Activations are not counted, so a generation that passes may still run out of memory. Only `LIMITED_DEVICES` are
+    asked.
     """
-    model, layout = target.network.model, target.layout
-    available = free_bytes(model.device)
-    if available is None:
+    device = target.model.device
+    if device.type not in LIMITED_DEVICES:
         return
-    network_type = cast(NetworkType, type(target.network))
-    needs = {"target": cache_bytes(network_type, model, max_rows, num_slots, layout)}
-    if drafter.kv_model is not None:
-        draft, its_layout = drafter.kv_model, drafter.layout or layout
-        needs["draft model"] = cache_bytes(
-            choose_network(draft, its_layout, must_be_exact=False), draft, max_rows, num_slots, its_layout
-        )
-    needed, freed = (sum(need[i] for need in needs.values()) for i in (0, 1))
-    if needed > available + freed:
-        gc.collect()  # models and caches that only cycles keep
-        available = free_bytes(model.device) or 0
-    available += freed
+
+    needs = {"target": cache_bytes(cast(NetworkType, type(target)), target.model, max_rows, num_slots, layout)}
+    if draft_model is not None:
+        draft_type = choose_network(draft_model, layout, must_be_exact=False)
+        needs["draft model"] = cache_bytes(draft_type, draft_model, max_rows, num_slots, layout)
+
+    needed = sum(bytes_ for bytes_, _ in needs.values())
+    freed = sum(freed_bytes for _, freed_bytes in needs.values())
+    available = free_bytes(device) + freed
+    if needed > available:
+        gc.collect()  # models and caches that only reference cycles keep
+        available = free_bytes(device) + freed
+
     if needed > available:
         parts = ", ".join(f"{name} {bytes_ / GIB:.2f} GiB" for name, (bytes_, _) in needs.items())
         raise ConfigError(
             f"keys and values of {max_rows} rows of {num_slots} tokens need {needed} bytes ({parts}), but "
-            f"{model.device} has {available} bytes ({available / GIB:.2f} GiB) available; decode fewer prompts at a "
+            f"{device} has {available} bytes ({available / GIB:.2f} GiB) available; decode fewer prompts at a "
             "time or lower max_new_tokens"
         )
 
@@ -57,24 +113,28 @@ def cache_bytes(
 ) -> tuple[int, int]:
     """Bytes that running such a network allocates for its cache, and bytes of an earlier cache freed before."""
     rows, slots, freed = network_type.plan(model, max_rows, num_slots)
-    return (int(rows * slots * kv_bytes_per_slot(network_type, model, layout)) if rows else 0), freed
+    needed = int(rows * slots * kv_bytes_per_token(network_type, model, layout)) if rows else 0
+    return needed, freed
 
 
-def kv_bytes_per_slot(network_type: NetworkType, model: PreTrainedModel, layout: Layout) -> float:
-    """Of keys and values of all layers, per row."""
+def kv_bytes_per_token(network_type: NetworkType, model: PreTrainedModel, layout: Layout) -> float:
+    """Bytes of the keys and values of all layers, per row and token."""
     if issubclass(network_type, InvariantNetwork):
         heads, head_dim = model.config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
         return 2 * len(model.model.layers) * heads * head_dim * model.dtype.itemsize
-    # Other families cache what they like: seen once, in a forward over one token.
+
+    # Other families cache in shapes of their own, so the size is measured once, in a forward over one token.
     known, key = _measured.setdefault(model, {}), probe_key(model, network_type, layout)
     if key not in known:
-        known[key] = cached_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)) / PROBE_SLOTS
+        known[key] = measured_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)) / PROBE_SLOTS
     return known[key]
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """What this process could allocate, with what torch holds without using it; None if the device does not tell."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+@torch.no_grad()
+def measured_bytes(network: Network) -> int:
+    """Bytes of the network's cache after a forward over one token of one row."""
+    device = network.model.device
+    with network.running():
+        nothing = torch.zeros(1, dtype=torch.long, device=device)
+        network.forward(nothing[:, None], nothing, 1)
+    return network.cache.nbytes

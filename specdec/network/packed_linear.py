@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from specdec.network.free_memory import free_bytes
 
 MAX_SHARE_OF_FREE_MEMORY = 0.5
 
@@ -28,7 +29,9 @@ def can_pack(weights: Sequence[Tensor]) -> bool:
         fast.add(torch.bfloat16)
     if not dtypes <= fast or any(weight.device.type != "cpu" for weight in weights):
         return False
-    return sum(weight.nbytes for weight in weights) <= MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
+
+    needed = sum(weight.nbytes for weight in weights)
+    return needed <= MAX_SHARE_OF_FREE_MEMORY * free_bytes(torch.device("cpu"))
 
 
 class MergedLinear:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.layout import Layout
+from specdec.draft import ExtraQueries
 from specdec.network import attention
-from specdec.network.base import Network, NetworkOutput
+from specdec.network.base import Network, NetworkOutput, evaluating
 from specdec.network.invariant.attention import INVARIANT
 from specdec.network.model_cache import cache_argument
 
@@ -106,16 +106,3 @@ class StockNetwork(Network):
             return behind[torch.arange(rows, device=columns.device), columns]
 
         return NetworkOutput(logits, tuple(output.hidden_states[i][:, :num_tokens] for i in layers), extra_logits)
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Turn dropout off for decoding; each module's own mode is restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,14 +11,20 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.batch.layout import Layout, Ragged, resolve_layout
-from specdec.drafter import Drafter, NoDrafts
+from specdec.drafter import Drafter, NoDrafts, check_contract
 from specdec.errors import ConfigError, DrafterError
+from specdec.limits import MAX_DRAFT_TOKENS
+from specdec.network.extra_queries import check_extra_queries
+from specdec.network.refusals import check_architecture
 from specdec.options.generation import is_whole
-from specdec.policies.length import DEFAULT_FIXED, Confidence, Fixed, Heuristic, LengthPolicy, resolve_length_policy
+from specdec.policies.by_estimate import Confidence
+from specdec.policies.fixed import DEFAULT_FIXED, Fixed
+from specdec.policies.heuristic import Heuristic
+from specdec.policies.registry import resolve_length_policy
+from specdec.policy import LengthPolicy
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
 from specdec.verify.random_streams import RowStreams
 
-MAX_SPECULATIVE_TOKENS = 32
 VERIFICATIONS = ("token", "block")
 POLICY_ALIASES = ("num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
@@ -36,8 +42,7 @@ class SpeculativeConfig:
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:
         """Raise a SpecDecError if drafter or policy cannot serve `target` for sequences of `max_length` tokens."""
-        self.drafter.layout = self.layout
-        self.drafter.check(target, max_length)
+        check_drafter(self.drafter, target, self.layout, max_length)
         self.length_policy.check(target, self.drafter)
 
     @property
@@ -45,6 +50,16 @@ class SpeculativeConfig:
         """The most slots that a step may write after a row's committed tokens: the draft, the last token's own keys,
         and the extra queries after each of them."""
         return (self.num_speculative_tokens + 1) * (1 + self.drafter.num_extra_queries)
+
+
+def check_drafter(drafter: Drafter, target: PreTrainedModel, layout: Layout, max_length: int) -> None:
+    """Raise a SpecDecError if the drafter cannot serve `target` in this layout for sequences of `max_length` tokens."""
+    check_contract(drafter)
+    drafter.check(target, max_length)
+    if drafter.kv_model is not None:
+        check_architecture(drafter.kv_model, layout)
+    if drafter.num_extra_queries:
+        check_extra_queries(target, layout)
 
 
 def speculative_config(
@@ -106,7 +121,7 @@ def speculative_config(
         raise ConfigError(f"max_matching_ngram_size={ngram!r} is not a number of tokens; choose 1 or more")
     chosen = resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram}))
     if length_policy == "fixed" and isinstance(policy, Heuristic):
-        k = MAX_SPECULATIVE_TOKENS  # transformers' number applies only to the first draft
+        k = MAX_DRAFT_TOKENS  # transformers' number is that of the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
 
 
@@ -136,11 +151,11 @@ def draft_tokens(
     for name, k in given.items():
         if not is_whole(k) or k < 1:
             raise ConfigError(
-                f"{name}={k!r} must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}; for plain decoding pass "
+                f"{name}={k!r} must be a whole number from 1 to {MAX_DRAFT_TOKENS}; for plain decoding pass "
                 "drafter=None"
             )
-        if k > MAX_SPECULATIVE_TOKENS:
-            raise ConfigError(f"{name}={k} exceeds {MAX_SPECULATIVE_TOKENS}; lower it")
+        if k > MAX_DRAFT_TOKENS:
+            raise ConfigError(f"{name}={k} exceeds {MAX_DRAFT_TOKENS}; lower it")
     return next(iter(given.items()), ("num_speculative_tokens", None))
 
 

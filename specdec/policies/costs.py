@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-MAX_TOKENS = 33  # of a step: the newest and 32 draft tokens
+from specdec.limits import MAX_STEP_WIDTH
+
+MAX_TOKENS = MAX_STEP_WIDTH  # of one row in a step
 NUM_SAMPLES = 11  # of each time the last ones, of which the lower median counts
 SHORTEST_CONTEXT = 128
 NUMBERS = np.arange(MAX_TOKENS + 1)

@@ -12,8 +12,8 @@ from torch import Tensor
 from specdec.network.invariant.graphs import capture, row_bucket
 
 if TYPE_CHECKING:
+    from specdec.draft import Shown
     from specdec.policies.estimates import Estimate
-    from specdec.policies.length import Shown
 
 
 @dataclass

@@ -26,7 +26,7 @@ from specdec.policies.heads.disco import Disco
 from specdec.policies.heads.files import Head
 
 if TYPE_CHECKING:
-    from specdec.policies.length import Shown
+    from specdec.draft import Shown
 
 AnyHead = TypeVar("AnyHead", bound=Head)
 # Within which a head sees statistics, as `numbers` has it.

@@ -14,7 +14,7 @@ from specdec.errors import ConfigError
 
 @dataclass(frozen=True)
 class Lenient:
-    """Accept with probability min(1, p / (l q)), recover from norm((p - l q)+): q counts for less than it is.
+    """Accept with probability min(1, p / (l q)), recover from norm((p - l q)+): q counts l times.
 
     No token then has more than p / l of the probability; l towards 1 is rejection sampling. Deterministic drafts count
     as q = 1. Greedy: accept where p is at least l times the largest. After Leviathan et al. 2023 (arXiv 2211.17192),
@@ -89,7 +89,7 @@ def check_number(name: str, value: object, above: float, most: float) -> None:
 
 
 def verification_named(text: str) -> str | Lossy:
-    """What a command line says: "token", "block", or a lossy rule with its numbers, "typical:0.09:0.3".
+    """The value that a command line gives: "token", "block", or a lossy rule with its numbers, "typical:0.09:0.3".
 
     Raises ConfigError for a rule with other numbers than it takes.
     """

@@ -22,9 +22,10 @@ from transformers.generation import logits_process as hf
 
 from specdec.batch.rows import Rows
 from specdec.errors import ConfigError
-from specdec.kernels.commit.distribution import Truncation
+from specdec.kernels.commit.truncation import Truncation, Truncations
 from specdec.network.base import vocab_size_of
 from specdec.options.generation import GenerationOptions
+from specdec.verify.truncations import SameForAllRows
 
 # Scores of a position depend on that position's scores alone.
 BLIND = (
@@ -56,7 +57,7 @@ class Processors:
     """The processors of one `generate` call.
 
     truncation: temperature, top-k, top-p and min-p where they come last, as they usually do. They are then left to
-        whoever makes a distribution of the scores, which is far cheaper; `warpers` holds transformers' own of them.
+        the code that makes a distribution of the scores, which is far cheaper; `warpers` holds transformers' own.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Processors:
         self.truncation, self.warpers = truncation_of(next(iter(lists.values()), LogitsProcessorList()))
         kept = {length: len(processors) - len(self.warpers) for length, processors in lists.items()}
         self.by_prompt_length = {length: LogitsProcessorList(lists[length][: kept[length]]) for length in lists}
+        self._rows_truncations = SameForAllRows(self.truncation)
         self.min_new_tokens, self.eos_token_ids = min_new_tokens, list(eos_token_ids)
 
     def __call__(self, rows: Rows, draft_ids: Tensor, logits: Tensor, first: int = 0) -> Tensor:
@@ -108,6 +110,10 @@ class Processors:
                     flat = apply_processor(processor, positions, flat)
                 scores[index] = flat.unflatten(0, (len(slots), width))
         return scores
+
+    def truncations(self, rows: Rows) -> Truncations:
+        """The truncation of each row of this step; for now all have the call's."""
+        return self._rows_truncations.truncations(rows)
 
     def add(self, prompt_length: int) -> None:
         """Make the processors of prompts of one more length."""

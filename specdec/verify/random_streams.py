@@ -24,7 +24,7 @@ NUM_ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """What numbers are used for; those of different purposes are independent."""
+    """The use that numbers are put to; those of different purposes are independent."""
 
     DRAFT = 0  # draw j samples draft token j of a step
     VERIFY = 1  # draw 0 samples the recovered or bonus token, draw 1 + j decides about draft token j
@@ -36,9 +36,9 @@ class RowStreams:
     seed: an int s, and row i uses the stream (s, i); or one int per row, and row i uses the stream (seed[i], 0), which
         it would use alone under seed[i], so that rows permuted together with their seeds draw the same numbers.
         Seeds count modulo 2^64.
-    num_rows: rows of the caller's batch; None if nobody knows yet.
-    device: where `uniforms` puts its numbers. They are computed on the host, where a step knows its rows and lengths:
-        a few numbers a row, for which some seventy launches would take longer than the step may cost.
+    num_rows: rows of the caller's batch; None if the number is not known yet.
+    device: where `uniforms` puts its numbers. They are computed on the host, which knows a step's rows and lengths: on
+        the device some seventy launches for a few numbers per row would take longer than the step may cost.
     """
 
     def __init__(self, seed: int | Sequence[int], num_rows: int | None, device: torch.device | str = "cpu"):
@@ -55,7 +55,7 @@ class RowStreams:
 
         row_ids: [rows] int64 on the host, indices into the caller's batch.
         positions: [rows] int64 on the host, 0 .. 2^32 - 1: each row's committed length where the step starts. Lengths
-            only grow, so every step has numbers of its own. The place of each single token will not do: a place behind
+            only grow, so every step has numbers of its own. The place of each single token will not do: a place after
             a rejection is drafted again in the next step, and block verification has looked at its number already.
         """
         counter = np.empty((4, len(row_ids), count), dtype=np.uint64)
@@ -67,7 +67,7 @@ class RowStreams:
         words = philox(counter, keys)
         bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
         numbers = torch.from_numpy(bits * 2.0**-53)
-        if self.device.type == "cuda":  # a copy from other memory would wait for all that the device has yet to do
+        if self.device.type == "cuda":  # a copy from other memory would wait for all work queued on the device
             numbers = numbers.pin_memory()
         return numbers.to(self.device, non_blocking=True)
 

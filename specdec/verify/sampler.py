@@ -1,4 +1,4 @@
-"""How a drafter samples: by the target's processors and from each row's own random stream."""
+"""How a drafter samples: with the target's processors and from each row's own random stream."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ class Sampler:
         """vocab_size: the target's, to which the drafter's logits are padded or cut."""
         self.processors, self.streams, self.vocab_size = processors, streams, vocab_size
 
+    def is_needed(self, rows: Rows) -> bool:
+        """Whether any of these rows is sampled."""
+        return True
+
     def draw(self, rows: Rows, max_tokens: int) -> Tensor:
         """The numbers of one step's draft, [rows, max_tokens] float64."""
         return self.streams.uniforms(rows.row_ids, rows.host_lengths, max_tokens, Purpose.DRAFT)
@@ -30,7 +34,8 @@ class Sampler:
     def sample(self, rows: Rows, drafted: Tensor, logits: Tensor, uniforms: Tensor, probs: Tensor) -> Tensor:
         """The next draft token of each row, [rows] int64; its distribution is written into `probs`.
 
-        NO_TOKEN and zeros where the drafter has no distribution (NaN logits, or every token forbidden).
+        NO_TOKEN and zeros where the drafter has no distribution (NaN logits, or every token forbidden). A row at
+        temperature 0 gets the argmax and a one-hot distribution.
 
         drafted: [rows, j] int64, this step's draft so far. logits: [rows, draft vocab]. uniforms: [rows] of `draw`.
         probs: [rows, vocab] float32, a part of `probs(...)`.
@@ -38,4 +43,4 @@ class Sampler:
         if self.processors.name_tokens:
             logits = F.pad(logits, (0, self.vocab_size - logits.shape[1]), value=float("-inf"))
         scores = self.processors(rows, drafted, logits[:, None], first=drafted.shape[1])[:, 0]
-        return sample(scores[:, : self.vocab_size], self.processors.truncation, uniforms, probs)
+        return sample(scores[:, : self.vocab_size], self.processors.truncations(rows), uniforms, probs)

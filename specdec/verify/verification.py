@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from specdec.batch.rows import Rows
-from specdec.drafter import NO_TOKEN, Draft
-from specdec.kernels.commit.distribution import NO_TRUNCATION, Distribution, Truncation, distribution_of
+from specdec.draft import NO_TOKEN, Draft
+from specdec.kernels.commit.distribution import Distribution, distribution_of, row_sums
 from specdec.kernels.commit.greedy_commit import BAD_SCORES, Committed, greedy_commit
 from specdec.kernels.commit.sampled_commit import sampled_commit
+from specdec.kernels.commit.truncation import NO_TRUNCATION
 from specdec.verify.lossy import Lenient, Lossy, TopBeta, Typical
 from specdec.verify.random_streams import Purpose, RowStreams
+from specdec.verify.truncations import HasTruncations, SameForAllRows
 
-BAD_DRAFT = 2 * BAD_SCORES  # a fault: the drafter's probabilities are no distribution
+BAD_DRAFT = 2 * BAD_SCORES  # a fault: the drafter's probabilities are not a distribution
 
 
 class Verification(Protocol):
@@ -59,15 +61,16 @@ class GreedyVerification:
 
 @dataclass(frozen=True)
 class SampledVerification:
-    """Commits samples of the target's distribution, whatever the drafter's.
+    """Commits samples of the target's distribution, whatever the drafter's. A row at temperature 0 commits what
+    `GreedyVerification` would commit for it.
 
+    processors: knows each row's truncation.
     method: "token" (rejection sampling) or "block" (block verification), see `kernels/commit/sampled_commit.py`; or a
-    lossy
-        rule, and what is committed follows another distribution.
+        lossy rule, and then the committed tokens follow another distribution.
     """
 
     streams: RowStreams
-    truncation: Truncation = NO_TRUNCATION
+    processors: HasTruncations = field(default_factory=lambda: SameForAllRows(NO_TRUNCATION))
     method: str | Lenient | Typical = "token"
 
     @property
@@ -79,12 +82,17 @@ class SampledVerification:
         return isinstance(self.method, str)
 
     def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> Committed:
-        target = distribution_of(scores, self.truncation)
+        target = distribution_of(scores, self.processors.truncations(rows))
         uniforms = self.streams.uniforms(rows.row_ids, rows.host_lengths, scores.shape[1], Purpose.VERIFY)
         draft_ids, draft_probs = draft.token_ids, draft.probs
-        if isinstance(self.method, Typical):  # whatever is left of the draft is accepted, and followed by a sample of p
+
+        passes = None
+        if isinstance(self.method, Typical):  # all that is left of the draft is accepted, and a sample of p follows
             draft_ids, draft_probs = typical_prefix(self.method, target, draft_ids), None
             uniforms[:, 1:] = 0
+        elif isinstance(self.method, Lenient) and target.best is not None and draft_ids.shape[1]:
+            passes = lets_pass(self.method, draft_ids, scores[:, :-1])
+
         done = sampled_commit(
             target,
             draft_ids,
@@ -96,27 +104,31 @@ class SampledVerification:
             rows.limits,
             self.method if isinstance(self.method, str) else "token",
             lenience=self.method.lenience if isinstance(self.method, Lenient) else 1.0,
+            passes=passes,
         )
         if not draft.is_normalised and draft.probs is not None:
             # Half precision sums to 1 within a percent; NaN compares false.
             sums_to_one = (draft.probs.sum(-1, dtype=torch.float32) - 1).abs() < 0.02
-            done.fault.add_(((draft.token_ids >= 0) & ~sums_to_one).any(1) * BAD_DRAFT)
+            is_bad = ((draft.token_ids >= 0) & ~sums_to_one).any(1)
+            if target.best is not None:  # greedy rows do not read the probabilities
+                is_bad &= target.best[:, 0] == NO_TOKEN
+            done.fault.add_(is_bad * BAD_DRAFT)
         return done
 
 
 def verification_of(
-    method: str | Lossy, do_sample: bool, streams: RowStreams | None, truncation: Truncation
+    method: str | Lossy, do_sample: bool, streams: RowStreams | None, processors: HasTruncations
 ) -> Verification:
-    """What `verification=` asks for; the combination has been checked."""
+    """The verification that `verification=` asks for; the combination has been checked."""
     if do_sample:
         assert streams is not None and not isinstance(method, TopBeta)
-        return SampledVerification(streams, truncation, method)
+        return SampledVerification(streams, processors, method)
     assert not isinstance(method, Typical)
     return GreedyVerification(None if isinstance(method, str) else method)
 
 
 def lets_pass(rule: Lenient | TopBeta, draft_ids: Tensor, scores: Tensor) -> Tensor:
-    """Which drafts a greedy rule accepts beside the argmax, [rows, k] bool.
+    """Which drafts a greedy rule accepts besides the argmax, [rows, k] bool.
 
     draft_ids: [rows, k] int64. scores: [rows, k, vocab].
     """
@@ -125,17 +137,20 @@ def lets_pass(rule: Lenient | TopBeta, draft_ids: Tensor, scores: Tensor) -> Ten
     gap = (scores.amax(-1).double() - drafted[..., 0].double()).masked_fill(draft_ids == NO_TOKEN, torch.inf)
     if isinstance(rule, Lenient):
         return gap <= -math.log(rule.lenience)
-    # As argmax does, a tie ranks behind those of lower index, so that the first rank is greedy decoding.
+    # As in argmax, of equal scores the lower index ranks first, so that the first rank is greedy decoding.
     is_ahead = (scores > drafted) | ((scores == drafted) & (torch.arange(scores.shape[2], device=index.device) < index))
     return (gap <= rule.tau) & (is_ahead.sum(2) < rule.beta)
 
 
 def typical_prefix(rule: Typical, target: Distribution, draft_ids: Tensor) -> Tensor:
-    """The drafts with every one from the first untypical on taken out, [rows, k] int64."""
+    """The drafts with every one from the first untypical on taken out, [rows, k] int64. Greedy rows keep theirs."""
     p = target.of_tokens(draft_ids.clamp(min=0))
     threshold = torch.empty_like(p)
     for place in range(draft_ids.shape[1]):
         probs = target.at(torch.full_like(draft_ids[:, 0], place))
-        threshold[:, place] = (rule.delta * (-torch.special.entr(probs).sum(1)).exp()).clamp(max=rule.epsilon)
+        entropy = row_sums(torch.special.entr(probs))
+        threshold[:, place] = (rule.delta * (-entropy).exp()).clamp(max=rule.epsilon)
     is_typical = (p >= threshold) & (p > 0) & (draft_ids != NO_TOKEN)
+    if target.best is not None:
+        is_typical |= target.best[:, :-1] != NO_TOKEN
     return draft_ids.masked_fill(is_typical.long().cumprod(1) == 0, NO_TOKEN)

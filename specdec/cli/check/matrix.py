@@ -25,6 +25,7 @@ from specdec.cli.common import (
 from specdec.errors import DrafterError
 from specdec.files.junit import Case
 from specdec.files.loading import read_prompts
+from specdec.limits import MAX_DRAFT_TOKENS
 
 DRAFT_MODEL = "draft_model"
 
@@ -58,7 +59,7 @@ class Choice:
         return names
 
     def ways(self) -> list[Way]:
-        ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, 32)
+        ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, MAX_DRAFT_TOKENS)
         return ways(self.drafters(), ks, whole_numbers("--batch-size", self.batch_size), axis_values(self.axes))
 
     def load(self, target: str, device: str, dtype: str | None) -> Models:

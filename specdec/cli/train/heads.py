@@ -25,6 +25,7 @@ from specdec.cli.train.common import (
     train_config,
     writing_bar,
 )
+from specdec.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
     from specdec.drafters.training.heads.recipe import HeadData
@@ -101,8 +102,10 @@ def disco(
     new_tokens: NewTokensOption = 192,
     held_out: HeldOutOption = 128,
     labels: LabelsOption = "both",
-    max_draft_tokens: Annotated[int, Count(max=32, help="The longest draft of the decoding it is trained for.")] = 20,
-    top_k: Annotated[int, Count(help="How many of the drafter's largest probabilities the classifier sees.")] = 10,
+    max_draft_tokens: Annotated[
+        int, Count(max=MAX_DRAFT_TOKENS, help="The longest draft of the decoding it is trained for.")
+    ] = 20,
+    top_k: Annotated[int, Count(help="How many of the drafter's largest probabilities it sees.")] = 10,
     steps: StepsOption = 1000,
     batch_rows: BatchRowsOption = 32,
     write_batch: WriteBatchOption = 64,

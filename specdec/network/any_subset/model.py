@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
 from specdec.batch.rows import Rows
-from specdec.drafter import NO_TOKEN
+from specdec.draft import NO_TOKEN
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.network.any_subset.two_stream import TwoStreamCache
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from specdec.batch.cache import RaggedCache
+from specdec.limits import MAX_STEP_WIDTH
 from specdec.network.base import NetworkOutput
 
-MAX_STEP_WIDTH = 33  # the newest token and 32 draft tokens
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 ROWS_BEYOND = 32  # larger batches are rounded up to a multiple of it
 WIDTH_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, MAX_STEP_WIDTH)

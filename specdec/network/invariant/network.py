@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import Branches, ExtraQueries
+from specdec.batch.branches import Branches
 from specdec.batch.cache import RaggedCache
 from specdec.batch.layout import Layout
+from specdec.draft import ExtraQueries
 from specdec.kernels.attention.ragged_attention import TREE_SLOTS
 from specdec.kernels.persistent.step import is_faster
 from specdec.network.base import CachePlan, Network, NetworkOutput

@@ -22,11 +22,11 @@ from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.kernels.linear.in_order_linear import in_order_linear
 from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.network.attention import configs_of
+from specdec.network.base import evaluating
 from specdec.network.invariant import attention as invariant_attention
 from specdec.network.invariant.attention import INVARIANT
 from specdec.network.invariant.guard import InvarianceGuard, own_arithmetic
 from specdec.network.model_cache import cache_argument
-from specdec.network.stock import evaluating
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")

@@ -1,0 +1,64 @@
+"""One step as the host sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, read in a single copy.
+
+    row_ids: [rows] int64, the index of each row in the caller's batch.
+    num_committed, num_accepted, num_drafted: [rows] int64.
+    finished: [rows] bool. fault: [rows] int64, 0 if all is well, see `verify/verification.py`.
+    token_ids: [rows, k + 1] int64, `NO_TOKEN` after the committed ones.
+    is_prefill: the tokens come from the prefill, not from a verify forward.
+    predicted: [rows, places] float64, the acceptance that the length policy expected of drafted tokens, given that of
+        those before them; NaN where it expected nothing. None if it makes no predictions.
+    """
+
+    row_ids: np.ndarray
+    num_committed: np.ndarray
+    num_accepted: np.ndarray
+    num_drafted: np.ndarray
+    finished: np.ndarray
+    fault: np.ndarray
+    token_ids: np.ndarray
+    is_prefill: bool = False
+    predicted: np.ndarray | None = None
+
+
+def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which drafted tokens the target decided about, all before them being accepted, and which it accepted.
+
+    [rows, places] bool each. The target did not decide about what follows the end of a row.
+    """
+    place = np.arange(num_places)
+    accepted = place < report.num_accepted[:, None]
+    first_rejected = (place == report.num_accepted[:, None]) & ~report.finished[:, None]
+    return (accepted | first_rejected) & (place < report.num_drafted[:, None]), accepted
+
+
+def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy to the host what the device will have computed; call the result to wait for it.
+
+    Later launches do not delay the copy.
+    """
+    if not values.is_cuda:
+        return values.cpu().numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    has_arrived = torch.cuda.Event()
+    has_arrived.record(torch.cuda.current_stream(values.device))
+
+    def arrive() -> np.ndarray:
+        has_arrived.synchronize()
+        return host.numpy().copy()  # pinned memory is taken again for the next step
+
+    return arrive

@@ -1,0 +1,189 @@
+"""The probe: does a network over a cache of this layout give the model's own logits?
+
+It compares the network with the model's uncached forward on a few made-up tokens: prefill, verification of wrong
+drafts, a different rewind in each row, verification again. A model whose logits differ is refused, so none is served
+wrongly.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.batch.layout import Layout, Repad
+from specdec.batch.rows import Rows
+from specdec.errors import UnsupportedModelError
+from specdec.network.base import evaluating
+from specdec.network.fused import FusedNetwork
+from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.stock import StockNetwork
+
+# Differences that rounding can explain, relative to the spread of the logits. Trained models in bfloat16 show 0.01 to
+# 0.02, routers that flip 0.15, wrong masks or positions 0.35 and more. A float64 model gets more than float64 would
+# need, because the rotary tables and norms of transformers are float32 whatever the model is.
+PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+TF32_TOLERANCE = 0.02  # of float32 models on a GPU, where products may round to TF32
+PROBE_ATTEMPTS = 3  # with other tokens each: a router's near-tie that rounds either way is not an error of the cache
+# What models raise over a cache or a mask that they were not made for.
+PROBE_ERRORS = (
+    AttributeError, AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+NetworkType = type[FusedNetwork] | type[InvariantNetwork] | type[StockNetwork]
+
+_probed: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDictionary()
+
+
+def probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layout) -> None:
+    """Raise UnsupportedModelError unless such a network gives the model's logits. The same question is asked once."""
+    key = probe_key(model, network_type, layout)
+    known = _probed.setdefault(model, {})
+    if key in known:
+        return
+
+    tolerance = probe_tolerance(model)
+    for attempt in range(PROBE_ATTEMPTS):
+        try:
+            difference = probe(model, network_type, attempt, layout)
+        except PROBE_ERRORS as error:
+            if isinstance(error, UnsupportedModelError):
+                raise
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot run over a {layout.name} cache ({type(error).__name__}: "
+                f"{str(error)[:200]}); {_remedy(model, network_type, layout)}"
+            ) from error
+
+        if difference <= tolerance:
+            known[key] = difference
+            return
+
+    raise UnsupportedModelError(
+        f"{type(model).__name__} gives other logits over a {layout.name} cache than without a cache (relative "
+        f"difference {difference:.1e}, limit {tolerance:.0e} in {model.dtype}); {_remedy(model, network_type, layout)}"
+    )
+
+
+def probe_key(model: PreTrainedModel, *what: object) -> tuple:
+    """All that the outcome of a probe depends on, apart from the weights."""
+    *others, layout = what
+    assert isinstance(layout, Layout)
+    return (
+        *others,
+        layout.one_length,
+        model.dtype,
+        autocast_dtype(model),
+        model.device,
+        model.config._attn_implementation,
+        model.config.to_json_string(use_diff=False),
+    )
+
+
+def _remedy(model: PreTrainedModel, network_type: NetworkType, refused: Layout) -> str:
+    """What to do with a model that one layout cannot serve."""
+    if not refused.one_length:
+        try:
+            probe_once(model, network_type, Repad())
+        except UnsupportedModelError:
+            pass
+        else:
+            return "pass layout='repad', which serves it"
+    return "use transformers' own generate for it"
+
+
+def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """The dtype that `torch.autocast` makes the model compute in; None where it is not active."""
+    kind = model.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def probe_tolerance(model: PreTrainedModel) -> float:
+    """The largest difference that rounding explains in the model's dtype, or in autocast's."""
+    if (dtype := autocast_dtype(model)) is not None:
+        return PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE[torch.bfloat16])
+    if model.dtype == torch.float32 and model.device.type == "cuda":
+        return TF32_TOLERANCE if torch.get_float32_matmul_precision() != "highest" else PROBE_TOLERANCE[model.dtype]
+    return PROBE_TOLERANCE.get(model.dtype, PROBE_TOLERANCE[torch.bfloat16])
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layout: Layout | None = None) -> float:
+    """The distance of the network's logits from uncached ones, at the worst position; see `relative_difference`.
+
+    Two rows of made-up tokens are prefilled, verified with drafts that turn wrong in a different column of each row,
+    rewound and verified again. Raises UnsupportedModelError if nothing was cached.
+    """
+    width, num_true = 4, [1, 3]  # tokens of a step, and how many of the first step's tokens each row keeps
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 64
+    longest = max(1, min(9, positions - width - num_true[0]))
+    prompt_lengths = [longest, max(1, longest - 3)]
+    sequences = [
+        probe_tokens(model, length + kept + width, seed + row)
+        for row, (length, kept) in enumerate(zip(prompt_lengths, num_true, strict=True))
+    ]
+
+    with evaluating(model):
+        expected = [
+            model(input_ids=ids[None].to(model.device), use_cache=False, return_dict=True).logits[0]
+            for ids in sequences
+        ]
+
+    rows = Rows([ids[:n] for ids, n in zip(sequences, prompt_lengths, strict=True)], 2 * width, 0, model.device)
+    network = network_type(model, len(rows), rows.capacity, layout=layout)
+    differences = []
+
+    def compare(row: int, logits: torch.Tensor, begin: int) -> None:
+        differences.append(relative_difference(logits, expected[row][begin : begin + len(logits)]))
+
+    with network.running():
+        first = network.prefill(rows)
+        for row, length in enumerate(prompt_lengths):
+            compare(row, first[row : row + 1], length - 1)
+
+        starts = list(prompt_lengths)
+        for kept in (num_true, [width, width]):
+            batch = torch.stack([ids[s : s + width] for ids, s in zip(sequences, starts, strict=True)])
+            for row, n in enumerate(kept):
+                batch[row, n:] = sequences[1 - row][0]  # a wrong draft: only the first n are the row's own
+            used_slots = max(starts) + width
+            logits = network.forward(
+                batch.to(model.device), torch.tensor(starts, device=model.device), used_slots
+            ).logits
+            for row, n in enumerate(kept):
+                compare(row, logits[row, :n], starts[row])
+                starts[row] += n
+
+    if not any(layer.is_initialized for layer in network.cache.layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps no keys and values in its cache; use transformers' own generate for it"
+        )
+    return torch.tensor(differences).max().item()  # NaN if any is
+
+
+def probe_tokens(model: PreTrainedModel, length: int, seed: int) -> Tensor:
+    """[length] int64: small ids in random order, because the special ids of multimodal checkpoints are large."""
+    vocab_size = min(model.get_input_embeddings().weight.shape[0], 89)
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def relative_difference(logits: Tensor, expected: Tensor) -> float:
+    """The root mean square of logits - expected over the spread of `expected`, at the worst position.
+
+    [positions, vocab] each. Only the upper half of the vocabulary counts: models mask tokens with large negative
+    logits, next to which any difference is small. Positions where the model itself gives NaN do not count; they are
+    reported when they occur.
+    """
+    sound = ~expected.isnan().any(-1)
+    logits, expected = logits[sound].float(), expected[sound].float()
+    if not len(expected):
+        return 0.0
+
+    median = expected.median(-1, keepdim=True).values
+    logits, expected = logits.clamp(min=median), expected.clamp(min=median)
+    spread = (expected - median).square().mean(-1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    worst = ((logits - expected).square().mean(-1).sqrt() / spread).max()
+    return worst.item()

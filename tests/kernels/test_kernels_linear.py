@@ -1,0 +1,158 @@
+"""The in-order linear: the reference against torch, the kernel against the reference, rows against each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specdec.kernels.linear import in_order_linear as kernels
+from specdec.kernels.linear.in_order_linear import in_order_linear, in_order_linears
+from specdec.kernels.linear.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile, choose_tile
+
+# The same products in another order: float32 rounds at 6e-8, float16 results at 5e-4.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SHAPES = [(0, 16, 16), (1, 1, 1), (1, 70, 33), (3, 16, 64), (17, 65, 100), (2, 5, 128), (40, 32, 31)]
+TILES = [Tile(16, 16, 16, False, 2, 4), Tile(16, 32, 32, True, 3, 4)]
+
+
+def operands(rows, size_out, size_in, dtype=torch.float32, device="cpu", bias=True):
+    generator = torch.Generator().manual_seed(rows + size_out)
+    tensors = [
+        torch.randn(*shape, generator=generator) for shape in ((rows, size_in), (size_out, size_in), (size_out,))
+    ]
+    x, weight, b = (tensor.to(device, dtype) for tensor in tensors)
+    return x, weight / size_in**0.5, b if bias else None
+
+
+def poison(monkeypatch):
+    """Uninitialised memory holds NaN, so that an element nobody wrote is seen."""
+    empty = torch.empty
+    monkeypatch.setattr(
+        kernels.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")) if a else empty(*a, **k)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_reference_is_a_linear(shape, bias):
+    x, weight, b = operands(*shape, bias=bias)
+    torch.testing.assert_close(in_order_linear(x, weight, b), F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
+
+
+def test_reference_rows_do_not_depend_on_their_batch():
+    """Fails if the rows are multiplied together: a BLAS orders its sums by the number of rows."""
+    x, weight, b = operands(33, 130, 517)
+    together = in_order_linear(x, weight, b)
+    for row in range(len(x)):
+        assert torch.equal(together[row], in_order_linear(x[row], weight, b))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_in_the_interpreter_equals_the_reference(shape, tile, dtype, monkeypatch):
+    x, weight, b = operands(*shape, dtype)
+    poison(monkeypatch)
+    for bias in (b, None):
+        out = in_order_linear(x, weight, bias, "triton", tile)
+        expected = in_order_linear(x.float(), weight.float(), None if bias is None else bias.float())
+        torch.testing.assert_close(out.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.interpreter
+def test_kernel_in_the_interpreter_takes_leading_dimensions_and_strides():
+    x, weight, b = operands(12, 20, 24)
+    out = in_order_linear(x.view(3, 4, 24).transpose(0, 1), weight, b, "triton", TILES[0])
+    torch.testing.assert_close(out, F.linear(x, weight, b).view(3, 4, 20).transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+SIZES_TOGETHER = [(16, 16, 16), (33, 5), (40, 1, 17), (70, 70)]
+
+
+@pytest.mark.parametrize("sizes", SIZES_TOGETHER)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_of_one_input_are_each_alone_side_by_side(sizes, bias):
+    operand = [operands(5, size, 24, bias=bias) for size in sizes]
+    x = operand[0][0]
+    expected = torch.cat([in_order_linear(x, weight, b) for _, weight, b in operand], -1)
+    assert torch.equal(in_order_linears(x, [w for _, w, _ in operand], [b for *_, b in operand]), expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sizes", SIZES_TOGETHER)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_kernel_of_several_weights_in_the_interpreter(sizes, tile, bias, monkeypatch):
+    operand = [operands(5, size, 24, bias=bias) for size in sizes]
+    weights, biases = [w for _, w, _ in operand], [b for *_, b in operand]
+    poison(monkeypatch)
+    out = in_order_linears(operand[0][0], weights, biases, "triton", tile)
+    torch.testing.assert_close(out, in_order_linears(operand[0][0], weights, biases), rtol=1e-5, atol=1e-5)
+
+
+def test_every_bucket_has_a_tile():
+    assert all(len(tiles) == len(BUCKETS) for tiles in (DEFAULTS, *TUNED.values()))
+    assert choose_tile(1, 7, 7, torch.bfloat16) == DEFAULTS[0]
+    assert choose_tile(17, 7, 7, torch.bfloat16) == DEFAULTS[2]
+    assert choose_tile(10**6, 7, 7, torch.bfloat16) == DEFAULTS[-1]
+
+
+def test_wrong_operands_are_named():
+    x, weight, b = operands(3, 4, 5)
+    with pytest.raises(ValueError, match=r"\[3, 5\] does not fit weight \[5, 4\]"):
+        in_order_linear(x, weight.t())
+    with pytest.raises(ValueError, match="bias"):
+        in_order_linear(x, weight, b[:3])
+    with pytest.raises(ValueError, match="cast them"):
+        in_order_linear(x.double(), weight)
+    with pytest.raises(ValueError, match="choose 'auto'"):
+        in_order_linear(x, weight, implementation="cuda")
+    with pytest.raises(ValueError, match="4 weights and 4 biases; need 1 to 3"):
+        in_order_linears(x, [weight] * 4, [b] * 4)
+    with pytest.raises(ValueError, match="others do not"):
+        in_order_linears(x, [weight] * 2, [b, None])
+
+
+def test_an_unavailable_kernel_is_not_replaced(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter takes CPU tensors
+    x, weight, _ = operands(3, 4, 5)
+    with pytest.raises(RuntimeError, match="needs"):
+        in_order_linear(x, weight, implementation="triton")
+
+
+GPU_TILES = [
+    Tile(16, 32, 128, True, 3, 4),
+    Tile(16, 64, 64, True, 4, 4),
+    Tile(32, 64, 64, False, 3, 4),
+    Tile(64, 64, 32, False, 2, 4),
+    Tile(64, 128, 64, True, 3, 8),
+    Tile(128, 128, 64, False, 3, 8),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+def test_bits_on_a_gpu_of_several_weights_are_those_of_each(bias):
+    operand = [operands(40, size, 512, torch.bfloat16, "cuda", bias) for size in (384, 100, 130)]
+    x = operand[0][0]
+    for count in (2, 3):
+        for rows in (1, 8, 40):
+            expected = torch.cat([in_order_linear(x[:rows], w, b) for _, w, b in operand[:count]], -1)
+            weights, biases = [w for _, w, _ in operand[:count]], [b for *_, b in operand[:count]]
+            assert torch.equal(in_order_linears(x[:rows], weights, biases), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(384, 1024), (1000, 97)])
+def test_bits_on_a_gpu_depend_neither_on_rows_nor_on_tiles(dtype, shape):
+    x, weight, b = operands(300, *shape, dtype, "cuda")
+    expected = in_order_linear(x, weight, b)
+    for rows in (1, 2, 7, 16, 17, 64, 65, 299):
+        assert torch.equal(in_order_linear(x[:rows], weight, b), expected[:rows])
+    for tile in GPU_TILES if dtype != torch.float32 else [Tile(16, 32, 16, False, 2, 4), Tile(32, 32, 32, True, 2, 4)]:
+        assert torch.equal(in_order_linear(x, weight, b, tile=tile), expected), tile
+    exact = F.linear(x.double(), weight.double(), b.double())
+    torch.testing.assert_close(expected.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
