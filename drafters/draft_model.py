@@ -48,7 +48,7 @@ class DraftModel(Drafter):
         self.vocab_size = vocab_size
         self._running = ExitStack()
         self._network: Network | None = None
-        # A draft's first forward, launched before the step in progress was read: for the draft of the next step alone.
+        # A draft's first forward, launched before the step in progress was read; only for the draft of the next step.
         self._launched: NetworkOutput | None = None
         self._begun: NetworkOutput | None = None  # the same, once that step has been observed
 
@@ -98,8 +98,8 @@ class DraftModel(Drafter):
             starts = rows.newest()[0] if width == 1 else rows.lengths - width
             output = self._forward(tokens, starts, used_slots, rows.host_lengths - width)
         self._begun = None
-        # The device waits for this forward's launch, so all work that it does not need comes after it. The host waits
-        # for # the policy's inputs at each token, so work that can be done here is not left until after them.
+        # The device waits for this forward's launch, so all work that it does not need comes after it. The host waits #
+        # for the policy's inputs at each token, so work that can be done here is not left until after them.
         drafted = rows.token_ids.new_empty(len(rows), max_tokens)
         later_starts = rows.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
         assert self.context is not None

@@ -87,7 +87,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         # Models that derive masks or positions from it need an int; we pass ours explicitly. Other models only ask
-        # whether a # layer holds anything at all (Mllama skips its cross attention without images).
+        # whether a layer holds anything at all (Mllama skips its cross attention without images).
         return self.owner.used_slots - self.owner.width if self.is_initialized else 0
 
     def get_max_length(self) -> int:

@@ -100,7 +100,7 @@ class Rows:
     @property
     def max_length(self) -> int:
         """The longest row's committed length on the host."""
-        return max(self.host_lengths.tolist())  # of a few numbers Python's own maximum is the fastest
+        return max(self.host_lengths.tolist())  # for a few numbers Python's own maximum is the fastest
 
     @property
     def max_limit(self) -> int:
@@ -125,7 +125,7 @@ class Rows:
         """The position of each row's last committed token, [rows] int64, and the token, [rows, 1]; do not write to
         them.
 
-        A step's first forward needs them, so `read` computes them while the host waits for the report.
+        A step's first forward needs them, so `reading` computes them while the report is on its way.
         """
         if self._newest is not None and self._num_changes == self.slots.num_changes:
             return self._newest
@@ -133,8 +133,8 @@ class Rows:
         return places, self.token_ids.gather(1, places[:, None])
 
     def reading(self, done: Committed, is_prefill: bool = False) -> Callable[[], StepReport]:
-        """Start to bring one step to the host, in one copy. Call the result for the report: it waits for the copy and
-        advances the host's lengths. On the device the step is committed already."""
+        """Start copying the report of one step to the host. Call the returned function for the report: it waits for the
+        copy and advances the host's lengths. On the device the step is already committed."""
         arriving = on_its_way(done.report)
         self._newest = None
         self._newest, self._num_changes = self.newest(), self.slots.num_changes
@@ -144,7 +144,7 @@ class Rows:
             self.host_lengths += report[:, NUM_COMMITTED]
 
             return StepReport(
-                self.row_ids.copy(),  # its rows may move
+                self.row_ids.copy(),  # a copy, as its rows may move
                 report[:, NUM_COMMITTED],
                 report[:, NUM_ACCEPTED],
                 report[:, NUM_DRAFTED],
@@ -157,7 +157,7 @@ class Rows:
         return read
 
     def grown(self, num_tokens: int) -> Rows:
-        """These rows while a step of at most `num_tokens` tokens a row is on its way to the host.
+        """These rows while a step of at most `num_tokens` tokens per row is on its way to the host.
 
         The tensors are the same; the host lengths of the view are upper bounds.
         """
@@ -166,8 +166,8 @@ class Rows:
         return view
 
     def cut(self, report: StepReport, num_committed: np.ndarray, finished: np.ndarray) -> StepReport:
-        """The report after a change of its end: row i keeps the first num_committed[i] tokens of this step, and is
-        finished if finished[i] says so. num_committed: [rows] int64. finished: [rows] bool."""
+        """Undo committed tokens of this step and return the changed report: row i keeps the first num_committed[i]
+        tokens and is finished if finished[i] is set. num_committed: [rows] int64. finished: [rows] bool."""
         is_shorter = num_committed < report.num_committed
         if not is_shorter.any():
             return replace(report, finished=finished)

@@ -22,7 +22,7 @@ NUM_COPIES = 10
 
 
 def measured_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes."""
+    """Bytes per second read and written by a large copy."""
     size = min(COPY_BYTES, free_bytes(device) // 4)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -71,7 +71,7 @@ class Wanted:
         return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), *complete)
 
     def plan(self) -> Plan:
-        """Raises ConfigError for what cannot be read."""
+        """Raises ConfigError for values that cannot be read."""
         ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, MAX_DRAFT_TOKENS)
         sizes = whole_numbers("--batch-size", self.batch_size)
         lengths = () if self.context_lengths is None else whole_numbers("--context-lengths", self.context_lengths)

@@ -43,7 +43,7 @@ class Stopping:
         return len(self.criteria) > 0
 
     def apply(self, rows: Rows, report: StepReport) -> StepReport:
-        """The report of what remains committed; `rows` is cut accordingly."""
+        """The report of the tokens that remain committed; `rows` is cut accordingly."""
         num_committed, finished = report.num_committed.copy(), report.finished.copy()
         for slot, count in enumerate(report.num_committed):
             begin = int(rows.host_lengths[slot] - count)

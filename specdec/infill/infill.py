@@ -260,8 +260,8 @@ def check_drafting(drafter: str | None, num_speculative_tokens: int) -> None:
     k = num_speculative_tokens
     if not is_whole(k) or not 1 <= k <= MAX_DRAFT_TOKENS:
         raise ConfigError(
-            f"num_speculative_tokens={k!r} must be a whole number from 1 to {MAX_DRAFT_TOKENS}; for one token a "
-            "call pass drafter=None"
+            f"num_speculative_tokens={k!r} must be a whole number from 1 to {MAX_DRAFT_TOKENS}; for one token "
+            "per call pass drafter=None"
         )
 
 

@@ -121,7 +121,7 @@ def speculative_config(
         raise ConfigError(f"max_matching_ngram_size={ngram!r} is not a number of tokens; choose 1 or more")
     chosen = resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram}))
     if length_policy == "fixed" and isinstance(policy, Heuristic):
-        k = MAX_DRAFT_TOKENS  # transformers' number is that of the first draft
+        k = MAX_DRAFT_TOKENS  # transformers' number applies only to the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
 
 

@@ -105,7 +105,7 @@ def disco(
     max_draft_tokens: Annotated[
         int, Count(max=MAX_DRAFT_TOKENS, help="The longest draft of the decoding it is trained for.")
     ] = 20,
-    top_k: Annotated[int, Count(help="How many of the drafter's largest probabilities it sees.")] = 10,
+    top_k: Annotated[int, Count(help="How many of the drafter's largest probabilities the classifier sees.")] = 10,
     steps: StepsOption = 1000,
     batch_rows: BatchRowsOption = 32,
     write_batch: WriteBatchOption = 64,

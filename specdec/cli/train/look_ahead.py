@@ -30,7 +30,7 @@ from specdec.cli.train.common import (
 from specdec.cli.train.distill import ValidationOption, held_out_prompts, shares_of
 from specdec.limits import MAX_DRAFT_TOKENS
 
-TokensOption = Annotated[int, Count(max=MAX_DRAFT_TOKENS, help="Look-ahead embeddings: the longest draft.")]
+TokensOption = Annotated[int, Count(max=MAX_DRAFT_TOKENS, help="Number of look-ahead embeddings: the longest draft.")]
 HelpersOption = Annotated[int, typer.Option(metavar="N", min=0, help="Embeddings before them that predict nothing.")]
 SplitsOption = Annotated[int, Count(help="Positions of each row where they predict, in one forward.")]
 DecayOption = Annotated[
