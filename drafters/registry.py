@@ -1,4 +1,4 @@
-"""From what a user passes as `drafter=` to a Drafter. Each drafter is imported when it is first named."""
+"""Turns a user's `drafter=` into a Drafter. Each drafter is imported when it is first named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from specdec.drafter import Drafter
 from specdec.errors import DrafterError
 
-# name -> (module, class, whether the name alone says enough to build it)
+# name -> (module, class, whether the name alone is enough to build it)
 DRAFTERS = {
     "draft_model": ("specdec.drafters.draft_model", "DraftModel", False),
     "prompt_lookup": ("specdec.drafters.prompt_lookup", "PromptLookup", True),
@@ -21,7 +21,7 @@ DRAFTERS = {
 
 
 def drafter_class(name: str) -> Callable[..., Drafter]:
-    """The class behind a drafter's name.
+    """The class for a drafter's name.
 
     Raises DrafterError for an unknown name, listing the known ones.
     """
@@ -32,7 +32,7 @@ def drafter_class(name: str) -> Callable[..., Drafter]:
 
 
 def drafter_from(name: str, folder: str) -> Drafter:
-    """The drafter of that name which lies in a folder; for those whose classes can `load`."""
+    """The drafter of that name stored in a folder; for drafters whose classes can `load`."""
     return drafter_class(name).load(folder)  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""`specdec doctor`: what a model gets here, before anything is generated."""
+"""`specdec doctor`: what a model supports, before anything is generated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def doctor(
     draft: DraftOption = None,
     batch_size: Annotated[int, Count(help="Rows decoded together, for the memory.")] = 8,
     length: Annotated[
-        int | None, Count(help="Tokens of a row, prompt and new ones; by default 1024, or as many as the model has.")
+        int | None, Count(help="Tokens per row, prompt and new ones; by default 1024, or the model's limit if lower.")
     ] = None,
     num_speculative_tokens: DraftTokensOption = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -39,7 +39,7 @@ def doctor(
 
     Loads and probes the model, generates nothing.
 
-    Exit status: 0 if the model, the draft and the memory serve, 2 if one of them does not.
+    Exit status: 0 if the model, the draft and the memory suffice, 2 if one of them does not.
     """
     from specdec.check.doctor import diagnose
     from specdec.cli.common import quiet_transformers
@@ -70,7 +70,7 @@ def doctor(
 def candidates(
     draft: PreTrainedModel | None, tokenizer: object, folder: Path | None
 ) -> tuple[dict[str, Drafter | Lacking], str | None]:
-    """Every registered drafter, or what it lacks; and the name of the one that `draft` is."""
+    """Every registered drafter, or what it lacks; and the name of the drafter for `draft`."""
     from specdec.check.doctor import Lacking
     from specdec.drafters.registry import DRAFTERS, drafter_class, resolve
     from specdec.errors import DrafterError
@@ -84,7 +84,7 @@ def candidates(
         elif given is not None and isinstance(given, drafter_class(name)):  # type: ignore[arg-type]
             found[name] = given
         else:
-            found[name] = Lacking(f"not at hand: pass {module}.{owner}(...)")
+            found[name] = Lacking(f"not available by name: pass {module}.{owner}(...)")
     if given is None:
         found["draft_model"] = Lacking("needs a draft model: pass --draft FOLDER")
     elif folder is not None:
@@ -101,9 +101,11 @@ def print_diagnosis(found: Diagnosis) -> None:
         f"{model['class']} ({model['model_type']}), {model['num_parameters'] / 1e6:.1f}M parameters, {model['dtype']} "
         f"on {model['device']}, vocabulary {model['vocab_size']}, up to {model['max_length'] or 'any number of'} tokens"
     )
+
     typer.echo("\nLayouts")
     layouts = [[name, served.network or "not served", served.reason] for name, served in found.layouts.items()]
     print_table(["layout", "network", ""], layouts)
+
     typer.echo("\nExactness")
     typer.echo(exactness.note)
     kinds = ", ".join(f"{count} {kind}" for kind, count in exactness.modules.items())
@@ -114,10 +116,12 @@ def print_diagnosis(found: Diagnosis) -> None:
     for line in dict.fromkeys([exactness.reason, *exactness.obstacles]):
         if line:
             typer.echo(f"  {line}")
+
     typer.echo("\nDrafters")
     print_table(["drafter", "fits", ""], [[n, "yes" if f.fits else "no", f.reason] for n, f in found.drafters.items()])
     if found.memory is not None:
         print_memory(found)
+
     typer.echo("\n" + ", ".join(f"{name} {version}" for name, version in found.versions.items()))
     for problem in found.problems:
         typer.echo(f"NOT SERVED: {problem}")
@@ -137,6 +141,6 @@ def print_memory(found: Diagnosis) -> None:
     print_table(["model", "weights MiB", "packed MiB", "cache KiB per token", "cache MiB"], rows)
     typer.echo(
         f"{memory.batch_size} rows of {memory.length} tokens: {memory.total / MIB:.0f} MiB with weights and a step's "
-        f"logits, without activations; {memory.still_needed / MIB:.0f} MiB of it beside the weights, where "
+        f"logits, without activations; {memory.still_needed / MIB:.0f} MiB of it besides the weights, where "
         f"{memory.available / MIB:.0f} are free; {memory.max_rows} rows fit"
     )

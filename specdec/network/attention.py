@@ -1,9 +1,9 @@
 """Attention and masks that let a transformers model run its own modules over a `RaggedCache`.
 
-Models that go through transformers' attention interface are switched to the implementation "specdec_ragged", or to
-"specdec_ragged_sdpa" where their own is "sdpa".
-The others choose their attention class by name, so there the stock "eager" and "sdpa" mask functions are wrapped to
-understand one query offset per row; for any other cache the wrapped functions are the stock ones.
+Models that use transformers' attention interface are switched to the implementation "specdec_ragged", or to
+"specdec_ragged_sdpa" if their own is "sdpa". The others choose their attention class by name, so there the stock
+"eager" and "sdpa" mask functions are wrapped to understand one query offset per row; for any other cache the wrapped
+functions are the stock ones.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from specdec.batch.branches import Branches
 RAGGED = "specdec_ragged"
 RAGGED_SDPA = "specdec_ragged_sdpa"
 
-# transformers hands a mask function one offset per row; what else the running forward needs is found here.
+# transformers passes one offset per row to a mask function; other inputs of the running forward are stored here.
 _branches: ContextVar[Branches | None] = ContextVar("branches", default=None)
 
 
 @contextmanager
 def masks_of(branches: Branches) -> Iterator[None]:
-    """Masks that are made inside are those of a forward over a ragged cache with these branches."""
+    """Inside this context, masks are made for a forward over a ragged cache with these branches."""
     token = _branches.set(branches)
     try:
         yield
@@ -46,7 +46,7 @@ def masks_of(branches: Branches) -> Iterator[None]:
 
 
 def branches_of_forward() -> Branches | None:
-    """Those of the forward that is running, if it has any."""
+    """The branches of the running forward, if it has any."""
     return _branches.get()
 
 
@@ -88,7 +88,7 @@ def ragged_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
-    """The mask of a forward over a ragged cache; of any other, a call of the user's meanwhile, the stock one."""
+    """The mask of a forward over a ragged cache; for any other (a concurrent call by the user) the stock mask."""
     if isinstance(q_offset, Tensor) and q_offset.dim() == 1:
         visible = visible_slots(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)
         if attention_mask is None:
@@ -131,7 +131,7 @@ def ragged_attention(
     if attention_mask is None and is_plain:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     rows, num_heads, width, _ = query.shape
-    if attention_mask is None:  # a call of the user's meanwhile, without a ragged cache
+    if attention_mask is None:  # a concurrent call by the user, without a ragged cache
         attention_mask = query.new_ones(1, 1, width, key.shape[2], dtype=torch.bool)
         if kwargs.get("is_causal", getattr(module, "is_causal", True)):
             attention_mask = attention_mask.tril(key.shape[2] - width)
@@ -139,7 +139,7 @@ def ragged_attention(
     group = num_heads // num_kv_heads
     packed = query.reshape(rows, num_kv_heads, group * width, query.shape[-1])
     if is_plain:
-        # One mask for all heads, or, where the model adds something of its own, one for each.
+        # One mask for all heads, or one per head if the model adds its own terms.
         mask_heads = 1 if attention_mask.shape[1] == 1 else num_kv_heads
         mask = attention_mask.expand(rows, mask_heads * group, width, -1).reshape(rows, mask_heads, group * width, -1)
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
@@ -163,7 +163,7 @@ def ragged_attention(
 def ragged_sdpa_attention(
     *args, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs
 ) -> tuple[Tensor, None]:
-    """`ragged_attention` without what transformers' own "sdpa" leaves out, as Gemma 2 runs in transformers 5.17."""
+    """`ragged_attention` without the terms that transformers' own "sdpa" omits, as in Gemma 2 in transformers 5.17."""
     return ragged_attention(*args, **kwargs)
 
 
@@ -190,7 +190,7 @@ def _understand_row_offsets(stock: Callable, additive: bool) -> Callable:
 
 @cache
 def register() -> None:
-    """Make transformers know the above; once a process."""
+    """Register the above with transformers, once per process."""
     # The classmethods write the global mapping; assigning into ALL_* would only change the instance's local one.
     for name, function in ((RAGGED, ragged_attention), (RAGGED_SDPA, ragged_sdpa_attention)):
         AttentionInterface.register(name, function)
@@ -230,8 +230,8 @@ _switched: dict[int, tuple[int, str | None]] = {}  # id of a config in use -> ca
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config that some part of the model reads its attention implementation from."""
-    # Of all modules, because some give their layers a copy of the model's config.
+    """Every config from which some part of the model reads its attention implementation."""
+    # The configs of all modules, because some models give their layers a copy of the model's config.
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     for config in list(configs.values()):

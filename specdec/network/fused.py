@@ -1,8 +1,8 @@
-"""A short forward for llama-, qwen2-, qwen3- and mistral-type models: few calls a layer, weights merged.
+"""A short forward for llama-, qwen2-, qwen3- and mistral-type models: few calls per layer, weights merged.
 
-The stock modules spend most of a small decode step in Python and in dispatching some forty small operations a layer.
+The stock modules spend most of a small decode step in Python and in dispatching some forty small operations per layer.
 Here a layer is: norm, one qkv product, rotation, cache write, SDPA, one product with the residual, norm, one gate-up
-product, SiLU, one product with the residual. Masks are made once a step and shared by all layers; single rows and
+product, SiLU, one product with the residual. Masks are made once per step and shared by all layers; single rows and
 first prefill chunks need none.
 """
 
@@ -25,7 +25,7 @@ from specdec.network.packed_linear import MergedLinear, can_pack
 
 
 def can_fuse(model: PreTrainedModel) -> bool:
-    """Whether `model` is exactly one of the known classes, with nothing attached that its own forward would honour."""
+    """Whether `model` is exactly one of the known classes, without attachments that its own forward would respect."""
     if not is_known_class(model, LLAMA_LIKE):
         return False
     if len({parameter.device for parameter in model.parameters()}) != 1:
@@ -36,7 +36,7 @@ def can_fuse(model: PreTrainedModel) -> bool:
 
 
 class Attend(NamedTuple):
-    """What all layers of one forward share.
+    """Inputs shared by all layers of one forward.
 
     cos, sin: [rows * width, 1, head_dim], sin signed for the rotation of halves. masks: additive, per sliding window
     (None = full attention), [rows, 1, width * group, slots] in the model's dtype; empty if none is needed.
@@ -121,8 +121,8 @@ class FusedWeights:
 
 
 def fingerprint(model: PreTrainedModel) -> list[tuple]:
-    """Changes when any weight is replaced or written to, also through `.data`, which bumps no version, and when an
-    attribute that the layers were built from is edited."""
+    """Changes when any weight is replaced or written to (even through `.data`, which does not change the version), and
+    when an attribute that the layers were built from is edited."""
     layers = model.model.layers[: model.config.num_hidden_layers]
     settings = []
     for window, layer in zip(windows(model), layers, strict=True):
@@ -239,7 +239,7 @@ class FusedNetwork(Network):
         flat = positions.flatten()
         windowed = any(layer.window is not None and layer.window < used for layer in self.weights.layers)
         slots, pads = self.cache.query_slots, self.cache.pads
-        # used == starts + width for the longest row, so used == width says that every row starts at slot 0.
+        # used == starts + width for the longest row, so used == width means that every row starts at slot 0.
         is_causal = used == width and not windowed and self.cache.branches is None
         masks = {}
         if not is_causal and (rows > 1 or width > 1 or windowed or pads is not None):
@@ -278,5 +278,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x cos + rotate_half(x) sin, the half's sign being folded into `sin`. x: [tokens, heads, dim]"""
+    """Rotary positions: x cos + rotate_half(x) sin, with the half's sign folded into `sin`. x: [tokens, heads, dim]"""
     return torch.addcmul(x * cos, x.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin)

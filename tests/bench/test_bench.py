@@ -308,7 +308,7 @@ def test_wrong_questions_are_named_by_their_line(tmp_path, line, reason):
     ("more", "reason"),
     [
         (["--batch-size", "0"], "--batch-size 0"),
-        (["--acceptance-rates", "0.5,2"], "'2' is no probability"),
+        (["--acceptance-rates", "0.5,2"], "'2' is not a probability"),
         (["--layout", "sideways"], "sideways"),
         (["--drafter", "nobody"], "nobody"),
         (["--json", "nowhere/x.json"], "cannot be written"),

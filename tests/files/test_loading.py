@@ -72,7 +72,7 @@ def test_bad_prompt_files(tmp_path):
         ("a.jsonl", '{"turns": []}', "line 1 has neither"),
         ("a.jsonl", '{"prompt": null}', "line 1 has neither"),
         ("a.jsonl", '{"turns": [""]}', "line 1 is an empty prompt"),
-        ("a.csv", "one", "none of .txt, .json, .jsonl"),
+        ("a.csv", "one", "not one of .txt, .json, .jsonl"),
     ]:
         path = written(tmp_path, name, content)
         assert_refused(InputError, message, read_prompts, path)
@@ -114,9 +114,9 @@ def test_checkpoints_load_in_float32_on_a_cpu(checkpoint):
 
 def test_folders_that_are_no_checkpoints(tmp_path, checkpoint):
     assert find_checkpoint(str(checkpoint), "target") == checkpoint
-    with pytest.raises(InputError, match="is no folder, nor a repository in the Hugging Face cache"):
+    with pytest.raises(InputError, match="is neither a folder nor a repository in the Hugging Face cache"):
         find_checkpoint(str(tmp_path / "missing"), "target")
-    with pytest.raises(InputError, match="draft 'nobody/nothing' is no folder"):
+    with pytest.raises(InputError, match="draft 'nobody/nothing' is neither a folder"):
         find_checkpoint("nobody/nothing", "draft")
     with pytest.raises(InputError, match="is a file"):
         find_checkpoint(str(checkpoint / "config.json"), "target")
@@ -133,7 +133,7 @@ def drop_a_weight(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_a_weight, r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight"),
+        (drop_a_weight, r"lacks 1 weights, for example model\.layers\.1\.mlp\.up_proj\.weight"),
         (lambda folder: (folder / "model.safetensors").unlink(), "does not load: .*no file named"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "does not load: "),
         (lambda folder: (folder / "config.json").write_text("{"), "does not load: .*not a valid JSON"),
@@ -163,11 +163,11 @@ def test_missing_tokenizers(tmp_path):
 def test_another_tokenizer_is_refused(tmp_path):
     word_tokenizer(first=1).save_pretrained(tmp_path / "shifted")
     with pytest.raises(
-        DrafterError, match=r"60 tokens differ, '<bos>' for one is 1 in the target's and 2 in the draft's"
+        DrafterError, match=r"60 tokens differ; for example, '<bos>' is 1 in the target's and 2 in the draft's"
     ):
         check_same_tokenizer(word_tokenizer(), tmp_path / "shifted")
     word_tokenizer(vocab_size=60).save_pretrained(tmp_path / "smaller")
-    with pytest.raises(DrafterError, match=r"1 tokens differ, 'w60' for one is 60 .* and missing in the draft's"):
+    with pytest.raises(DrafterError, match=r"1 tokens differ; for example, 'w60' is 60 .* and missing in the draft's"):
         check_same_tokenizer(word_tokenizer(), tmp_path / "smaller")
 
 

@@ -112,7 +112,7 @@ def test_wrong_operands_are_named():
         in_order_linear(x, weight, implementation="cuda")
     with pytest.raises(ValueError, match="4 weights and 4 biases; need 1 to 3"):
         in_order_linears(x, [weight] * 4, [b] * 4)
-    with pytest.raises(ValueError, match="others none"):
+    with pytest.raises(ValueError, match="others do not"):
         in_order_linears(x, [weight] * 2, [b, None])
 
 
