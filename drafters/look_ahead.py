@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from specdec.batch.branches import ExtraQueries
 from specdec.batch.rows import Rows
+from specdec.draft import ExtraQueries
 from specdec.drafter import NO_TOKEN, Draft, Drafter, Verified
 from specdec.errors import ConfigError, DrafterError
 from specdec.files.fingerprint import Fingerprint

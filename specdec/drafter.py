@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from specdec.batch.branches import ExtraQueries
     from specdec.batch.layout import Layout
     from specdec.batch.rows import Rows
+    from specdec.draft import ExtraQueries
     from specdec.policies.length import LengthPolicy
     from specdec.verify.sampler import Sampler
 

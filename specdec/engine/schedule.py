@@ -144,7 +144,8 @@ class Continuous(Schedule):
         # While nobody waits for the next step, larger pieces cost less.
         piece = self.piece if slots.num_residents else max(self.piece, prefill_budget(slots.device))
         begin, end = joining.begin, min(joining.begin + max(piece // len(newcomers), 1), joining.end)
-        logits = target.network.prefill_columns(newcomers.token_ids, newcomers.lengths, newcomers.first, begin, end)
+        output = target.network.prefill_columns(newcomers.token_ids, newcomers.lengths, newcomers.first, begin, end)
+        logits = output.logits[:, 0]
         drafter.join(newcomers, begin, end)
         if joining.logits is not None:
             logits = torch.where((newcomers.lengths > begin)[:, None], logits, joining.logits)
