@@ -209,21 +209,24 @@ class FusedNetwork(Network):
         states = {0: hidden}
         for number, (layer, cache) in enumerate(zip(self.weights.layers, self.cache.layers, strict=True), 1):
             hidden = layer(hidden, cache, shared)
-            if number in asked and number != last:
+            if number in asked:
                 states[number] = hidden
 
-        # Only what is asked for is normalised: all columns, or of a prefill each row's last.
-        if last in asked or logits_at is None:
-            hidden = states[last] = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
+        # A prefill needs the logits of each row's last column alone.
+        at_logits = hidden
         if logits_at is not None:
-            hidden = hidden.view(rows, width, -1)[torch.arange(rows, device=hidden.device), logits_at]
-            if last not in asked:
-                hidden = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
+            at_logits = hidden.view(rows, width, -1)[torch.arange(rows, device=hidden.device), logits_at]
+        normed = self._normed(at_logits)
+        if last in asked:
+            states[last] = normed if logits_at is None else self._normed(hidden)
 
         kept = tuple(states[number].view(rows, width, -1) for number in asked)
         if extra_queries is not None:
-            return self._with_extra(hidden.view(rows, width, -1), kept, token_ids.shape[1])
-        return NetworkOutput(self._logits(hidden, rows), kept)
+            return self._with_extra(normed.view(rows, width, -1), kept, token_ids.shape[1])
+        return NetworkOutput(self._logits(normed, rows), kept)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
 
     def _logits(self, hidden: Tensor, rows: int) -> Tensor:
         return self.weights.head(hidden).view(rows, -1, self.model.lm_head.out_features)
