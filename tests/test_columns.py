@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def trees(draw):
 def queries_ahead(draw):
     """Some of them in one place, as `ExtraQueries` allows."""
     length = draw(st.integers(1, 3))
-    return [draw(st.integers(1, rank)) for rank in range(1, length + 1)]
+    return list(accumulate((draw(st.integers(1, rank)) for rank in range(1, length + 1)), max))
 
 
 @st.composite
