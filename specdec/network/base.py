@@ -44,7 +44,7 @@ class NetworkOutput(NamedTuple):
 
 
 class CachePlan(NamedTuple):
-    """What running a network allocates: a cache of so many rows and slots, for which `freed` bytes are given back."""
+    """What running a network allocates: a cache of that size, for which `freed` bytes are given back."""
 
     max_rows: int
     num_slots: int
@@ -118,7 +118,7 @@ class Network(ABC):
         return self._run(token_ids, positions, None, layers, extra_queries)
 
     def prefill(self, rows: Rows, token_ids: Tensor | None = None) -> Tensor:
-        """Cache all committed tokens of every row; returns the logits behind each row's last one, [rows, vocab].
+        """Cache all committed tokens of every row; returns the logits after each row's last one, [rows, vocab].
 
         token_ids: in place of `rows.token_ids`, where this network knows fewer tokens.
         """
@@ -134,7 +134,7 @@ class Network(ABC):
         return torch.cat(logits)
 
     def _prefill_rows(self, token_ids: Tensor, lengths: Tensor, first_row: int, longest: int, budget: int) -> Tensor:
-        """Cache [rows, columns] tokens from the cache's row `first_row` on; [rows, vocab] behind the last of each."""
+        """Cache [rows, columns] tokens from the cache's row `first_row` on; [rows, vocab] after the last of each."""
         num_rows = len(token_ids)
         width = max(budget // num_rows, 1)
         out = token_ids.new_empty(num_rows, 0)
