@@ -41,6 +41,7 @@ from stand_in import SHAPES, Shape
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from specdec.batch.columns import Columns
 from specdec.files.environment import environment
 from specdec.kernels import overlap
 from specdec.kernels.linear import in_order_linear
@@ -50,7 +51,6 @@ from specdec.network.base import NetworkOutput
 from specdec.network.invariant import layers as invariant_layers
 from specdec.network.invariant.graphs import StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant.network import InvariantForward
-from specdec.network.invariant.step import text_step
 
 CELLS = "1x1,8x1,32x1,8x6,32x4,32x6"
 LAYERS = {"8B": 6, "0.6B": 12}  # enough layers that the weights exceed the cache
@@ -373,7 +373,7 @@ class Steps:
 
     def layers(self, ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         forward = self.forward
-        step = text_step(starts, ids.shape[1], used_slots, forward.num_slots, forward.windows)
+        step = forward.step_of(Columns.chain(starts, ids.shape[1]), used_slots)
         return NetworkOutput(forward.run(forward.embed(ids), step, slice(0, len(ids)), layers)[0], ())
 
     def head(self, ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specdec.batch.branches import Branches
+from specdec.batch.columns import Columns
 from specdec.batch.slots import moves_of, to_device
 from specdec.kernels.move_rows import is_sequential, move_rows
 
@@ -106,17 +106,16 @@ class RaggedCache(Cache):
     Before each forward, `begin` says where the rows start. Sliding windows are left to the mask: a layer keeps every
     slot, so a rewind never needs an evicted key.
 
-    pads: [rows] int64, unused slots before each row's first token; None if there are none, as in this class.
-    query_slots: [rows, width] int64, where the tokens of the forward are written.
-    branches: the positions of extra queries in a forward that has them, else None.
-    num_realignments: forwards that had to move rows first. num_filled: slots from here on are all unused.
+    pads: [rows] int64, unused slots before each row's first token, None where there are none, as in this class.
+    columns: of the forward that `begin` announced last, in slots.
+    num_realignments: forwards that had to move rows first. num_filled: no slot from here on holds anything.
     """
 
     def __init__(self, num_layers: int, max_rows: int, num_slots: int, device: torch.device):
         self.max_rows, self.num_slots, self.device = max_rows, num_slots, device
         self.rows, self.used_slots, self.width = slice(0, max_rows), 0, 0
         self.pads: Tensor | None = None
-        self.branches: Branches | None = None
+        self.columns = Columns.chain(torch.zeros(max_rows, dtype=torch.long, device=device), 0)
         self.num_realignments = self.num_filled = 0
         self._row_offsets = torch.arange(max_rows, device=device)[:, None] * num_slots
         self._buffers: Tensor | None = None
@@ -137,36 +136,22 @@ class RaggedCache(Cache):
                 layer.hold(keys, values)
 
     def begin(
-        self,
-        starts: Tensor,
-        width: int,
-        used_slots: int,
-        first_row: int = 0,
-        host_starts: np.ndarray | None = None,
-        ahead: Tensor | None = None,
+        self, columns: Columns, used_slots: int, first_row: int = 0, host_starts: np.ndarray | None = None
     ) -> Tensor:
-        """Announce a forward over [rows, width] columns and return their positions, [rows, width] int64.
+        """Announce a forward and return the positions of its columns, [rows, columns] int64.
 
-        starts: [rows] int64, tokens of each row that stay visible; the rows are those from `first_row` on.
-        used_slots: an upper bound of starts + width known to the host; slots past it are neither read nor masked.
-        host_starts: `starts` on the host, for layouts that decide there which rows to move.
-        ahead: of the extra queries after each token, see `ExtraQueries`; `width` includes them, after all tokens.
+        columns: of the rows from `first_row` on, counted from each row's first token.
+        used_slots: an upper bound of starts + columns known to the host; slots from there on are neither read nor
+            masked.
+        host_starts: the columns' starts on the host, [rows] int64, for layouts that decide there what to move.
         """
         assert used_slots <= self.num_slots, f"{used_slots} slots needed, {self.num_slots} allocated"
-        self.rows = slice(first_row, first_row + len(starts))
-        self.width, self.used_slots, self.num_filled = width, used_slots, max(self.num_filled, used_slots)
-        self.starts = starts if self.pads is None else starts + self.pads
-        self.branches = None
-        if ahead is not None:
-            columns = torch.arange(width // (1 + len(ahead)), device=self.device)
-            self.branches = Branches.behind(self.starts, len(columns), columns[None], ahead)
-            self.query_slots, places = self.branches.slots, self.branches.places
-            self.positions = places if self.pads is None else places - self.pads[:, None]
-        else:
-            self.positions = starts[:, None] + torch.arange(width, device=self.device)
-            self.query_slots = self.positions if self.pads is None else self.positions + self.pads[:, None]
-        self.write_index = (self._row_offsets[self.rows] + self.query_slots).flatten()
-        return self.positions
+        num_rows, self.width = columns.slots.shape
+        self.rows = slice(first_row, first_row + num_rows)
+        self.used_slots, self.num_filled = used_slots, max(self.num_filled, used_slots)
+        self.columns = columns if self.pads is None else columns.after_pads(self.pads)
+        self.write_index = (self._row_offsets[self.rows] + self.columns.slots).flatten()
+        return columns.places
 
     def resize(self, max_rows: int, num_slots: int) -> None:
         """Change the number of rows and tokens; contents that still fit are kept."""
@@ -203,7 +188,7 @@ class RaggedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:
         """The slot of each row's first query; transformers' mask code accepts one per row, [rows] int64."""
-        return self.starts
+        return self.columns.starts
 
     @property
     def nbytes(self) -> int:

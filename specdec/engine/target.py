@@ -62,11 +62,15 @@ class Target:
 
     def prefill(self, rows: Rows, drafter: Drafter) -> StepReport:
         """Cache the prompts and commit each row's first token."""
-        return self.first_tokens(rows, self.network.prefill(rows))
+        read = drafter.read if self.layers else None
+        return self.first_tokens(rows, self.network.prefill(rows, layers=self.layers, read=read))
 
     def prefill_columns(self, rows: Rows, begin: int, end: int, drafter: Drafter) -> Tensor:
         """Cache columns begin .. end - 1 of newcomers. Returns [rows, vocab] logits after the last token of each."""
-        return self.network.prefill_columns(rows.token_ids, rows.lengths, rows.first, begin, end)
+        output = self.network.prefill_columns(rows.token_ids, rows.lengths, rows.first, begin, end, self.layers)
+        if self.layers:
+            drafter.read(rows, begin, end, output.hidden_states)
+        return output.logits[:, 0]
 
     def first_tokens(self, rows: Rows, logits: Tensor) -> StepReport:
         """Commit the token after each prompt. logits: [rows, vocab]"""

@@ -26,28 +26,28 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from specdec.batch.branches import Branches
+from specdec.batch.columns import Columns
 
 RAGGED = "specdec_ragged"
 RAGGED_SDPA = "specdec_ragged_sdpa"
 
-# transformers passes one offset per row to a mask function; other inputs of the running forward are stored here.
-_branches: ContextVar[Branches | None] = ContextVar("branches", default=None)
+# transformers hands a mask function one offset per row, which is all that plain text needs; trees are found here.
+_columns: ContextVar[Columns | None] = ContextVar("columns", default=None)
 
 
 @contextmanager
-def masks_of(branches: Branches) -> Iterator[None]:
-    """Inside this context, masks are made for a forward over a ragged cache with these branches."""
-    token = _branches.set(branches)
+def masks_of(columns: Columns) -> Iterator[None]:
+    """Masks that are made inside are those of a forward over a ragged cache with these columns."""
+    token = _columns.set(None if columns.is_chain else columns)
     try:
         yield
     finally:
-        _branches.reset(token)
+        _columns.reset(token)
 
 
-def branches_of_forward() -> Branches | None:
-    """The branches of the running forward, if it has any."""
-    return _branches.get()
+def tree_of_forward() -> Columns | None:
+    """The columns of the forward that is running, None where they are plain text."""
+    return _columns.get()
 
 
 def visible_slots(
@@ -62,19 +62,14 @@ def visible_slots(
     """Which slots each query sees, [rows, 1, q_length, kv_length] bool.
 
     q_offset: [rows] int64, the position of each row's first query. `mask_function(row, head, query, key)` is
-    transformers' own (causal, sliding, chunked ...); its index arguments broadcast. Within `masks_of`, queries and keys
-    count by their places.
+    transformers' own (causal, sliding, chunked ...); its index arguments broadcast.
     """
-    if not isinstance(q_offset, Tensor):
-        q_offset = torch.tensor(q_offset, device=device)
-    row = torch.arange(batch_size, device=device)[:, None, None, None]
-    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    query = (q_offset.reshape(-1, 1) + torch.arange(q_length, device=device))[:, None, :, None]
-    key = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
-    if (branches := branches_of_forward()) is not None:
-        query, key = branches.places[:, None, :, None], branches.key_places(kv_length)[:, None, None]
-        return mask_function(row, head, query, key) & branches.visible(kv_length)[:, None]
-    return mask_function(row, head, query, key).expand(batch_size, 1, q_length, kv_length)
+    columns = tree_of_forward()
+    if columns is None:
+        if not isinstance(q_offset, Tensor):
+            q_offset = torch.tensor(q_offset, device=device)
+        columns = Columns.chain(q_offset.reshape(-1).expand(batch_size), q_length)
+    return columns.mask_by(mask_function, kv_length, kv_offset)
 
 
 def ragged_mask(

@@ -1,4 +1,4 @@
-"""Whether a model takes queries beside its text (`specdec/batch/branches.py`), found out before the first token.
+"""Whether a model takes queries beside its text (`specdec/batch/columns.py`), found out before the first token.
 
 Behind every place of the text such a query is to see what it would see if it and those before it were the text. So the
 model's own uncached forward over the text up to there and the queries behind it says what is right, and masks,

@@ -84,7 +84,8 @@ class StockNetwork(Network):
             options["logits_to_keep"] = columns.tolist()
         if extra_queries is not None:
             return self._run_with_extra(token_ids, extra_queries, layers, options)
-        output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)
+        with attention.masks_of(self.cache.columns):
+            output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)
         logits = output.logits
         if logits_at is not None:
             logits = logits[torch.arange(len(logits), device=logits.device), logits_at.to(logits.device)][:, None]
@@ -97,8 +98,7 @@ class StockNetwork(Network):
         text = self.model.get_input_embeddings()(token_ids)
         branches = extra_queries.embeddings.to(text.dtype).repeat(num_tokens, 1)
         inputs = torch.cat([text, branches.expand(rows, -1, -1)], 1)
-        assert self.cache.branches is not None
-        with attention.masks_of(self.cache.branches):
+        with attention.masks_of(self.cache.columns):
             output = self.model(inputs_embeds=inputs, **cache_argument(self.model, self.cache), **options)
         logits, behind = output.logits[:, :num_tokens], output.logits[:, num_tokens:].unflatten(1, (num_tokens, -1))
 

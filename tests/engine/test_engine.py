@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import specdec
 from specdec import Engine, Request
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.engine import schedule
 
 TARGET, OTHER, CLOSE = map(tiny_llama, (0, 1, 0))
 with torch.no_grad():
@@ -112,7 +114,8 @@ def check_mixed(drafter, rows, max_rows, kv_tokens, verification, order):
             own["min_new_tokens"] = None
         return Request(ids, **own, **samples)
 
-    together = decode(engine(max_rows, kv_tokens), *(request(*row) for row in rows))
+    with mock.patch.object(schedule, "ROUNDING", 4):  # so that small rows outgrow their slots
+        together = decode(engine(max_rows, kv_tokens), *(request(*row) for row in rows))
     for row, found in zip(rows, together, strict=True):
         [alone] = decode(engine(1, None), request(*row))
         assert found == alone, row
@@ -144,6 +147,25 @@ def test_mixed_batches_equal_each_row_alone(drafter, rows, max_rows, kv_tokens, 
 @given(**cases)
 def test_500_mixed_batches_equal_each_row_alone(drafter, rows, max_rows, kv_tokens, verification, order):
     check_mixed(drafter, rows, max_rows, kv_tokens, verification, order)
+
+
+def test_mixed_rows_are_preempted_and_resumed(monkeypatch):
+    monkeypatch.setattr(schedule, "ROUNDING", 4)
+    rows = [
+        ([5, 6, 7], {"eos_token_id": None}, {}),
+        ([8, 9], {"eos_token_id": None}, {"do_sample": True, "seed": 1, "temperature": 0.7, "top_k": 5}),
+        ([3, 4, 5, 6, 7], {"eos_token_id": None, "repetition_penalty": 1.3}, {}),
+        ([11], {"eos_token_id": None}, {"do_sample": True, "seed": 1, "stream": 3, "top_p": 0.8}),
+    ]
+    rows = [(ids, {"max_new_tokens": 30, **own}, samples) for ids, own, samples in rows]
+    for drafter in DRAFTERS:
+        k = {} if drafter == "none" else {"num_speculative_tokens": 3}
+        engine = Engine(TARGET, DRAFTERS[drafter](), max_rows=4, kv_tokens=72, **k)
+        together = decode(engine, *(Request(ids, **own, **samples) for ids, own, samples in rows))
+        assert engine.schedule.num_preemptions > 0
+        for (ids, own, samples), found in zip(rows, together, strict=True):
+            [alone] = decode(Engine(TARGET, DRAFTERS[drafter](), max_rows=1, **k), Request(ids, **own, **samples))
+            assert found == alone
 
 
 @pytest.mark.parametrize("drafter", sorted(DRAFTERS))
@@ -414,3 +436,63 @@ def test_a_requests_own_config_counts_over_the_models():
     [(ours, _)] = decode(Engine(TARGET), Request([5, 6], generation_config=config, seed=4))
     whole = specdec.generate(TARGET, torch.tensor([[5, 6]]), generation_config=config, seed=[4])
     assert ours == whole[0, 2:].tolist()
+
+
+class Reading(PromptLookup):
+    """Gathers the hidden states of its layers along every row's text: prompts, joins, resumed rows, steps."""
+
+    name = "reading"
+    target_layers = (0, 1, -1)
+
+    def start(self, context, rows):
+        super().start(context, rows)
+        self.states = {}
+        self.is_resumed = 0
+
+    def read(self, rows, begin, end, states):
+        assert [state.shape[:2] for state in states] == 3 * [(len(rows), end - begin)]
+        for slot, row in enumerate(rows.row_ids.tolist()):
+            known = self.states.setdefault(row, [])
+            self.is_resumed += begin == 0 and len(known) > 0
+            del known[begin:]
+            assert len(known) == begin or begin >= rows.host_lengths[slot]
+            stop = min(end, int(rows.host_lengths[slot]))
+            known.extend([state[slot, place - begin] for state in states] for place in range(begin, stop))
+
+    def propose(self, rows, max_tokens):
+        self.rows = rows.row_ids.copy()
+        return super().propose(rows, max_tokens)
+
+    def observe(self, verified):
+        for slot, row in enumerate(self.rows.tolist()):
+            begin = int(verified.host_lengths[slot] - verified.num_committed[slot]) - 1
+            known = self.states[row]
+            del known[begin:]
+            known.extend(
+                [state[slot, place] for state in verified.hidden_states]
+                for place in range(int(verified.num_committed[slot]))
+            )
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 64])
+def test_a_drafter_reads_the_states_of_every_row(kv_tokens, monkeypatch):
+    prompts = [list(range(3, 3 + length)) for length in (9, 2, 5, 7)]
+    drafter, texts = Reading(), {}
+    monkeypatch.setattr(schedule, "ROUNDING", 4)
+    with Engine(TARGET, drafter, num_speculative_tokens=3, max_rows=3, kv_tokens=kv_tokens, prefill_tokens=4) as engine:
+        for prompt in prompts:
+            engine.add_request(Request(prompt, max_new_tokens=20, eos_token_id=None))
+        for prompt, index in zip(prompts, range(4), strict=True):
+            texts[index] = list(prompt)
+        while not engine.is_finished:
+            for event in engine.step():
+                texts[event.id] += event.token_ids
+        states = drafter.states
+    assert (drafter.is_resumed > 0) == (kv_tokens is not None)
+    for row, text in texts.items():
+        with torch.no_grad():
+            expected = TARGET(torch.tensor([text]), output_hidden_states=True).hidden_states
+        assert len(states[row]) >= len(text) - 1 - 3
+        for place, found in enumerate(states[row][: len(text) - 1]):
+            for layer, state in zip(drafter.target_layers, found, strict=True):
+                torch.testing.assert_close(state, expected[layer][0, place], rtol=1e-4, atol=1e-4)

@@ -272,8 +272,10 @@ def test_difference_of_masked_and_of_nan_logits():
 
 
 MASK_OFFSETS = {
-    "a rejected draft stays visible": lambda cache, layer_idx=0: cache.starts + 1,
-    "every row is as long as the longest": lambda cache, layer_idx=0: cache.starts.max().expand_as(cache.starts),
+    "a rejected draft stays visible": lambda cache, layer_idx=0: cache.columns.starts + 1,
+    "every row is as long as the longest": lambda cache, layer_idx=0: torch.full_like(
+        cache.columns.starts, int(cache.columns.starts.max())
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 At a split after token n of a text, embedding i is at position n + i and predicts token n + 1 + i; the loss is its
 cross-entropy. Many splits of a text share one forward, each with its embeddings as a branch of the text
-(`specdec/batch/branches.py`): the text does not see the branches, and they do not see each other. So the text's keys
+(`specdec/batch/columns.py`): the text does not see the branches, and they do not see each other. So the text's keys
 and values are computed first, without gradients, and only the embeddings' own columns are differentiated.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from specdec.batch.branches import Branches
+from specdec.batch.columns import Columns
 from specdec.drafters.look_ahead import LookAheadEmbeddings
 from specdec.drafters.training.data import Batch
 from specdec.drafters.training.distill.recipe import CROSS_ENTROPY, Distillation, Reader, seed_of
@@ -99,15 +99,15 @@ class LookAheadLoss(nn.Module):
         text = DynamicCache()
         with torch.no_grad():
             self.target(input_ids=token_ids, use_cache=True, logits_to_keep=1, **cache_argument(self.target, text))
-        branches = Branches.behind(token_ids.new_zeros(rows), length, splits, embeddings.ahead)
-        visible = branches.visible(branches.slots.shape[1])[:, None, length:]
+        columns = Columns.branches(token_ids.new_zeros(rows), length, splits, embeddings.ahead)
+        visible = columns.mask(columns.slots.shape[1])[:, None, length:]
         dtype = self.target.dtype
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         ahead = embeddings.weight.to(dtype).repeat(splits.shape[1], 1).expand(rows, -1, -1)
         logits = self.target(
             inputs_embeds=ahead,
             attention_mask=mask,
-            position_ids=branches.places[:, length:],
+            position_ids=columns.places[:, length:],
             use_cache=True,
             **cache_argument(self.target, text),
         ).logits

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch.cache import RaggedCache
+from specdec.batch.columns import Columns
 
 
 class RepadCache(RaggedCache):
@@ -22,16 +23,11 @@ class RepadCache(RaggedCache):
         self.host_pads = np.zeros(max_rows, dtype=np.int64)
 
     def begin(
-        self,
-        starts: Tensor,
-        width: int,
-        used_slots: int,
-        first_row: int = 0,
-        host_starts: np.ndarray | None = None,
-        ahead: Tensor | None = None,
+        self, columns: Columns, used_slots: int, first_row: int = 0, host_starts: np.ndarray | None = None
     ) -> Tensor:
-        """As in the ragged cache. host_starts: `starts` on the host; without them they are copied there."""
-        lengths = starts.cpu().numpy() if host_starts is None else host_starts
+        """As in the ragged cache. Without host_starts the columns' starts are copied to the host."""
+        lengths = columns.starts.cpu().numpy() if host_starts is None else host_starts
+        width = columns.slots.shape[1]
         pads = self.host_pads[first_row : first_row + len(lengths)]  # a view
         if not lengths.any():
             pads[:] = 0  # nothing is cached yet: old values belong to rows that have left
@@ -41,7 +37,7 @@ class RepadCache(RaggedCache):
             self.realign(first_row, pads.copy(), aligned, int(lengths.max()))
             pads[:] = aligned
         self.pads = torch.from_numpy(pads.copy()).to(self.device) if pads.any() else None
-        return super().begin(starts, width, int(pads[0] + lengths[0]) + width, first_row, ahead=ahead)
+        return super().begin(columns, int(pads[0] + lengths[0]) + width, first_row)
 
     def realign(self, first_row: int, old_pads: np.ndarray, new_pads: np.ndarray, num_columns: int) -> None:
         """Move each row of [rows] to its new padding, with one index for all layers."""
