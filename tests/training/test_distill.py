@@ -184,7 +184,7 @@ def test_own_text_is_read_so_often_and_then_renewed():
         ({"loss": "jsd", "beta": 1.0}, "beta=1.0 must be between 0 and 1"),
         ({"shares": {"web": 1.0}}, "data source 'web' is unknown"),
         ({"shares": {"fixed": 0.5}}, "sum to 1"),
-        ({"shares": {"fixed": 0.99, "target": 0.01}}, "less than a row of 32"),
+        ({"shares": {"fixed": 0.99, "target": 0.01}}, "less than one row of 32"),
         ({"loss": "ce", "shares": {"on-policy": 1.0}}, "teaches it nothing"),
         ({"temperatures": ()}, "temperatures is empty"),
     ],

@@ -292,7 +292,7 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order():
 
 
 def test_a_stream_that_is_too_short_is_refused():
-    with pytest.raises(InputError, match="has 7 tokens, two rows of 4 are needed"):
+    with pytest.raises(InputError, match="has 7 tokens, but two rows of 4 are needed"):
         TokenStream(np.zeros(7, dtype=np.int32), 4)
 
 
