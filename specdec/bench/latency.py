@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from specdec import StepReport
+from specdec.batch.report import StepReport
 
 
 @dataclass

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from specdec import Speculation
 from specdec.bench.latency import RowTimes, StepClock, synchronise
 from specdec.bench.memory import PeakMemory
 from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, new_tokens, total
 from specdec.bench.report.statistics import Timing
+from specdec.engine.metrics import Speculation
 
 Clock = Callable[[], float]  # seconds
 

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import specdec
-from specdec import Speculation
+from specdec.api.generate import generate as speculative_generate
 from specdec.bench.latency import StepClock
 from specdec.check.padding import left_pad
 from specdec.check.settings import ends_of
@@ -22,6 +21,7 @@ from specdec.check.ways import Way, generate_options
 from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.registry import resolve
+from specdec.engine.metrics import Speculation
 
 PLAIN = "transformers plain"
 ASSISTED = "transformers assisted"
@@ -204,7 +204,7 @@ def generate(
     options: Mapping[str, Any] | None = None,
 ) -> Decoded:
     """Our greedy decoding of a batch. options: more keywords of `specdec.generate`."""
-    output = specdec.generate(
+    output = speculative_generate(
         pair.target,
         batch.input_ids,
         batch.attention_mask,

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from specdec import Speculation
 from specdec.bench.latency import RowTimes, synchronise
+from specdec.engine.metrics import Speculation
 from specdec.network.free_memory import free_bytes
 
 COPY_BYTES = 2**30  # at most; a fourth of the free memory if that is less

@@ -143,7 +143,6 @@ class Engine:
         self._jobs[job.index] = job
         self.processors.add(job.index, job.plan)
         self.hooks.begin(job)
-        return job
 
     def check_job(self, job: Job) -> None:
         """Raise SpecDecError if the models have no place for the job, or the verification does not serve it."""

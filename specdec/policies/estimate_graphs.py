@@ -7,7 +7,7 @@ than running them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,16 @@ from specdec.network.invariant.graphs import capture, row_bucket
 
 if TYPE_CHECKING:
     from specdec.draft import Shown
-    from specdec.policies.estimates import AcceptanceEstimate
+
+
+class Capturable(Protocol):
+    """The part of an acceptance estimate that a graph needs, see `specdec/policies/estimates.py`."""
+
+    sees: ClassVar[frozenset[str]]
+    sees_place: ClassVar[bool]
+
+    def probabilities(self, shown: Shown) -> Tensor:
+        """[rows] float32."""
 
 
 @dataclass
@@ -49,7 +58,7 @@ class EstimateGraphs:
         self.captured: dict[tuple, CapturedEstimate] = {}
 
     @torch.no_grad()
-    def replay(self, estimate: AcceptanceEstimate, shown: Shown) -> Tensor:
+    def replay(self, estimate: Capturable, shown: Shown) -> Tensor:
         """`estimate.probabilities(shown)`, [rows] float32 on the host, valid until the next replay.
 
         estimate: the same one in every call. It is not kept here, for the reason that `StepGraphs.replay` gives.
@@ -65,13 +74,13 @@ class EstimateGraphs:
         torch.cuda.current_stream(step.on_device.device).synchronize()
         return step.on_host[:rows]
 
-    def _capture(self, estimate: AcceptanceEstimate, shown: Shown) -> CapturedEstimate:
+    def _capture(self, estimate: Capturable, shown: Shown) -> CapturedEstimate:
         graph, on_device = capture(lambda: estimate.probabilities(shown))
         on_host = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
         return CapturedEstimate(graph, shown, on_device, on_host)
 
 
-def room_for(estimate: AcceptanceEstimate, shown: Shown, rows: int) -> Shown:
+def room_for(estimate: Capturable, shown: Shown, rows: int) -> Shown:
     """Zeros for this many rows, in the shapes and dtypes of what the estimate looks at."""
     hidden = shown.hidden_states if "hidden_states" in estimate.sees else None
     token_ids, logits = (given.new_zeros(rows, *given.shape[1:]) for given in (shown.token_ids, shown.logits))

@@ -122,7 +122,7 @@ class MixedVerification:
 
     def __init__(self, streams: Streams, processors: Processors, method: str | Lossy = "token"):
         """method: as in `SampledVerification`, or `TopBeta` where all rows are greedy."""
-        self.processors, self.is_lossless = processors, isinstance(method, str)
+        self.name, self.processors, self.is_lossless = str(method), processors, isinstance(method, str)
         self.greedy = GreedyVerification(method if isinstance(method, Lenient | TopBeta) else None)
         self.sampled = SampledVerification(streams, processors, "token" if isinstance(method, TopBeta) else method)
 
