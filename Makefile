@@ -57,7 +57,7 @@ integration: setup .integration/.installed
 	rm -rf build
 	touch $@
 
-# Which lines the tests run; fails below the floor in pyproject.toml. Slower than `make test` by about a third.
+# Which lines the tests run; fails below the floor in pyproject.toml.
 coverage: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(PYTEST_ARGS)
 

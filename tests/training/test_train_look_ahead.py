@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_embeddings_behind_the_text():
 @torch.no_grad()
 def test_a_target_that_is_one_off_is_found(monkeypatch):
     """The check above, with embedding 1 told to predict what the target predicts by itself."""
-    monkeypatch.setattr(module, "label_places", lambda splits, count: label_places(splits, count) - 1)
+    monkeypatch.setattr(training_recipe, "label_places", lambda splits, count: label_places(splits, count) - 1)
     with pytest.raises(AssertionError):
         test_losses_are_those_of_the_embeddings_behind_the_text()
 
@@ -115,14 +115,14 @@ def run(folder, kill_at=None, monkeypatch=None):
     model = tiny_llama(0)
     tokens = np.random.default_rng(0).integers(3, VOCAB, 600).astype(np.int32)
     if kill_at is not None:
-        call = module.LookAheadStep.__call__
+        call = training_recipe.LookAheadStep.__call__
 
         def killed(self, wrapped, step):
             if step.index == kill_at:
                 raise KeyboardInterrupt
             return call(self, wrapped, step)
 
-        monkeypatch.setattr(module.LookAheadStep, "__call__", killed)
+        monkeypatch.setattr(training_recipe.LookAheadStep, "__call__", killed)
     before = {name: p.clone() for name, p in model.named_parameters()}
     done = train_look_ahead(
         model, RECIPE, CONFIG, folder, make_accelerator(CPU), TokenStream(tokens, 16), Prompts(TokenStream(tokens, 6))
