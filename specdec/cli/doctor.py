@@ -77,13 +77,13 @@ def candidates(
 
     given = None if draft is None else resolve(draft)
     found: dict[str, Drafter | str] = {}
-    for name, (module, owner, is_complete) in DRAFTERS.items():
-        if is_complete:
+    for name, entry in DRAFTERS.items():
+        if entry.is_complete:
             found[name] = resolve(name)
-        elif given is not None and isinstance(given, drafter_class(name)):  # type: ignore[arg-type]
+        elif given is not None and isinstance(given, drafter_class(name)):
             found[name] = given
         else:
-            found[name] = f"not at hand: pass {module}.{owner}(...)"
+            found[name] = f"not at hand: pass {entry.path}(...)"
     if given is None:
         found["draft_model"] = "needs a draft model: pass --draft FOLDER"
     elif folder is not None:

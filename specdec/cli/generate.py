@@ -93,6 +93,7 @@ def generate(
     config says, unless sampling is asked for. Without a drafter it is plain decoding.
     """
     from specdec.cli.completions import DEFAULT_NEW_TOKENS, Decoding, print_completions
+    from specdec.drafters.registry import only_one
     from specdec.errors import ConfigError, InputError
     from specdec.files.loading import Prompt, read_prompts
 
@@ -111,7 +112,8 @@ def generate(
     decoding = Decoding.of(generation_config, sampling, seed, verification)
     if out is not None and decoding != Decoding():
         raise ConfigError("--out writes greedy rows; leave the generation config and options of sampling out")
-    models = replace(load_models(target, draft, drafter, device, dtype, look_ahead), is_chat=chat)
+    chosen = only_one(drafter) if drafter else None
+    models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat)
     if out is not None:
         from specdec.cli.to_file import write_completions
 
