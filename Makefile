@@ -11,11 +11,11 @@ JOBS ?= auto
 BENCH_ARGS ?=
 BIN := $(VENV)/bin
 
-# Folders of tests that another transformers cannot change: how rows are laid out, length policies, measuring, training,
-# documents. Neither can it change what Triton's interpreter computes.
-NO_MODELS := batch bench benchmarks docs policies training
+# Tests that another transformers cannot change: how rows are laid out and scheduled, what is accepted, length policies,
+# measuring, training, documents. Neither can it change what Triton's interpreter computes.
+NO_MODELS := batch bench benchmarks check/test_sampling_check.py docs engine infill policies training verify
 
-.PHONY: setup demo test test-slow test-oldest check lint types bench clean
+.PHONY: setup demo test test-slow test-oldest integration coverage check lint types bench clean
 
 setup: $(VENV)/.installed
 
@@ -40,12 +40,26 @@ test-slow: setup
 test-oldest: setup .oldest/.installed
 	PYTHONPATH=$(CURDIR)/.oldest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 		$(NO_MODELS:%=--ignore tests/%) \
-		-m "not slow and not gpu and not interpreter" $(PYTEST_ARGS)
+		-m "not slow and not gpu and not integration and not interpreter" $(PYTEST_ARGS)
 
 .oldest/.installed: pyproject.toml $(VENV)/.installed
 	rm -rf .oldest
 	$(BIN)/python -m pip install --quiet --target .oldest "$(OLDEST)"
 	touch $@
+
+# Tests against what pip installs: for now the wheel of this package, in a folder of its own.
+integration: setup .integration/.installed
+	$(BIN)/python -m pytest -m integration tests/integration $(PYTEST_ARGS)
+
+.integration/.installed: pyproject.toml $(VENV)/.installed $(shell find specdec kernels drafters -name '*.py')
+	rm -rf .integration build
+	$(BIN)/python -m pip install --quiet --no-deps --target .integration .
+	rm -rf build
+	touch $@
+
+# Which lines the tests run; fails below the floor in pyproject.toml. Slower than `make test` by about a third.
+coverage: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term $(PYTEST_ARGS)
 
 check: lint types test
 
@@ -60,4 +74,4 @@ bench: setup
 	$(BIN)/python benchmarks/decode.py --device cpu $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .oldest .integration .coverage build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -3,10 +3,10 @@
     python benchmarks/continuous.py --prompts question.jsonl
 
 All prompts go through `generate_many` at 16 rows and are compared with transformers' plain greedy decoding of one
-prompt at a time. `specdec generate --out` is killed at three random moments and resumed. Then the same prompts with
+prompt at a time. `specdec generate --out` is killed at three random moments and resumed. Then the same prompts, with
 output lengths spread evenly over 16 to 256 tokens: static batches in the order of arrival, each decoded to its end
-before the next (finished rows leave, nobody joins), against continuous batches, in interleaved repeats of one run.
-The exit status is 1 if anything is not equal.
+before the next (finished rows leave, none joins), against continuous batches, in interleaved repeats of one run. The
+exit status is 1 if anything is not equal.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from specdec.bench.measure import log_to_stderr
 from specdec.bench.methods import Pair
 from specdec.bench.report.record import describe_pair
 from specdec.bench.report.tables import markdown
-from specdec.check.oracle import greedy_settings, run_plain
+from specdec.check.oracle import run_plain
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 from specdec.files.loading import encode_prompts, read_prompts
 
@@ -53,8 +54,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="prompts in Spec-Bench's or any other format of specdec generate")
     parser.add_argument("--limit", type=positive, help="only the first prompts")
     parser.add_argument("--max-prompt-tokens", type=positive, default=256, help="longer prompts keep their last ones")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="of equality and kill")
-    parser.add_argument("--lengths", default="16,256", help="least and most new tokens of the throughput mode")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="new tokens of equality and kill")
+    parser.add_argument("--lengths", default="16,256", help="fewest and most new tokens of the throughput mode")
     parser.add_argument("--max-rows", type=positive, default=16)
     parser.add_argument("--kv-tokens", type=positive, help="budget of the equality mode, to force preemptions")
     parser.add_argument("--repeats", type=positive, default=3)

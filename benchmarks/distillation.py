@@ -1,15 +1,15 @@
-"""Does distillation make a better draft than cross-entropy on as many tokens? All losses, on three kinds of data.
+"""Does distillation give a better draft than cross-entropy on as many tokens? All losses, on three kinds of data.
 
     python benchmarks/pack_corpus.py --tokenizer specdec/assets/demo_pair/target --out demo_tokens.npy
     python benchmarks/distillation.py --text demo_tokens.npy --device cuda --jobs 16
 
 A draft of the pair's own shape starts from random weights and learns the training text by cross-entropy. From there
 every arm takes the same number of steps over batches of the same number of tokens, each by `specdec train distill`:
-cross-entropy on the text (the baseline, which alone may choose the best of several learning rates), cross-entropy on
-what the target writes, and the four divergences of DistillSpec on the text, on the target's continuations of pieces of
+cross-entropy on the text (the baseline, the only arm that may choose the best of several learning rates), cross-entropy
+on the target's text, and the four divergences of DistillSpec on the text, on the target's continuations of pieces of
 it, and on the draft's own. All are then measured on the pair's held-out prompts in float32.
 
-An arm whose result is already in --work is not trained again, and one that was killed goes on from its checkpoint.
+An arm whose result is already in --work is not trained again, and a killed arm resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("distillation"), help="where the drafts are trained")
     parser.add_argument("--out", type=Path, help="the JSON record; by default results/<...>.json")
     parser.add_argument("--device", nargs="+", default=["cpu"], help="the arms take turns on them")
-    parser.add_argument("--jobs", type=int, default=1, help="arms trained at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="arms trained at once")
     parser.add_argument("--losses", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--data", nargs="+", default=DATA, choices=DATA)
     parser.add_argument("--warm-steps", type=int, default=3000)
@@ -69,21 +69,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-rows", type=int, default=64)
     parser.add_argument("--row-tokens", type=int, default=256)
     parser.add_argument("--warm-learning-rate", type=float, default=3e-3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of every divergence")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate of every divergence")
     parser.add_argument("--baseline-learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--texts", type=int, default=16384, help="continuations that the target writes")
     parser.add_argument("--renew-every", type=int, default=32)
     parser.add_argument("--own-reads", type=int, default=1, help="times that each of a draft's own texts is read")
     parser.add_argument("--num-prompts", type=int, help="held-out prompts, all by default")
-    parser.add_argument("--new-tokens", type=int, default=128, help="per held-out prompt")
+    parser.add_argument("--new-tokens", type=int, default=128, help="new tokens per held-out prompt")
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
-    parser.add_argument("--finished-only", action="store_true", help="train nothing; measure the arms that are there")
+    parser.add_argument("--finished-only", action="store_true", help="train nothing; measure the finished arms")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
 def arms_of(options: argparse.Namespace) -> list[Arm]:
-    """The baselines, without which nothing can be compared, and then the longest first."""
+    """The baselines, which every comparison needs, then the longest arms first."""
     arms = [Arm("ce", "fixed", rate) for rate in options.baseline_learning_rates]
     arms += [Arm(loss, data, options.learning_rate) for data in reversed(options.data) for loss in options.losses]
     return arms + ([Arm("ce", "target", options.learning_rate)] if "target" in options.data else [])
@@ -102,7 +102,7 @@ def random_draft(options: argparse.Namespace) -> Path:
 
 
 def train(options: argparse.Namespace, arm: Arm, start: Path, out: Path, steps: int, seed: int, device: str) -> None:
-    """One run of the command, which keeps its output in a log beside its result."""
+    """One run of the command; its output goes to a log next to its result."""
     if (out / "config.json").exists():
         return
     more = [] if arm.data == "fixed" else ["--temperature", "0", "--temperature", "1"]
@@ -174,7 +174,7 @@ def gain(found: dict, baseline: dict, key: str) -> dict[str, float]:
 
 
 def compare(options: argparse.Namespace, arms: list[Arm]) -> dict:
-    """The measurements of all arms, and of each the gain over the better of the baselines by greedy agreement."""
+    """The measurements of all arms, and the gain of each over the baseline with the best greedy agreement."""
     folders = {"warm start": options.work / "warm"} | {arm.name: options.work / arm.name for arm in arms}
     measured = measure(options, folders | {"the pair's own draft": options.models / "draft"})
     drafts = measured["drafts"]
@@ -223,7 +223,7 @@ def train_all(options: argparse.Namespace, arms: list[Arm]) -> None:
     warm, out = Arm("ce", "fixed", options.warm_learning_rate), options.work / "warm"
     train(options, warm, random_draft(options), out, options.warm_steps, options.seed, options.device[0])
 
-    def run(arm: Arm, device: str) -> None:  # by another seed, or the baseline would read the warm start's rows again
+    def run(arm: Arm, device: str) -> None:  # with another seed, or the baseline would read the warm start's rows again
         train(options, arm, options.work / "warm", options.work / arm.name, options.steps, options.seed + 1, device)
 
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -1,13 +1,13 @@
 """Decoding of a large shape on one GPU: step times against the memory's bandwidth, tokens per second against peers.
 
 The models are stand-ins (stand_in.py): the cost of the large shape, the text and the acceptance of the small pair. All
-of ours run batch-invariant in bfloat16; tokens are compared with transformers' own generate on the same swapped model
-before anything is reported. Every part is written to the record as soon as it is measured.
+our methods run batch-invariant in bfloat16; tokens are compared with transformers' own generate on the same swapped
+model before anything is reported. Every part is written to the record as soon as it is measured.
 
     python benchmarks/gpu_decode.py --pair specdec/assets/demo_pair --out results.json
     python benchmarks/gpu_decode.py --pair specdec/assets/demo_pair --parts grid --methods plain,draft --out grid.json
 
-The grid (`gpu_grid.py`) goes on where the record ends: a cell that is in --out already is not measured again.
+The grid (`gpu_grid.py`) resumes where the record ends: a cell that is already in --out is not measured again.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from specdec.network.invariant.graphs import row_bucket, slot_bucket
 from specdec.network.invariant.network import InvariantForward, InvariantNetwork
 
 PARTS = ("copy", "agreement", "steps", "oracle", "tokens", "profile", "peers")
-GRID = "grid"  # not among the parts of a call that names none
+GRID = "grid"  # not part of a call that names no parts
 
 
 def step_bytes(forward: InvariantForward, model: PreTrainedModel, rows: int, context: int) -> int:
-    """What a step must at least read: weights without the embeddings, and the keys and values of the context."""
+    """The bytes a step must read: weights without the embeddings, and the keys and values of the context."""
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     layer = forward.cache.layers[0]
     return weights + len(forward.layers) * 2 * rows * context * layer.keys[0, 0].nbytes
@@ -54,7 +54,7 @@ def step_bytes(forward: InvariantForward, model: PreTrainedModel, rows: int, con
 def step_times(
     name: str, model: PreTrainedModel, cells: Sequence[tuple[int, int]], context: int, add: Callable
 ) -> None:
-    """cells: (rows, width). Of a draft model also with its step of one launch, where it takes that."""
+    """cells: (rows, width). A draft model is also timed with its one-launch step, where it uses that."""
     ways = ("in order", "library") if name == "target" else ("in order", "library", "one launch")
     for arithmetic in ways:
         replaced = library_linears if arithmetic == "library" else invariant_layers.in_order_linears
@@ -63,7 +63,7 @@ def step_times(
             forward = InvariantForward(model, most, context + 256, must_be_exact=is_exact)
             for rows, width in cells:
                 if not is_exact and not is_faster(rows * width, slot_bucket(context + width)):
-                    continue  # it would take the longer way
+                    continue  # it would take the layer-by-layer path
                 ids = torch.randint(3, 2000, (rows, width), device="cuda")
                 starts = torch.full((rows,), context, device="cuda")
                 used = context + width
@@ -112,7 +112,7 @@ def tokens_per_second(
 def oracle_agreement(
     models: dict[str, PreTrainedModel], ids: Tensor, num_prompts: int, new_tokens: int, k: int
 ) -> dict[str, Any]:
-    """Tokens of transformers' own generate on the swapped model, one prompt at a time, against ours in one batch."""
+    """Compares transformers' own generate on the swapped model, one prompt at a time, with ours in one batch."""
     ids = ids[:num_prompts]
     options = {"max_new_tokens": new_tokens, "do_sample": False}
     expected = [
@@ -126,12 +126,12 @@ def oracle_agreement(
 def profiled(
     models: dict[str, PreTrainedModel], ids: Tensor, mask: Tensor, batch: int, k: int | None
 ) -> dict[str, Any]:
-    """Where a generate call's time goes behind its prefill: the share in which the device runs something, by kernel."""
+    """Where a generate call's time goes after its prefill: the share in which the device runs something, by kernel."""
     options: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
     if k:
         options.update(drafter=models["draft"], num_speculative_tokens=k)
     timed_generate(models["target"], ids[:batch], mask[:batch], **options)
-    # The first step behind the prefill begins at a mark.
+    # The first step after the prefill begins at a mark.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         timed_generate(models["target"], ids[:batch], mask[:batch], **options)
     spans = sorted(
@@ -139,7 +139,7 @@ def profiled(
         for event in trace.events()
         if event.device_type == DeviceType.CUDA
     )
-    # The prefill's kernels come first: behind it, each step ends in one copy to the host.
+    # The prefill's kernels come first; after it, each step ends in one copy to the host.
     copies = [index for index, span in enumerate(spans) if "Memcpy DtoH" in span[2]]
     first = next(index for index, span in enumerate(spans) if "commit" in span[2])
     first = next(index for index in copies if index > first) + 1
@@ -157,7 +157,7 @@ def profiled(
 
 
 def peer(model: PreTrainedModel, ids: Tensor, mask: Tensor, new_tokens: int, **options: Any) -> dict[str, Any]:
-    """transformers' own generate, behind its prefill by difference to one new token."""
+    """transformers' own generate, after its prefill by the difference from generating one new token."""
     seconds = []
     for count in (1, new_tokens):
         for _ in range(2):
@@ -180,12 +180,14 @@ def main() -> int:
     parser.add_argument("--target-shape", choices=SHAPES, default="8B")
     parser.add_argument("--draft-shape", choices=SHAPES, default="0.6B")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"also {GRID}")
-    parser.add_argument("--batch-sizes", help="by default 1,8,32; of the grid 1,8,32,64")
-    parser.add_argument("--num-speculative-tokens", help="by default 3,5; of the grid 1,3,5,7")
+    parser.add_argument("--batch-sizes", help="by default 1,8,32; for the grid 1,8,32,64")
+    parser.add_argument("--num-speculative-tokens", help="by default 3,5; for the grid 1,3,5,7")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--contexts", default="512,4096,16384", help="of the grid")
     parser.add_argument("--methods", default=",".join(METHODS), help="of the grid")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="after which the grid begins no further cell")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="after this time the grid begins no further cell"
+    )
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-ahead", action="store_true", help="launch nothing before a step's report is read")

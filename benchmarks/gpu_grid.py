@@ -1,8 +1,8 @@
 """The grid of `gpu_decode.py`: methods, batch sizes and contexts as cells that are measured once and kept.
 
-Ours run batch-invariant and equal plain decoding token for token before they are timed; plain decoding itself equals
-transformers' own on the same swapped model (method `oracle`). Peers run the stock modules, whose bfloat16 tokens may
-differ. A cell that does not fit the device's memory says so in its record.
+Our methods run batch-invariant and must equal plain decoding token for token before they are timed; plain decoding
+itself equals transformers' own on the same swapped model (method `oracle`). Peers run the stock modules, whose bfloat16
+tokens may differ. A cell that does not fit in the device's memory says so in its record.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ OURS = ("oracle", "plain", "draft", "lookup")
 PEERS = ("peer_plain", "peer_static", "peer_assisted", "peer_lookup")
 METHODS = (*OURS, *PEERS)
 DRAFTING = ("draft", "lookup", "peer_assisted", "peer_lookup")
-ONE_ROW = ("oracle", "peer_assisted", "peer_lookup")  # transformers speculates for one prompt at a time only
+ONE_ROW = ("oracle", "peer_assisted", "peer_lookup")  # transformers speculates only for one prompt at a time
 LOOKUP_K = 5
-STATIC_CONTEXT = 1024  # compiling a static cache takes a minute or two: for contexts up to it only
+STATIC_CONTEXT = 1024  # compiling a static cache takes a minute or two, so only for contexts up to this
 
 
 @dataclass(frozen=True)
 class Cell:
-    """num_speculative_tokens: None where nothing is drafted."""
+    """num_speculative_tokens: None if nothing is drafted."""
 
     method: str
     batch_size: int
@@ -52,7 +52,7 @@ class Cell:
 def select(
     methods: Sequence[str], batch_sizes: Sequence[int], contexts: Sequence[int], draft_lengths: Sequence[int]
 ) -> list[Cell]:
-    """Short contexts first; draft lengths are for our draft model, the others draft LOOKUP_K tokens.
+    """The cells, short contexts first; draft lengths are for our draft model, other drafters draft LOOKUP_K tokens.
 
     Raises ValueError for an unknown method.
     """
@@ -71,13 +71,13 @@ def select(
 
 
 def missing(cells: Sequence[Cell], measured: Sequence[dict]) -> list[Cell]:
-    """Those that no entry of the record stands for."""
+    """The cells that are not yet in the record."""
     done = [Cell(**{name: entry[name] for name in Cell.__dataclass_fields__}) for entry in measured]
     return [cell for cell in cells if cell not in done]
 
 
 class Traffic(NamedTuple):
-    """Bytes that a forward reads of a model: its weights, and per row and cached token."""
+    """Bytes that a forward of a model reads: its weights, and bytes per row and cached token."""
 
     weights: int
     kv_per_token: int
@@ -90,7 +90,7 @@ def traffic(model: PreTrainedModel) -> Traffic:
 
 
 def bytes_moved(target: Traffic, draft: Traffic | None, speculation: Speculation, mean_length: float) -> float:
-    """What the steps of a generation behind its prefill had to read at the least."""
+    """The fewest bytes that the steps of a generation had to read after its prefill."""
     rows = speculation.num_spec_steps / max(speculation.num_target_calls, 1)
     total = speculation.num_target_calls * (target.weights + rows * mean_length * target.kv_per_token)
     if draft is not None:
@@ -99,17 +99,17 @@ def bytes_moved(target: Traffic, draft: Traffic | None, speculation: Speculation
 
 
 class EventClock:
-    """Device time of a step's stages by events that nothing waits for.
+    """Device time of a step's stages, by events that nothing waits for.
 
     draft: the drafter's proposal. verify: the target's forward. commit: acceptance, up to the report's copy to the
-    host. host_gap: between these, when the device waits for the host's next launch. What is launched ahead, within a
-    commit, counts as what it is.
+    host. host_gap: between these, when the device waits for the host's next launch. Work launched ahead, within a
+    commit, counts towards its own stage.
     """
 
     STAGES = ("draft", "verify", "commit", "host_gap")
 
     def __init__(self, event: Callable[[], Any]):
-        """event: makes an event that was recorded just now and has `elapsed_time`, as torch's."""
+        """event: makes an event recorded at this moment, with `elapsed_time` like torch's."""
         self.event = event
         self.marks: list[tuple[str, Any]] = []
         self.is_verifying = False
@@ -151,14 +151,14 @@ class EventClock:
 
     def _commit(self, original: Callable) -> Callable:
         def timed(*arguments: Any) -> Any:
-            if self.is_verifying:  # not of a prefill
+            if self.is_verifying:  # not a prefill
                 self.mark("commit")
             return original(*arguments)
 
         return timed
 
     def ms_per_step(self) -> dict[str, float]:
-        """Of what lies between the first mark and the last; the events must have passed."""
+        """Times between the first and the last mark; the events must have completed."""
         total = dict.fromkeys(self.STAGES, 0.0)
         for (stage, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             total[stage] += begin.elapsed_time(end)
@@ -185,7 +185,7 @@ class Grid:
         self._plain: dict[tuple[int, int], Tensor] = {}
 
     def run(self, cells: Sequence[Cell], record: Record, deadline: float = math.inf) -> None:
-        """Each into the record as soon as it is measured; none is begun behind the deadline."""
+        """Add each cell to the record as soon as it is measured; begin none after the deadline."""
         for cell in cells:
             if time.perf_counter() > deadline:
                 return
@@ -228,7 +228,7 @@ class Grid:
         equal = self._count(first.sequences, plain)
         entry: dict[str, Any] = {"equal_to_plain": equal, "first_call_seconds": round(first_seconds, 2)}
         if first.sequences.shape != plain.shape or not torch.equal(first.sequences, plain):
-            return entry  # there is no speed of a wrong output
+            return entry  # a wrong output is not timed
         runs = [timed_generate(target, ids, mask, **options) for _ in range(self.repeats)]
         speculation, new = first.speculation, first.speculation.num_new_tokens
         whole, behind = (statistics.median(run[i] for run in runs) for i in (1, 2))
@@ -250,7 +250,7 @@ class Grid:
         }  # fmt: skip
 
     def _oracle(self, cell: Cell, ids: Tensor, num_prompts: int = 2) -> dict[str, Any]:
-        """Plain decoding in one batch against transformers' own on the swapped model, one prompt at a time."""
+        """Compares plain decoding in one batch with transformers' own on the swapped model, one prompt at a time."""
         ids = self.prompts(cell.context)[:num_prompts]
         found = self._plain_output(ids)
         options = {"max_new_tokens": self.new_tokens, "do_sample": False}
@@ -309,7 +309,7 @@ class Grid:
 
 
 class FirstStep(StoppingCriteria):
-    """When the first step had its token; stops nothing."""
+    """Records when the first step had its token; never stops."""
 
     seconds = 0.0
 
@@ -321,7 +321,7 @@ class FirstStep(StoppingCriteria):
 
 
 def run_grid(cells: Sequence[Cell], grid: Grid, record: Record, deadline: float = math.inf) -> int:
-    """All cells that the record lacks: peers on the stock modules, ours on the swapped ones. Rows that were wrong."""
+    """Measure all missing cells: peers on the stock modules, ours on the swapped ones. Returns the wrong rows."""
     left = missing(cells, record.content.get("grid", []))
     grid.run([cell for cell in left if cell.method in PEERS], record, deadline)
     ours = [cell for cell in left if cell.method in OURS]
@@ -332,7 +332,7 @@ def run_grid(cells: Sequence[Cell], grid: Grid, record: Record, deadline: float 
 
 
 def table(entries: Sequence[dict]) -> str:
-    """Tokens per second behind the prefill, a line per method and context, a column per batch size."""
+    """Tokens per second after the prefill, one line per method and context, one column per batch size."""
     sizes = sorted({entry["batch_size"] for entry in entries})
     lines: dict[tuple, dict[int, str]] = {}
     for entry in entries:

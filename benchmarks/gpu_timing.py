@@ -1,4 +1,4 @@
-"""What the benchmarks of one GPU share: the record, clocks, prompts, and the library's product in place of ours."""
+"""Shared by the single-GPU benchmarks: the record, clocks, prompts, and the library's product in place of ours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Record:
 
     @classmethod
     def resumed(cls, path: Path, about: dict[str, Any]) -> Record:
-        """What the file holds goes on, if it was measured on the same GPU with the same versions and models."""
+        """Continue the record in the file if it was measured on the same GPU with the same versions and models."""
         if not path.exists():
             return cls(path, about)
         content = json.loads(path.read_text())
@@ -43,7 +43,7 @@ class Record:
         return cls(path, content)
 
     def add(self, part: str, entry: Any, shown: Any = None) -> None:
-        """shown: printed in place of the entry."""
+        """shown: printed instead of the entry."""
         self.content.setdefault(part, []).append(entry)
         self.path.write_text(json.dumps(self.content, indent=1) + "\n")
         print(part, json.dumps(entry if shown is None else shown), flush=True)
@@ -72,13 +72,13 @@ def copy_bandwidth() -> float:
 
 
 def library_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """The library's product in place of ours, for the comparison of speed; its bits depend on the rows."""
+    """The library's product in place of ours, to compare speed; its bits depend on the number of rows."""
     parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 class Stopwatch:
-    """Wall time of a generate call, the prefill apart: its report waits for the device."""
+    """Wall time of a generate call, with prefill separate: its report waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.prefilled = device, 0.0
@@ -90,7 +90,7 @@ class Stopwatch:
 
 
 def timed_generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> tuple[Any, float, float]:
-    """The output, seconds of everything and of everything behind the prefill."""
+    """The output, seconds of the whole call and of the part after the prefill."""
     watch = Stopwatch(model.device)
     synchronise(model.device)
     begin = time.perf_counter()
@@ -101,7 +101,7 @@ def timed_generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options:
 
 
 def prompts_of(pair: Path, count: int, length: int, device: str = "cuda") -> Tensor:
-    """[count, length] tokens: each held-out prompt with others before it."""
+    """[count, length] tokens: each held-out prompt preceded by others."""
     tokenizer = AutoTokenizer.from_pretrained(pair / "target")
     encoded = [tokenizer(prompt.text)["input_ids"] for prompt in read_prompts(pair / "prompts.json")]
     rows = []

@@ -4,11 +4,11 @@
     python benchmarks/guarantee.py --batch-sizes 32 --drafters random --json part.json
     python benchmarks/guarantee.py --merge part.json other.json --json whole.json
 
-Both by the same engine, from the 33rd step on and until the first row ends, with the pair's draft, with a draft of
-random weights, and with prompt lookup on sampled text, which repeats little. `cost_model` begins without any knowledge
-each time. As a control plain decoding is measured twice in each repeat: its second time over its first is the noise of
-the measurement itself. The record is written after every repeat. The exit status is 1 where the cost model has less
-than 0.97 of plain decoding's speed.
+Both run on the same engine, measured from the 33rd step until the first row ends, with the pair's draft, with a draft
+of random weights, and with prompt lookup on sampled text, which repeats little. `cost_model` starts without any
+knowledge each time. As a control, plain decoding is measured twice in each repeat: its second time over its first is
+the noise of the measurement itself. The record is written after every repeat. The exit status is 1 if the cost model
+has less than 0.97 of plain decoding's speed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from specdec.bench.methods import Batch, Pair, batch_of
 from specdec.bench.report.record import describe_pair
 from specdec.bench.report.statistics import estimate
 from specdec.bench.report.tables import cell, markdown
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 from specdec.policies.cost_model import CostModel, Knowledge
 
@@ -69,8 +69,8 @@ def cases(pair: Pair, seed: int, drafters: Sequence[str] = tuple(DRAFTERS)) -> l
 def compare(
     pair: Pair, batch_size: int, drafter: Any, decoding: dict, arguments: argparse.Namespace
 ) -> Iterator[dict[str, list[float]]]:
-    """Speeds of all ways, one a repeat, after every repeat. Interleaved, in reverse in every other repeat; the first of
-    all is a warm-up."""
+    """Yields, after every repeat, the speeds of all ways, one per repeat. Interleaved, with the order reversed in every
+    other repeat; the first repeat is a warm-up."""
     repeated = Pair(pair.name, pair.target, pair.draft, (pair.prompts * batch_size)[:batch_size])
     batch = batch_of(repeated, range(batch_size))
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -90,8 +90,8 @@ def compare(
 def speed_behind_first_steps(
     pair: Pair, batch: Batch, options: dict[str, Any], max_new_tokens: int, clock: Callable[[], float]
 ) -> float:
-    """Tokens per second behind the first steps, while the batch is full: plain decoding ends all rows at once, drafts
-    one after the other. Where there are fewer than twice as many steps, behind the first half of them."""
+    """Tokens per second after the first steps, while the batch is full: plain decoding ends all rows at once, drafts
+    one after the other. If there are fewer than twice as many steps, only the first half is skipped."""
     times, tokens, is_full = [], [], True
 
     def on_commit(report: specdec.StepReport) -> None:
@@ -139,12 +139,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", type=Path, default=DEMO_PAIR, help="folder with target/, draft/ and prompts.json")
-    parser.add_argument("--num-prompts", type=positive, default=24, help="how many; a larger batch repeats them")
+    parser.add_argument(
+        "--num-prompts", type=positive, default=24, help="number of prompts; a larger batch repeats them"
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=160)
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--batch-sizes", type=numbers, default=(1, 8, 32, 64))
     parser.add_argument("--drafters", nargs="+", choices=tuple(DRAFTERS), default=tuple(DRAFTERS))
-    parser.add_argument("--merge", type=Path, nargs="+", help="no measurement: records, whose cells make one")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing; merge the cells of these records")
     add_clock(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,12 +154,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     check_clock(parser, arguments)
     if arguments.max_new_tokens < 2:
-        parser.error("--max-new-tokens 1 leaves no step behind prefill; pass 2 or more")
+        parser.error("--max-new-tokens 1 leaves no step after the prefill; pass 2 or more")
     return arguments
 
 
 def merged(paths: Sequence[Path]) -> dict:
-    """One record of the cells of several, each with its run's settings; of a cell that occurs twice the last."""
+    """One record of the cells of several, each with its run's settings; if a cell occurs twice, the last one counts."""
     runs = [json.loads(path.read_text()) for path in paths]
     cells = {(entry["batch_size"], entry["drafter"]): entry for run in runs for entry in run["guarantee"]}
     settings = [{key: value for key, value in run.items() if key != "guarantee"} for run in runs]

@@ -4,10 +4,11 @@
 
 Part `rates`: texts with places hidden anywhere are filled by samples; network calls, seconds, and the mean negative
 log-likelihood of the samples under the model's joint density, which an exact method keeps and an inexact one raises.
-Part `lines`: single lines and blocks are filled greedily; exact matches and ROUGE-L against what stood there.
-Every method fills the same texts, with the same seeds, in the same run, the order turning from repeat to repeat. Calls
-are those of one text at a time. `forward="recomputed"` is transformers' own forward, every position anew in each call;
-`kept` keeps the keys of what is committed (`specdec/network/any_subset/two_stream.py`), for sequential filling too.
+Part `lines`: single lines and blocks are filled greedily; exact matches and ROUGE-L against the original text. Every
+method fills the same texts, with the same seeds, in the same run, in an order that rotates from repeat to repeat. Calls
+are counted one text at a time. `forward="recomputed"` is transformers' own forward, which recomputes every position in
+each call; `kept` keeps the keys of committed tokens (`specdec/network/any_subset/two_stream.py`), for sequential
+filling too.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Filled:
     texts: list[Tensor]
     num_calls: int
     num_tokens: int
-    seconds: list[float]  # one a repeat
+    seconds: list[float]  # one per repeat
 
 
 def fill(model: XLNetLMHeadModel, way: Way, text: MaskedText, seed: int | None) -> tuple[Tensor, int]:
@@ -78,7 +79,7 @@ def fill(model: XLNetLMHeadModel, way: Way, text: MaskedText, seed: int | None) 
 
 @torch.no_grad()
 def parallel(model: XLNetLMHeadModel | XLNet, ids: Tensor, mask: Tensor, seed: int | None) -> Tensor:
-    """All hidden places at once from their marginals, each alone."""
+    """All hidden positions at once, each sampled alone from its marginal."""
     order = Order.lattice(mask, torch.ones_like(mask))
     rows = rows_of(ids, order, 1)
     network = model.model if isinstance(model, XLNet) else model
@@ -96,7 +97,7 @@ def parallel(model: XLNetLMHeadModel | XLNet, ids: Tensor, mask: Tensor, seed: i
 
 @torch.no_grad()
 def joint_nll(model: XLNetLMHeadModel, filled: Tensor, mask: Tensor) -> float:
-    """-log p of what was filled in, in nats, without the mask token."""
+    """-log p of the filled tokens, in nats, without the mask token."""
     filled, mask = filled[None].to(model.device), mask[None].to(model.device)
     order = Order.lattice(mask, torch.ones_like(mask))
     ranks = torch.arange(int(order.num_visible), filled.shape[1], device=model.device)[None]
@@ -153,7 +154,7 @@ def part_rates(model: XLNetLMHeadModel, texts: list[Tensor], options: argparse.N
             error = float(rates.std(ddof=1) / len(rates) ** 0.5) if len(rates) > 1 else None
             base = baseline(ways, results, way)
             entries.append(entry(way, result, base, mask_rate=rate, nll_per_token=per_token, nll_standard_error=error))
-            log(f"{rate:.2f} {way.label}: {entries[-1]['calls_per_token']:.3f} calls a token, {per_token:.3f} nats")
+            log(f"{rate:.2f} {way.label}: {entries[-1]['calls_per_token']:.3f} calls per token, {per_token:.3f} nats")
     return entries
 
 
@@ -201,7 +202,7 @@ def hide(ids: Tensor, rate: float, seed: int) -> Tensor:
 def hide_lines(
     text: str, height: int, seed: int, tokenizer: PreTrainedTokenizerBase, model: XLNetLMHeadModel
 ) -> MaskedText | None:
-    """`height` lines inside a text, none of them blank at its ends; None where it has no such place."""
+    """`height` lines inside a text, with no blank line at either end; None if there are none."""
     lines = text.split("\n")
     starts = [i for i in range(1, len(lines) - height) if lines[i].strip() and lines[i + height - 1].strip()]
     if not starts:

@@ -3,8 +3,8 @@
     python benchmarks/invariance.py --device cuda --pair models/code-qwen3 --output benchmarks/results/invariance.json
 
 Parts: `bits` compares each kernel with itself; `speed` times the in-order linear's tiles against the library;
-`logits` and `tokens` run a trained pair, `large` a model of Qwen3-8B's shape with random weights. Everything is also
-done on the stock modules, where differences must show, or the test would be too weak to mean anything.
+`logits` and `tokens` run a trained pair, `large` a model of Qwen3-8B's shape with random weights. Everything also runs
+on the stock modules, where differences must appear; otherwise the test would be too weak to mean anything.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 3, 8, 32])
     parser.add_argument("--num-processes", type=int, default=1)
     parser.add_argument("--layers", type=int, default=36, help="of the large model")
-    parser.add_argument("--revision", help="recorded where there is no git repository")
+    parser.add_argument("--revision", help="recorded if there is no git repository")
     parser.add_argument("--output", type=Path)
     return parser.parse_args(argv)
 
@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
     record["dtype"] = arguments.dtype
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    # A run that is stopped at a time limit keeps what it has found.
+    # A run that is stopped at a time limit keeps its results so far.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     try:
         run(arguments, record)

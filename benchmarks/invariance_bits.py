@@ -42,7 +42,7 @@ def randn(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) 
 
 
 def linear_bits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, most: int) -> list[dict]:
-    """shape: (out, in). `most` rows at once against fewer, every tile, and the library's product as the contrast."""
+    """shape: (out, in). `most` rows at once against fewer, with every tile, and the library's product for contrast."""
     name = f"linear {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
     x = randn(most, shape[1], dtype=dtype, device=device)
     weight = randn(*shape, dtype=dtype, device=device) / shape[1] ** 0.5
@@ -119,9 +119,9 @@ def attention_bits(
 def logit_bits(
     model: PreTrainedModel, sequences: Sequence[Tensor], num_checked: int, log: Callable[[str], None]
 ) -> list[dict]:
-    """Logits of each sequence's last `num_checked` tokens: one forward alone, against every other way to get them.
+    """Logits of each sequence's last `num_checked` tokens: from one forward alone, against every other way to get them.
 
-    sequences: [length] int64 each, of different lengths. The stock modules differ here, invariant ones must not.
+    sequences: [length] int64 each, of different lengths. The stock modules differ here; invariant ones must not.
     """
     sequences = sorted((ids.to(model.device) for ids in sequences), key=len, reverse=True)
     expected = [model(input_ids=ids[None], use_cache=False, logits_to_keep=num_checked).logits[0] for ids in sequences]

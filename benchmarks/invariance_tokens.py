@@ -17,7 +17,7 @@ from specdec import make_batch_invariant
 from specdec.bench.methods import Pair, batch_of, new_tokens, our_method, transformers_method
 from specdec.check.ways import Way
 
-PROMPTS_PER_TASK = 8  # of the batch-1 settings, so that processes finish together
+PROMPTS_PER_TASK = 8  # for the batch-1 settings, so that processes finish together
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Job:
-    """What every process needs. dtype: a name of torch."""
+    """The settings of every process. dtype: a name in torch."""
 
     folder: str
     num_prompts: int
@@ -52,7 +52,7 @@ _job: Job | None = None
 
 
 def start(job: Job) -> None:
-    """In each process: load the pair, and make the target invariant."""
+    """Run in each process: load the pair, and make the target invariant."""
     global _pair, _job
     torch.set_num_threads(1)
     _pair = load_pair(Path(job.folder), job.num_prompts, getattr(torch, job.dtype), torch.device(job.device))
@@ -80,7 +80,7 @@ def decode(task: tuple[Setting, range]) -> list[list[int]]:
 
 
 def compare(job: Job, settings: Sequence[Setting], num_processes: int) -> Iterator[dict]:
-    """One record per setting, as it is done: prompts whose tokens are those of transformers at batch 1."""
+    """Yields one record per finished setting: the prompts whose tokens equal those of transformers at batch 1."""
     tasks = [(Setting(None, 1, None), prompts) for prompts in pieces(job.num_prompts, PROMPTS_PER_TASK)]
     for setting in sorted(settings, key=lambda setting: -setting.batch_size):
         per_task = max(setting.batch_size, PROMPTS_PER_TASK // setting.batch_size * setting.batch_size)

@@ -1,11 +1,12 @@
-"""What a layout of the KV cache costs: ragged, repad (EQSPEC) and grouped (EXSPEC) in one loop, in one run.
+"""The cost of each layout of the KV cache: ragged, repad (EQSPEC) and grouped (EXSPEC) in one loop, in one run.
 
     python benchmarks/layouts.py --models FOLDER
 
-Token ids are compared with plain decoding one prompt at a time before anything is timed. Then tokens per second in
-interleaved repeats, the share of each stage of a step ("realign" moves keys and values so that rows end together, "move
-rows" follows rows that left or took turns), and EXSPEC's grouping rate as a function of its pool. `specdec bench
---layout ragged,repad,grouped` measures the same with groups of 8; here their size and the pools can be chosen.
+Token ids are compared with plain decoding, one prompt at a time, before anything is timed. It then measures tokens per
+second in interleaved repeats, the share of each stage of a step ("realign" moves keys and values so that rows end
+together, "move rows" follows rows that left or took turns), and EXSPEC's grouping rate as a function of its pool.
+`specdec bench --layout ragged,repad,grouped` measures the same with groups of 8; here group size and pools can be
+chosen.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, generate, peers
 from specdec.bench.report.record import describe_pair, describe_result, describe_suite
 from specdec.bench.report.tables import markdown
 from specdec.bench.stages import profile
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 
 PROMPTS_PER_PLACE = 2  # of the largest pool
@@ -68,9 +69,9 @@ def methods_of(pair: Pair, arguments: argparse.Namespace) -> list[Method]:
 
 
 def grouping_rates(pair: Pair, prompts: Sequence[torch.Tensor], arguments: argparse.Namespace) -> list[dict]:
-    """Per pool: the share of steps whose rows ended together already, all prompts in one continuous run.
+    """Per pool: the share of steps whose rows already ended together, with all prompts in one continuous run.
 
-    Newcomers are prefilled at once, so that the pool is full while there are prompts.
+    Newcomers are prefilled at once, so that the pool stays full while prompts remain.
     """
     rates = []
     for pool in arguments.pools:
@@ -90,7 +91,7 @@ def grouping_rates(pair: Pair, prompts: Sequence[torch.Tensor], arguments: argpa
 
 
 def load(arguments: argparse.Namespace) -> tuple[Pair, list[torch.Tensor]]:
-    """The pair with its prompts, and those of the pools: each once, as equal ones would group with each other."""
+    """The pair with its prompts, and the prompts of the pools: each only once, as equal ones would group together."""
     own = len(json.loads((arguments.models / "prompts.json").read_text()))
     dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
     wanted = max(arguments.num_prompts, PROMPTS_PER_PLACE * max(arguments.pools))

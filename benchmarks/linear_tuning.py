@@ -1,4 +1,4 @@
-"""Time the in-order linear's tiles against the library's product, weights coming from memory and not from the cache."""
+"""Time the in-order linear's tiles against the library's product, with weights read from memory, not the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from specdec.kernels.linear.in_order_linear import in_order_linear
 from specdec.kernels.linear.linear_tiles import BUCKETS, Tile, choose_tile
 
-# (out, in) of the layers of Qwen3-8B and Qwen3-0.6B, those with one input together and apart.
+# (out, in) of the layers of Qwen3-8B and Qwen3-0.6B; layers that share an input are listed together and apart.
 SHAPES = {
     "8B qkv": (6144, 4096),
     "8B gate_up": (24576, 4096),
@@ -86,7 +86,7 @@ CANDIDATES = {
         Tile(256, 128, 64, False, 4, 8),
     ],
 }
-BEYOND_CACHE = 300_000_000  # bytes of weights to rotate among; the cache holds 60 MB
+BEYOND_CACHE = 300_000_000  # bytes of weights to cycle through; the cache holds 60 MB
 
 
 def tune(
@@ -158,7 +158,7 @@ def microseconds(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor], nu
 
 
 def table_source(records: Sequence[dict]) -> str:
-    """The TUNED table of kernels/linear/linear_tiles.py from the best tiles, to be formatted."""
+    """The TUNED table of kernels/linear/linear_tiles.py from the best tiles, still to be formatted."""
     best: dict[tuple[int, int], dict[int, str]] = {}
     for record in records:
         best.setdefault((record["out"], record["in"]), {})[record["rows"]] = f"Tile{tuple(record['best_tile'])}"
@@ -168,7 +168,7 @@ def table_source(records: Sequence[dict]) -> str:
 
 
 def serving(bucket: int, tuned_rows: Sequence[int]) -> int:
-    """The largest number of rows that was tuned within the bucket or below it; the smallest where there is none.
+    """The largest number of rows that was tuned within the bucket or below it; the smallest if there is none.
 
     >>> [serving(bucket, (1, 8, 40, 160, 512)) for bucket in (1, 16, 64, 256, 1024)]
     [1, 8, 40, 160, 512]

@@ -1,10 +1,10 @@
-"""What look-ahead embeddings are worth (PaSS): tokens a step by L, target calls against plain decoding, and speed.
+"""What look-ahead embeddings gain (PaSS): tokens per step by L, target calls against plain decoding, and speed.
 
     python benchmarks/look_ahead.py --models FOLDER --look-ahead FOLDER
 
-Token ids are compared with transformers' plain greedy decoding before anything is timed; a method that differs is not.
-All methods run interleaved in one process. Small models fall into loops, which are easy to guess; "without loops"
-leaves those prompts out. The exit status is 1 if any is not equal.
+Token ids are compared with transformers' plain greedy decoding first; a method that differs is not timed. All methods
+run interleaved in one process. Small models fall into loops, which are easy to guess; "without loops" leaves those
+prompts out. The exit status is 1 if any is not equal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from specdec.bench.report.record import describe_pair, describe_result, describe
 from specdec.bench.report.statistics import speedup
 from specdec.bench.report.tables import cell, markdown
 from specdec.bench.suite import Suite
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.drafter import Drafter
 from specdec.drafters.look_ahead import LookAhead
 from specdec.files.environment import environment
@@ -42,11 +42,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", type=Path, default=DEMO_PAIR, help="folder with target/, draft/ and prompts.json")
-    parser.add_argument("--look-ahead", type=Path, help="the embeddings; by default look_ahead/ beside the target")
+    parser.add_argument("--look-ahead", type=Path, help="the embeddings; by default look_ahead/ next to the target")
     parser.add_argument("--num-prompts", type=positive, default=32)
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--num-speculative-tokens", type=numbers, help="L, those used; by default every one there is")
+    parser.add_argument(
+        "--num-speculative-tokens", type=numbers, help="L, the number of embeddings used; by default every possible L"
+    )
     parser.add_argument("--batch-sizes", type=numbers, default=(1, 8))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument(
@@ -72,7 +74,7 @@ def methods_of(pair: Pair, drafter: LookAhead, lengths: Sequence[int], arguments
 
 
 def lengths_of(drafter: LookAhead, asked: Sequence[int] | None) -> Sequence[int]:
-    """Raises ConfigError if more is asked for than there is."""
+    """Raises ConfigError if more embeddings are requested than exist."""
     most = drafter.embeddings.num_tokens
     lengths = range(1, most + 1) if asked is None else asked
     if max(lengths) > most:
@@ -81,7 +83,9 @@ def lengths_of(drafter: LookAhead, asked: Sequence[int] | None) -> Sequence[int]
 
 
 def describe(result: Result, results: Sequence[Result], suite: Suite) -> dict:
-    """The harness's entry, beside our own plain decoding too. plain_calls_per_call: target calls, prefill apart."""
+    """The harness's entry, plus the speed relative to our own plain decoding. plain_calls_per_call: target calls
+    without prefill.
+    """
     entry = describe_result(result, results, suite)
     plain = find(results, OUR_PLAIN, None, result.method.batch_size)
     assert plain is not None

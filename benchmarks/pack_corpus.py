@@ -2,8 +2,8 @@
 
     python benchmarks/pack_corpus.py --tokenizer specdec/assets/demo_pair/target --out demo_tokens.npy
 
-Only files of distributions that are not held out are packed: the demo pair's `prompts.json` come from the others. With
-`--without prompts.json`, neither are distributions in a file of which one of these prompts is found.
+Only files of distributions that are not held out are packed: the demo pair's `prompts.json` come from the held-out
+ones. `--without prompts.json` also leaves out distributions that contain one of these prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specdec.files.loading import read_prompts
 def without(documents: Sequence[Document], prompts: Sequence[str]) -> list[Document]:
     """The documents of distributions in which no prompt occurs."""
     found = {document.source for document in documents if any(prompt in document.text for prompt in prompts)}
-    print(f"left out, since prompts occur in them: {', '.join(sorted(found)) or 'none'}")
+    print(f"left out, because prompts occur in them: {', '.join(sorted(found)) or 'none'}")
     return [document for document in documents if document.source not in found]
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pack Python source as tokens.")
     parser.add_argument("--tokenizer", type=Path, nargs="+", required=True, help="folders with a tokenizer")
     parser.add_argument("--out", type=Path, nargs="+", required=True, help="a .npy file for each")
-    parser.add_argument("--max-bytes", type=int, default=2_000_000_000, help="of source, drawn by the seed")
+    parser.add_argument("--max-bytes", type=int, default=2_000_000_000, help="of source, chosen by the seed")
     parser.add_argument("--without", type=Path, nargs="*", default=(), help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

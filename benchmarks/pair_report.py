@@ -1,6 +1,6 @@
-"""What the demo pair is worth, and the model cards that say so.
+"""Measurements of the demo pair, and its model cards.
 
-Argmax agreement and the overlap of distributions decide how many draft tokens a target accepts, greedy and sampled;
+Argmax agreement and the overlap of distributions determine how many draft tokens a target accepts, greedy and sampled;
 neither depends on a decoding engine.
 """
 
@@ -44,7 +44,7 @@ def held_out_metrics(target: nn.Module, draft: nn.Module, rows: Tensor) -> dict[
 def tokens_per_verification(agrees: Sequence[bool], num_draft_tokens: int) -> float:
     """Mean tokens per target pass in greedy speculative decoding, from where the draft agrees with the target.
 
-    Up to its first error the draft sees the target's own text, so the agreements decide the run without running it.
+    Up to its first error the draft sees the target's own text, so the agreements determine the run without running it.
     """
     position, num_passes = 0, 0
     while position < len(agrees):

@@ -1,4 +1,4 @@
-"""What the scripts here share: a trained pair and its prompts, clocks, where records go, arguments that are numbers."""
+"""Shared by the scripts here: a trained pair and its prompts, clocks, paths of records, numeric arguments."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def load_pair(folder: Path, num_prompts: int, dtype: torch.dtype, device: torch.
 
 
 def suite_of(pair: Pair, max_new_tokens: int) -> Suite:
-    """The pair's prompts as they stand, with plain decoding's answers. To be called within `greedy_settings`.
+    """The pair's prompts as they stand, with plain decoding's answers. Call this within `greedy_settings`.
 
-    transformers decodes them one by one; for a batch-invariant target in one batch, where a row is as if alone.
+    transformers decodes them one by one; with a batch-invariant target in one batch, where rows do not affect each
+    other.
     """
     if is_batch_invariant(pair.target):
         reference = run_batched(pair.target, pair.prompts, max_new_tokens).outputs
@@ -54,7 +55,7 @@ def suite_of(pair: Pair, max_new_tokens: int) -> Suite:
 def add_clock(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clock", choices=tuple(CLOCKS), default="wall",
-        help="cpu: the time that this process computes, for one thread on a machine that others use too",
+        help="cpu: CPU time of this process, for one thread on a shared machine",
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def check_clock(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 
 
 def cost_clock(name: str) -> HostClock | None:
-    """The same clock for a cost model; None leaves it the device's own."""
+    """The same clock for a cost model; None keeps the device's own."""
     return None if name == "wall" else HostClock(CLOCKS[name])
 
 

@@ -5,7 +5,7 @@
 Fixed K, `confidence`, `acceptance_head`, `disco` and `cost_model` over sweeps of their settings, in interleaved repeats
 of one run, with an oracle that drafts exactly the tokens that will be accepted. Each kind's setting is chosen on every
 other prompt and judged on the rest. Outputs are compared with transformers' plain greedy decoding first; the exit
-status is 1 if any is not equal. The record is written anew behind every repeat.
+status is 1 if any is not equal. The record is rewritten after every repeat.
 
 With --target-shape and --draft-shape the models are stand-ins (`stand_in.py`): the cost of the large shapes, the text
 and the acceptance of the small pair.
@@ -49,7 +49,7 @@ from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, generat
 from specdec.bench.report.record import describe_pair, describe_suite
 from specdec.bench.report.statistics import rate
 from specdec.bench.suite import Suite
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 from specdec.policies.fixed import Fixed
 
@@ -59,7 +59,7 @@ HEADS_ON_STAND_INS = (
 
 
 class BehindPrefill:
-    """A clock that stands still from the beginning of a call until its prompts are cached."""
+    """A clock that stops from the beginning of a call until its prompts are cached."""
 
     def __init__(self, name: str, device: torch.device):
         self.running, self.device = CLOCKS[name], device
@@ -91,8 +91,9 @@ def method_of(pair: Pair, way: Way, batch_size: int, max_new_tokens: int, watch:
 
 
 class Comparison:
-    """Ways at several batch sizes; `entries` and `wrong`, the methods whose outputs differ, are of what was measured
-    so far."""
+    """Ways at several batch sizes; `entries` and `wrong` (methods with differing outputs) cover the measurements so
+    far.
+    """
 
     def __init__(self, pair: Pair, suite: Suite, ways: Sequence[Way], arguments: argparse.Namespace):
         self.pair, self.suite, self.ways, self.arguments = pair, suite, ways, arguments
@@ -101,12 +102,12 @@ class Comparison:
 
     @property
     def entries(self) -> list[dict]:
-        """Of each kind at its best setting."""
+        """Entries of each kind at its best setting."""
         return [entry for results in self.results.values() for entry in judged(self.ways, results)]
 
     @property
     def every_way(self) -> list[dict]:
-        """Of each setting, over all prompts: those that chose it among them."""
+        """Entries of each setting, over all prompts, including those that it was chosen on."""
         return [
             {"way": way.name, "batch_size": size, "tokens_per_second": asdict(rate(result.timing))}
             | {"speculation": result.speculation.to_dict()}
@@ -120,7 +121,7 @@ class Comparison:
         return [result.method.label for results in self.results.values() for result in results if result.refused]
 
     def repeats(self, batch_size: int) -> Iterator[None]:
-        """Checks every way's tokens, which also warms it up, then times all of them; yields behind every repeat."""
+        """Checks every way's tokens, which also warms it up, then times them all; yields after every repeat."""
         new, num_repeats = self.arguments.max_new_tokens, self.arguments.repeats
         methods = [method_of(self.pair, way, batch_size, new, self.watch) for way in self.ways]
         warm_up(self.pair, batch_size, new)
@@ -138,13 +139,14 @@ class Comparison:
 
 
 def warm_up(pair: Pair, batch_size: int, max_new_tokens: int) -> None:
-    """The longest texts and drafts first: a cache that grows takes its captured steps along."""
+    """The longest texts and drafts first, because a growing cache discards its captured steps."""
     longest = max(batches(pair, batch_size), key=lambda batch: batch.input_ids.shape[1])
     method_of(pair, Way("fixed", MOST, MOST, lambda prompts: Fixed()), batch_size, max_new_tokens).decode(longest)
 
 
 def measure_within(comparison: Comparison, seconds: float, write: Callable[[], None]) -> None:
-    """Begins no repeat that may not end within the seconds from now, but one of each batch size. write: after each."""
+    """Begins only repeats that should end within the given seconds, but at least one per batch size. write: called
+    after each."""
     begin = time.perf_counter()
     for batch_size in comparison.arguments.batch_sizes:
         repeats, longest = comparison.repeats(batch_size), 0.0
@@ -156,7 +158,7 @@ def measure_within(comparison: Comparison, seconds: float, write: Callable[[], N
                 longest = max(longest, now - before)
             before = now
             if now + longest - begin > seconds:
-                log_to_stderr(f"batch {batch_size}: the {seconds:g} seconds do not suffice for another repeat")
+                log_to_stderr(f"batch {batch_size}: the {seconds:g} seconds are not enough for another repeat")
                 break
 
 
@@ -165,7 +167,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", type=Path, default=DEMO_PAIR, help="folder with target/, draft/ and prompts.json")
     parser.add_argument("--head", type=Path, help="folder with the heads, by default the draft's")
-    parser.add_argument("--num-prompts", type=positive, default=24, help="how many of the prompts, from the first")
+    parser.add_argument("--num-prompts", type=positive, default=24, help="number of prompts, from the first")
     parser.add_argument("--max-new-tokens", type=positive, default=96)
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--num-speculative-tokens", type=numbers, default=(2, 3, 4, 5, 6, 7, 8, 10, 12), help="fixed K")
@@ -173,15 +175,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kinds", type=kinds, default=KINDS, help=f"of {', '.join(KINDS)}")
     parser.add_argument(
         "--thresholds", type=thresholds, action="append", default=[], metavar="KIND=H,H,...",
-        help="in place of a kind's own sweep; may be given for several kinds",
+        help="instead of a kind's own sweep; may be given for several kinds",
     )  # fmt: skip
     parser.add_argument("--target-shape", choices=SHAPES, help="a stand-in of that shape for the target")
     parser.add_argument("--draft-shape", choices=SHAPES, help="and for the draft")
-    parser.add_argument("--exclude-prefill", action="store_true", help="time what follows a batch's first token")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of the comparison, but one repeat at least")
+    parser.add_argument("--exclude-prefill", action="store_true", help="time only the part after a batch's first token")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="limit of the comparison, but at least one repeat"
+    )
     add_clock(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    parser.add_argument("--plot", type=Path, help="draw predicted against actual acceptance there")
+    parser.add_argument("--plot", type=Path, help="draw predicted against actual acceptance to this file")
     parser.add_argument("--json", type=Path, help="the record; by default benchmarks/results/policies-<device>-<date>")
     arguments = parser.parse_args(argv)
     check_clock(parser, arguments)
@@ -196,7 +200,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def kinds(text: str) -> tuple[str, ...]:
     chosen = tuple(text.split(","))
     if unknown := set(chosen) - set(KINDS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} unknown; choose of {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} unknown; choose from {', '.join(KINDS)}")
     return chosen
 
 
@@ -207,7 +211,7 @@ def thresholds(text: str) -> tuple[str, tuple[float, ...]]:
     """
     kind, _, values = text.partition("=")
     if kind not in THRESHOLDS:
-        raise argparse.ArgumentTypeError(f"{kind} has no threshold; choose of {', '.join(THRESHOLDS)}")
+        raise argparse.ArgumentTypeError(f"{kind} has no threshold; choose from {', '.join(THRESHOLDS)}")
     return kind, tuple(float(value) for value in values.split(","))
 
 

@@ -1,4 +1,4 @@
-"""What `policies.py` makes of its measurements: each kind at the setting that other prompts chose, a table, a plot."""
+"""Results of `policies.py`: each kind at the setting chosen on other prompts, a table, a plot."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from specdec.bench.report.tables import markdown
 
 
 def judged(ways: Sequence[Way], results: Sequence[Result]) -> list[dict]:
-    """Each kind at the setting that was fastest on every other prompt, by its speed on the rest; at a batch size
-    above 1, where single prompts have no time, on all of them. Nothing where no fixed K was timed."""
+    """Each kind at the setting that was fastest on every other prompt, judged by its speed on the rest; at batch sizes
+    above 1, where single prompts have no times, on all prompts. Empty if no fixed K was timed."""
     num_prompts = len(results[0].outputs)
     alone = results[0].method.batch_size == 1
     chosen_on = range(0, num_prompts, 2) if alone else None
@@ -61,7 +61,7 @@ def describe(way: Way, result: Result, ours: Timing, base: Timing) -> dict:
 
 
 def gain_of(ratio: Estimate) -> Estimate:
-    """What is above 1."""
+    """The estimate minus 1."""
     return Estimate(ratio.median - 1, ratio.low - 1, ratio.high - 1, tuple(value - 1 for value in ratio.repeats))
 
 

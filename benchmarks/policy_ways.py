@@ -19,7 +19,7 @@ from specdec.policies.costs import HostClock
 from specdec.policies.fixed import Fixed
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 from specdec.policy import LengthPolicy
 
 MOST = 20
@@ -32,7 +32,7 @@ KINDS = ("plain", "fixed", "confidence", "acceptance_head", "disco", "cost_model
 
 
 class Oracle(LengthPolicy):
-    """Drafts exactly the tokens that will be accepted, and nothing where the first would be rejected."""
+    """Drafts exactly the tokens that will be accepted, and nothing if the first would be rejected."""
 
     name = "oracle"
 
@@ -46,7 +46,7 @@ class Oracle(LengthPolicy):
 
 
 def run_lengths(agrees: np.ndarray) -> list[int]:
-    """How many places agree from each on.
+    """The number of consecutive agreeing places from each place on.
 
     >>> run_lengths(np.array([True, True, False, True]))
     [2, 1, 0, 1]
@@ -59,7 +59,7 @@ def run_lengths(agrees: np.ndarray) -> list[int]:
 
 @torch.no_grad()
 def agreement(pair: Pair, outputs: Sequence[list[int]]) -> list[np.ndarray]:
-    """Where the draft model's argmax behind the true text is the target's token, [new tokens] bool per prompt."""
+    """Whether the draft model's argmax after the true text is the target's token, [new tokens] bool per prompt."""
     found = []
     for prompt, new in zip(pair.prompts, outputs, strict=True):
         tokens = torch.cat([prompt, torch.tensor(new)]).to(pair.draft.device)
@@ -90,7 +90,7 @@ def all_ways(
     clock: HostClock | None,
     stand_ins: StandIns | None = None,
 ) -> list[Way]:
-    """folder: of the heads; a kind of head that is not there is left out. lengths: fixed K. clock: of cost models."""
+    """folder: of the heads; missing kinds of heads are left out. lengths: fixed K. clock: of cost models."""
     ways = [Way("plain", None, 1, None)]
     ways += [Way("fixed", k, k, lambda prompts: Fixed()) for k in lengths]
     ways += [Way("confidence", h, MOST, lambda p, h=h: Confidence(h)) for h in thresholds["confidence"]]
@@ -111,5 +111,5 @@ def all_ways(
     return [*ways, Way("oracle", None, MOST, lambda prompts: Oracle([agrees[i] for i in prompts]))]
 
 
-def adopted(head: Head, stand_ins: StandIns | None) -> Head:
+def adopted(head: PairHead, stand_ins: StandIns | None) -> PairHead:
     return head if stand_ins is None else stand_ins.adopt(head)

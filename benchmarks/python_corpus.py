@@ -104,7 +104,7 @@ def permissive_licence(metadata: importlib.metadata.PackageMetadata) -> str | No
     """Name the licence if the metadata states a permissive one, else None.
 
     The SPDX expression decides if there is one, then the classifiers, then the free-text field. Every licence of an
-    expression must be permissive, also in an OR: the rule errs towards leaving a distribution out.
+    expression must be permissive, even in an OR: the rule errs towards leaving a distribution out.
     """
     expression = metadata.get("License-Expression")
     if expression:
@@ -151,7 +151,7 @@ def distribution_files() -> Iterable[tuple[Source, list[tuple[str, Path]]]]:
 
 
 def standard_library_files() -> tuple[Source, list[tuple[str, Path]]]:
-    """Return the standard library's `.py` files, without what is installed below it."""
+    """Return the standard library's `.py` files, without packages installed below it."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
     files = [(str(path), root / path) for path in paths if not {"site-packages", "dist-packages"} & set(path.parts)]
@@ -162,7 +162,7 @@ def standard_library_files() -> tuple[Source, list[tuple[str, Path]]]:
 def load_corpus(max_training_bytes: int, seed: int) -> Corpus:
     """Read all sources, drop exact copies and shuffle.
 
-    Held-out files come first, so that copies of them are dropped from the training files and not the other way round.
+    Held-out files come first, so that copies of them are dropped from the training files and not vice versa.
     """
     groups = [*distribution_files(), standard_library_files()]
     groups.sort(key=lambda group: not group[0].held_out)
@@ -186,9 +186,9 @@ def load_corpus(max_training_bytes: int, seed: int) -> Corpus:
 
 
 def cut_prompt(lines: Sequence[str], max_tokens: int, count_tokens: Callable[[str], int]) -> str | None:
-    """Return the longest beginning of `lines` of at most `max_tokens` tokens that ends outside a docstring, if any.
+    """Return the longest prefix of `lines` of at most `max_tokens` tokens that ends outside a docstring, if any.
 
-    The last newline is left off: byte-level pre-tokenisation joins a newline with the indentation after it, so a prompt
+    The last newline is removed: byte-level pre-tokenisation joins a newline with the indentation after it, so a prompt
     that ends in one would end in a token the models hardly ever saw there.
     """
     best = None
@@ -235,7 +235,7 @@ def select_prompts(
 def train_tokenizer(
     texts: Sequence[str], vocab_size: int, max_chars: int, model_max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, which gives back every text exactly, on about `max_chars` characters."""
+    """Train a byte-level BPE tokenizer, which reproduces every text exactly, on about `max_chars` characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -262,14 +262,14 @@ def encode_stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], devi
     """Encode the texts as one int32 stream, each ended by EOS so that the models learn to stop."""
     backend = tokenizer.backend_tokenizer
     parts = []
-    for start in range(0, len(texts), 1000):  # in parts, because an Encoding takes many times the room of its ids
+    for start in range(0, len(texts), 1000):  # in parts, because an Encoding takes many times the memory of its ids
         for encoding in backend.encode_batch_fast(list(texts[start : start + 1000]), add_special_tokens=False):
             parts.append(torch.tensor([*encoding.ids, EOS_ID], dtype=torch.int32))
     return torch.cat(parts).to(device)
 
 
 def sample_rows(stream: Tensor, num_rows: int, row_tokens: int, generator: torch.Generator) -> Tensor:
-    """Cut rows at random places of a token stream: [num_rows, row_tokens] int64."""
+    """Cut rows at random positions of a token stream: [num_rows, row_tokens] int64."""
     starts = torch.randint(len(stream) - row_tokens, (num_rows, 1), generator=generator).to(stream.device)
     return stream[starts + torch.arange(row_tokens, device=stream.device)].long()
 

@@ -1,10 +1,10 @@
-"""The referee against corruptions planted in an engine's outputs, and what certifying costs beside generating.
+"""The referee against corruptions planted in an engine's outputs, and the cost of certifying relative to generating.
 
-    python benchmarks/referee.py --dtype bfloat16
+python benchmarks/referee.py --dtype bfloat16
 
-transformers' plain greedy outputs, one prompt at a time and in padded batches, are certified as they are; then each row
-once for each kind of corruption. In float32 nothing of transformers' may differ, in half precision only ties. The exit
-status is 1 if a corruption is not called a bug, or an honest row is.
+transformers' plain greedy outputs, one prompt at a time and in padded batches, are certified unchanged, then with each
+row corrupted in each of several ways. In float32 no unchanged output may differ; in half precision only ties may. The
+exit status is 1 if a corruption is not called a bug, or an honest row is.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from specdec.bench.methods import Pair
 from specdec.bench.report.record import describe_pair
 from specdec.bench.report.tables import markdown
 from specdec.check.certify import certify
-from specdec.check.oracle import greedy_settings, run_batched, run_plain
+from specdec.check.oracle import run_batched, run_plain
 from specdec.check.outputs import OutputRow
+from specdec.check.settings import greedy_settings
 from specdec.files.environment import environment
 
 Ids = list[int]
@@ -42,7 +43,7 @@ def swapped(rng: random.Random, ids: Ids, others: Sequence[Ids], vocab_size: int
 
 
 def shifted(rng: random.Random, ids: Ids, others: Sequence[Ids], vocab_size: int) -> Ids:
-    """As if the first token had been taken for prompt."""
+    """As if the first token had been taken for part of the prompt."""
     return [*ids[1:], ids[0]]
 
 
@@ -77,7 +78,7 @@ def rows_of(prompts: Sequence[torch.Tensor], completions: Sequence[Ids]) -> list
 
 
 def honest(pair: Pair, name: str, outputs: list[Ids], seconds: float, arguments: argparse.Namespace) -> dict:
-    """Verdicts on outputs as they came, and the certificate's time as a share of theirs."""
+    """Verdicts on unchanged outputs, and the certificate's time as a share of the time to generate them."""
     certificates = [
         certify(pair.target, rows_of(pair.prompts, outputs), arguments.max_new_tokens) for _ in range(arguments.repeats)
     ]
@@ -92,7 +93,7 @@ def honest(pair: Pair, name: str, outputs: list[Ids], seconds: float, arguments:
 
 
 def planted(pair: Pair, outputs: list[Ids], corrupt: Corrupt, arguments: argparse.Namespace) -> dict:
-    """Each row corrupted once; those that the corruption leaves as they are (a loop, shifted) are left out."""
+    """Each row corrupted once; rows that the corruption leaves unchanged (a shifted loop) are left out."""
     rng = random.Random(f"{corrupt.__name__} {arguments.seed}")
     changed = [corrupt(rng, ids, outputs, pair.target.config.vocab_size) for ids in outputs]
     kept = [index for index, ids in enumerate(changed) if ids != outputs[index]]

@@ -1,8 +1,8 @@
-"""What sampling costs: a speculative step sampled against the same step greedy, its kernels, and its memory.
+"""What sampling costs: a sampled speculative step against the same greedy step, its kernels, and its memory.
 
-Steps are those of `specdec.generate` with a draft model, timed from commit to commit while every row is alive, the
-settings in turn within each repeat. On a GPU the pair is inflated to a large shape (stand_in.py) and runs
-batch-invariant. Memory is that of a random model with a large vocabulary and few layers, behind its prefill. Every part
+Steps are those of `specdec.generate` with a draft model, timed from commit to commit while all rows are being decoded,
+with the settings in turn within each repeat. On a GPU the pair is inflated to a large shape (stand_in.py) and runs
+batch-invariant. Memory is that of a random model with a large vocabulary and few layers, after its prefill. Every part
 is written to the record as soon as it is measured.
 
     python benchmarks/sampling.py --pair specdec/assets/demo_pair --out sampling.json
@@ -75,9 +75,9 @@ class Enough(Exception):
 
 
 class StepClock:
-    """Times between the first commits of steps, the first apart: it may capture or compile.
+    """Times between the commits of steps, without the first, which may capture or compile.
 
-    seconds: by the clock on the wall. cpu_seconds: of this process, which other processes do not lengthen.
+    seconds: wall time. cpu_seconds: CPU time of this process, which other processes do not lengthen.
     """
 
     def __init__(self, num_steps: int):
@@ -86,7 +86,7 @@ class StepClock:
         self.cpu: list[float] = []
         self.committed = 0
 
-    def __call__(self, report: StepReport) -> None:  # a report has been read from the device: nothing is under way
+    def __call__(self, report: StepReport) -> None:  # a report has been read from the device, so no work is pending
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
         self.committed += int(report.num_committed.sum()) if len(self.wall) > 2 else 0
@@ -95,7 +95,7 @@ class StepClock:
 
 
 def differences(series: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Of each series behind its first two times."""
+    """Differences of each series, without its first two times."""
     return [[after - before for before, after in pairwise(times[2:])] for times in series]
 
 
@@ -142,7 +142,7 @@ def step_overheads(
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
-    """Median time of one call, on a GPU the device's."""
+    """Median time of one call; on a GPU, device time."""
     if device.type == "cuda":
         return gpu_timing.milliseconds(call, repeats)
     for _ in range(3):
@@ -158,7 +158,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 2
 def kernel_times(
     batch_size: int, k: int, vocab: int, dtype: torch.dtype, device: torch.device, add: Callable[[dict], None]
 ) -> None:
-    """Each kernel alone, on random logits as peaked as a model's."""
+    """Times of each kernel alone, on random logits as peaked as a model's."""
     generator = torch.Generator(device).manual_seed(0)
     scores = (4 * torch.randn(batch_size, k + 1, vocab, device=device, generator=generator)).to(dtype)
     probs = torch.softmax(4 * torch.randn(batch_size, k, vocab, device=device, generator=generator), -1)
@@ -195,7 +195,9 @@ def kernel_times(
 def launches_per_step(
     models: dict[str, PreTrainedModel], ids: Tensor, k: int, names: Sequence[str], add: Callable[[dict], None]
 ) -> None:
-    """Kernels and copies per step: by the difference of a longer and a shorter generation, graphs captured before."""
+    """Kernels and copies per step: the difference between a longer and a shorter generation, with graphs captured
+    before.
+    """
     for name in names:
         counts = []
         for num_steps in (4, 4, 12):
@@ -220,7 +222,7 @@ def peak_memory(
     batch_size: int, k: int, vocab: int, dtype: torch.dtype, device: torch.device, names: Sequence[str],
     add: Callable[[dict], None],
 ) -> None:  # fmt: skip
-    """The most that a step holds beyond the weights. Naive: all logits and both softmaxes in float32."""
+    """Peak memory of a step beyond the weights. Naive: all logits and both softmaxes in float32."""
     models = {"target": random_model(vocab, 2, 512, dtype, device), "draft": random_model(vocab, 1, 256, dtype, device)}
     ids = torch.randint(3, vocab, (batch_size, 16), device=device)
     logits = batch_size * (k + 1) * vocab
@@ -259,7 +261,7 @@ def peak_memory(
 
 
 def load(arguments: argparse.Namespace, device: torch.device) -> dict[str, PreTrainedModel]:
-    """The pair, inflated where a shape is asked for; no end of sequence, so that all rows stay."""
+    """The pair, inflated if a shape is given; without an end of sequence, so that all rows stay."""
     models = {}
     for role, shape in (("target", arguments.target_shape), ("draft", arguments.draft_shape)):
         model = AutoModelForCausalLM.from_pretrained(arguments.pair / role, dtype=torch.float32)
@@ -278,7 +280,7 @@ def main() -> None:
     parser.add_argument("--settings", help="numbers of settings of steps, 0 = greedy; by default all")
     parser.add_argument("--batch-sizes", help="by default 8 on a GPU, else 1,8")
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
-    parser.add_argument("--vocab", type=int, default=151_936, help="of kernels and memory")
+    parser.add_argument("--vocab", type=int, default=151_936, help="rows of kernels and memory")
     parser.add_argument("--memory-batch-size", type=int, default=32)
     parser.add_argument("--context", type=int, default=64, help="prompt tokens")
     parser.add_argument("--steps", type=int, default=12)

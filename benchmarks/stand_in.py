@@ -1,11 +1,11 @@
 """Stand-ins for large models: a small trained model inflated to a large one's shape, computing the same function.
 
-A stand-in costs what the large shape costs and writes what the small model writes, so that speculative decoding can be
-timed with a real acceptance where no large weights are to be had. The inflation is dense, because zeros would hide
-rounding: the residual stream is rotated by a random orthogonal matrix with the norms' weights folded into the next
-linear; neurons, attention heads and values are split into copies whose outputs carry random shares summing to 1.
-What stays zero: every second pair of a query's and key's dimensions where the head grows, and the output projections
-of the layers that the small model lacks. Whatever is reported of a stand-in must call it one.
+A stand-in has the large shape's cost and writes the small model's text, so that speculative decoding can be timed with
+a real acceptance where no large weights are available. The inflation is dense, because zeros would hide rounding: the
+residual stream is rotated by a random orthogonal matrix with the norms' weights folded into the next linear; neurons,
+attention heads and values are split into copies whose outputs carry random shares summing to 1. Two things stay zero:
+every second pair of a query's and key's dimensions if the head grows, and the output projections of the layers that the
+small model lacks. Every report about a stand-in must say that it is one.
 
     python benchmarks/stand_in.py --small specdec/assets/demo_pair/target --shape tiny --device cpu
 """
@@ -27,7 +27,7 @@ from specdec.files.loading import read_prompts
 
 @dataclass(frozen=True)
 class Shape:
-    """What a large Qwen3 looks like; the embeddings are never tied here, which changes no bytes of a step."""
+    """The shape of a large Qwen3; embeddings are never tied here, which does not change the bytes a step reads."""
 
     hidden_size: int
     num_layers: int
@@ -44,14 +44,14 @@ SHAPES = {
     "8B": Shape(4096, 36, 32, 8, 128, 12288, 151936),
     "1.7B": Shape(2048, 28, 16, 8, 128, 6144, 151936),
     "0.6B": Shape(1024, 28, 16, 8, 128, 3072, 151936),
-    # 32 divides all sizes, as a batch-invariant float32 model on a CPU needs.
+    # 32 divides all sizes, as required for a batch-invariant float32 model on a CPU.
     "tiny": Shape(448, 10, 10, 5, 128, 1120, 2304),
 }
 
 
 class StandIn(NamedTuple):
-    """to_small_hidden: [hidden, small hidden] float32; the states behind the final norm, multiplied by it, are the
-    small model's up to rounding."""
+    """to_small_hidden: [hidden, small hidden] float32; the states after the final norm, multiplied by it, are the small
+    model's up to rounding."""
 
     model: Qwen3ForCausalLM
     to_small_hidden: Tensor
@@ -95,14 +95,14 @@ def stand_in(
     rotation = torch.linalg.qr(torch.randn(shape.hidden_size, shape.hidden_size, device=device))[0]
     writer = Inflation(rotation[:, : old.hidden_size], old, shape, torch.Generator(device=device).manual_seed(seed))
     writer.vocabulary(big, small, old.pad_token_id)
-    # Spread evenly, so that the layers that add nothing lie between those that do.
+    # Spread evenly, so that the layers that add nothing lie between those that add something.
     places = [index * shape.num_layers // old.num_hidden_layers for index in range(old.num_hidden_layers)]
     for place, layer in zip(places, small.model.layers, strict=True):
         writer.layer(big.model.layers[place], layer)
     for place in set(range(shape.num_layers)) - set(places):
         big.model.layers[place].self_attn.o_proj.weight.zero_()
         big.model.layers[place].mlp.down_proj.weight.zero_()
-        # Layers of one kind, as a real model has: a draft's step of one launch wants that.
+        # Layers of one kind, as in a real model: a draft's one-launch step needs that.
         for name in ("q_norm", "k_norm"):
             known = getattr(big.model.layers[places[0]].self_attn, name).variance_epsilon
             getattr(big.model.layers[place].self_attn, name).variance_epsilon = known
@@ -123,11 +123,11 @@ def check_fits(old: Qwen3Config, shape: Shape) -> None:
                 f"the shape's {name}={have} is smaller than the small model's {need}; choose another shape"
             )
     if shape.head_dim % old.head_dim:
-        raise ValueError(f"the shape's head_dim={shape.head_dim} is no multiple of the small model's {old.head_dim}")
+        raise ValueError(f"the shape's head_dim={shape.head_dim} is not a multiple of the small model's {old.head_dim}")
     slots = copies_of(old.num_key_value_heads, shape.num_kv_heads).bincount().min()
     if slots * (shape.num_heads // shape.num_kv_heads) < old.num_attention_heads // old.num_key_value_heads:
         raise ValueError(
-            f"{shape.num_heads} heads hold no copy of each of the small model's heads; choose another shape"
+            f"{shape.num_heads} heads cannot hold a copy of each of the small model's heads; choose another shape"
         )
 
 
@@ -161,7 +161,7 @@ class Inflation:
         old, shape, device = self.old, self.shape, self.basis.device
         times = shape.head_dim // old.head_dim
         kv_copies = copies_of(old.num_key_value_heads, shape.num_kv_heads)
-        # Each key head's queries take the small queries of the key head that it copies in turn.
+        # Each key head's queries take, in turn, the small queries of the key head that it copies.
         group, old_group = shape.num_heads // shape.num_kv_heads, old.num_attention_heads // old.num_key_value_heads
         taken = [0] * old.num_key_value_heads
         query_copies = []
@@ -179,7 +179,7 @@ class Inflation:
             out[:, turning] = rows[copies]
             getattr(big, f"{name}_proj").weight.copy_(out.flatten(0, 1))
             weight = getattr(small, f"{name}_norm").weight
-            # The mean square of a head with zeros is smaller; the query's factor is taken up by the score's scaling.
+            # The mean square of a head with zeros is smaller; the query's factor compensates for the score's scaling.
             large = torch.ones(shape.head_dim, device=device)
             large[turning] = weight if name == "q" else weight / times**0.5
             getattr(big, f"{name}_norm").weight.copy_(large)
@@ -191,11 +191,13 @@ class Inflation:
         big.o_proj.weight.copy_(self.basis @ (small.o_proj.weight[:, columns] * self._shares(columns)))
 
     def to_small_hidden(self, norm: Tensor) -> Tensor:
-        """From the large final norm, whose weights are ones, to the small one, whose weights are `norm`."""
+        """Maps the output of the large final norm, whose weights are ones, to that of the small one, with weights
+        `norm`.
+        """
         return self.basis * self.norm_scale * norm
 
     def _reading(self, weight: Tensor, norm: Tensor) -> Tensor:
-        """A linear behind an RMSNorm, [out, hidden]."""
+        """The weights of a linear after an RMSNorm, [out, hidden]."""
         return (weight * norm) @ self.basis.T * self.norm_scale
 
     def _shares(self, copies: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ class Inflation:
 
 
 def copies_of(count: int, slots: int) -> Tensor:
-    """[slots] int64: which original each slot copies, neighbours together and as evenly as may be.
+    """[slots] int64: which original each slot copies, neighbours together and as evenly as possible.
 
     >>> copies_of(2, 5).tolist()
     [0, 0, 0, 1, 1]
@@ -230,7 +232,7 @@ def agreement(small: nn.Module, big: nn.Module, prompts: list[Tensor]) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description="Inflate a small model and compare the two.")
     parser.add_argument("--small", required=True, help="folder of a Qwen3 checkpoint")
-    parser.add_argument("--prompts", help="prompts.json; by default the one beside the checkpoint's folder")
+    parser.add_argument("--prompts", help="prompts.json; by default the one next to the checkpoint's folder")
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -1,7 +1,7 @@
-"""A trained pair in the shape of a large one, and its trained heads on it.
+"""A trained pair in the shape of a large one, with its trained heads.
 
-The heads read the small draft's hidden state. A stand-in's state is mapped back to it before a head sees it, which
-costs one small product a drafted token that a head of the large shape would not have.
+The heads read the small draft's hidden state. A stand-in's state is mapped back to it before a head sees it; this costs
+one small product per drafted token, which a head of the large shape would not need.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from specdec.draft import Shown
 from specdec.drafter import Drafter
 from specdec.policies.by_estimate import ByAcceptanceHead
 from specdec.policies.cost_model import CostModel
-from specdec.policies.costs import Clock
-from specdec.policies.estimates import Estimate, HeadEstimate
+from specdec.policies.costs import CostClock
+from specdec.policies.estimates import HeadEstimate
 from specdec.policies.heads.acceptance_head import AcceptanceHead
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 
 @dataclass(frozen=True)
 class StandIns:
-    """pair: of the large shapes. small: what they were made of. to_small_hidden: the draft's, see `StandIn`."""
+    """pair: of the large shapes. small: the pair they were made from. to_small_hidden: the draft's, see `StandIn`."""
 
     pair: Pair
     small: Pair
     to_small_hidden: Tensor
 
-    def adopt(self, head: Head) -> Head:
+    def adopt(self, head: PairHead) -> PairHead:
         """The head, checked against the small pair that it was trained for, as the large pair's own."""
         head.check(self.small.target, self.small.draft)
         return head.trained_for(self.pair.target, self.pair.draft, head.recipe)
@@ -46,7 +46,7 @@ class StandIns:
 def stand_ins(
     small: Pair, target_shape: str, draft_shape: str, dtype: torch.dtype, device: torch.device
 ) -> Iterator[StandIns]:
-    """Batch-invariant ones. Raises ValueError where the pair does not fit into the shapes."""
+    """Makes batch-invariant stand-ins. Raises ValueError if the pair does not fit into the shapes."""
     target = stand_in(small.target, SHAPES[target_shape], dtype, device).model
     draft = stand_in(small.draft, SHAPES[draft_shape], dtype, device)
     name = f"{target_shape} and {draft_shape} of Qwen3 from {small.name}"
@@ -55,7 +55,7 @@ def stand_ins(
 
 
 class HeadOnStandIn(HeadEstimate):
-    """It sees the small draft's hidden states."""
+    """A head that sees the small draft's hidden states."""
 
     to_small_hidden: Tensor
 
@@ -68,7 +68,7 @@ class HeadOnStandIn(HeadEstimate):
     def __call__(self, shown: Shown) -> np.ndarray:
         return super().__call__(self.mapped(shown) if self.is_on_cpu else shown)
 
-    def probabilities(self, shown: Shown) -> Tensor:  # within a CUDA graph
+    def probabilities(self, shown: Shown) -> Tensor:  # runs within a CUDA graph
         return super().probabilities(self.mapped(shown))
 
     def mapped(self, shown: Shown) -> Shown:
@@ -85,9 +85,9 @@ class ByAcceptanceHeadOnStandIn(ByAcceptanceHead):
 
 
 class CostModelOnStandIn(CostModel):
-    def __init__(self, head: AcceptanceHead, clock: Clock | None, to_small_hidden: Tensor):
+    def __init__(self, head: AcceptanceHead, clock: CostClock | None, to_small_hidden: Tensor):
         super().__init__(head, clock)
         self.to_small_hidden = to_small_hidden
 
-    def _find_estimate(self, target: Any, drafter: Drafter) -> tuple[Estimate, frozenset[str]]:
-        return HeadOnStandIn.with_map(self.head, target, drafter, self.to_small_hidden), HeadOnStandIn.sees
+    def find_estimate(self, target: Any, drafter: Drafter) -> HeadOnStandIn:
+        return HeadOnStandIn.with_map(self.head, target, drafter, self.to_small_hidden)

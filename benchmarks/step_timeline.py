@@ -1,7 +1,7 @@
-"""Where the time of a draft step in one launch goes: its kernel with a stamp of the device's clock around each barrier.
+"""Where the time of a one-launch draft step goes: its kernel with timestamps of the device around each barrier.
 
-The stamps are written into a copy of the kernel's source, so that the product's kernel has none. Times are medians over
-the layers, in microseconds; the clock advances in steps of about a quarter of one.
+The timestamps are added to a copy of the kernel's source, so that the product's kernel has none. Times are medians over
+the layers, in microseconds; the clock advances in steps of about a quarter of a microsecond.
 
     python benchmarks/step_timeline.py --pair specdec/assets/demo_pair --out timeline.json
 """
@@ -41,7 +41,7 @@ STAMP = """    @triton.jit
 
 
 def stamped(source: str) -> str:
-    """The kernel's source with a parameter `clock_ptr`, [layers * phases * 2, programs] int64, and its stamps."""
+    """The kernel's source with a parameter `clock_ptr`, [layers * phases * 2, programs] int64, and timestamps."""
     before, kernel = source.split("    def persistent_step_kernel(")
     decorator = before.rindex("    @triton.jit(")
     imports = "    import triton.language as tl\n"
@@ -61,12 +61,12 @@ def stamped(source: str) -> str:
         if call.startswith("_wait("):
             phase += 1
             lines.append(f"{indent}_stamp(clock_ptr, (layer * {len(PHASES)} + {phase}) * 2 + {PASSED})\n")
-    assert phase == len(PHASES) - 1, f"{phase + 1} barriers a layer; this script knows {len(PHASES)}"
+    assert phase == len(PHASES) - 1, f"{phase + 1} barriers per layer; this script knows {len(PHASES)}"
     return before + "    def persistent_step_kernel(" + kernel[:begin] + "".join(lines) + kernel[end:]
 
 
 def stamped_kernel(folder: Path) -> Any:
-    """The kernel of a module made of the stamped source; Triton reads it from its file."""
+    """The kernel of a module made from the stamped source; Triton reads it from its file."""
     path = folder / "stamped_step.py"
     path.write_text(stamped(inspect.getsource(persistent_step_triton)))
     spec = importlib.util.spec_from_file_location("stamped_step", path)
@@ -77,7 +77,7 @@ def stamped_kernel(folder: Path) -> Any:
 
 
 class WithClock:
-    """Stands in for the kernel and gives it the clock's memory."""
+    """Replaces the kernel and passes it the clock's memory."""
 
     def __init__(self, kernel: Any, clock: Tensor):
         self.kernel, self.clock = kernel, clock

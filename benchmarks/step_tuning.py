@@ -1,10 +1,10 @@
-"""Tune the in-order linear's tiles within a decode step, where launches overlap: another tile may be best there.
+"""Tune the in-order linear's tiles within a decode step, where launches overlap and another tile may be best.
 
-A model of random weights and few layers takes captured steps; the tile of one product after another is replaced, the
-step captured again, its replays timed and the fastest kept. Then the overlap of launches is varied, and the tiles once
-more. Every step's output must have the bits of the first. The head is timed
-apart. Tiles are compiled ahead by other processes; one whose turn comes when its cell's share of the time is spent is
-left out, and the record says how many were tried.
+A model of random weights and few layers takes captured steps. The tile of one product after another is replaced, the
+step captured again, its replays timed and the fastest tile kept. Then the overlap of launches is varied, and the tiles
+once more. Every step's output must have the same bits as the first. The head is timed separately. Other processes
+compile tiles in advance; tiles that remain when their cell's share of the time is spent are skipped, and the record
+says how many were tried.
 
     python benchmarks/step_tuning.py --seconds 280 --out tuning.json
     python benchmarks/step_tuning.py --table tuning.json other.json    # the table of kernels/linear/linear_tiles.py, no
@@ -41,6 +41,7 @@ from stand_in import SHAPES, Shape
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from specdec.batch.columns import Columns
 from specdec.files.environment import environment
 from specdec.kernels import overlap
 from specdec.kernels.linear import in_order_linear
@@ -50,21 +51,20 @@ from specdec.network.base import NetworkOutput
 from specdec.network.invariant import layers as invariant_layers
 from specdec.network.invariant.graphs import StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant.network import InvariantForward
-from specdec.network.invariant.step import text_step
 
 CELLS = "1x1,8x1,32x1,8x6,32x4,32x6"
-LAYERS = {"8B": 6, "0.6B": 12}  # more weights than the cache holds
+LAYERS = {"8B": 6, "0.6B": 12}  # enough layers that the weights exceed the cache
 BUCKETS = "16,32,64,128,256,1024"
 CONTEXT = 512
-SHARED_BYTES = 227 * 1024  # what a program may use
+SHARED_BYTES = 227 * 1024  # shared memory that a program may use
 ACCUMULATORS = 128  # per thread
 NUM_FINALISTS = 2
-SECOND_PASS = 6  # the best of the first pass that the second tries again
+SECOND_PASS = 6  # number of the best tiles of the first pass that the second tries again
 LEAST_GAIN = 0.002  # of the step's time; less is noise
 
 
 class Product(NamedTuple):
-    """One launch: its columns and inner dimension, and how many weights it reads."""
+    """One launch: its columns and inner dimension, and the number of weights it reads."""
 
     size_out: int
     size_in: int
@@ -73,14 +73,14 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """tiles: by product. overlap: whether a launch may start before the last one ended."""
+    """tiles: by product. overlap: whether a launch may start before the previous one has ended."""
 
     tiles: dict[str, Tile]
     overlap: bool = True
 
 
 class Kernel(NamedTuple):
-    """What a compilation depends on."""
+    """Everything a compilation depends on."""
 
     num_weights: int
     tile: Tile
@@ -92,12 +92,12 @@ class Tried(NamedTuple):
     setting: Setting
 
 
-# A step under a setting: its milliseconds and its output; None where the device cannot run the setting.
+# A step under a setting: its milliseconds and its output; None if the device cannot run the setting.
 Measure = Callable[[Setting], tuple[float, Tensor] | None]
 
 
 def layer_products(shape: Shape) -> dict[str, Product]:
-    """Those of a layer, the longest first."""
+    """The products of a layer, the longest first."""
     heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     return {
         "gate_up": Product(2 * shape.intermediate_size, shape.hidden_size, 2),
@@ -112,13 +112,13 @@ def head_products(shape: Shape) -> dict[str, Product]:
 
 
 def table_setting(products: dict[str, Product], rows: int) -> Setting:
-    """What the package does."""
+    """The package's own setting."""
     tiles = {name: choose_tile(rows, p.size_out, p.size_in, torch.bfloat16) for name, p in products.items()}
     return Setting(tiles)
 
 
 def candidates(rows: int) -> list[Tile]:
-    """Those of `linear_tuning.py` first, then a grid in a mixed order, so that a part of it covers it evenly."""
+    """The tiles of `linear_tuning.py` first, then a grid in shuffled order, so that any part of it covers it evenly."""
     nearest = min(linear_tuning.CANDIDATES, key=lambda column: abs(math.log(column / rows)))
     known = list(linear_tuning.CANDIDATES[nearest])
     if rows <= 16:
@@ -134,7 +134,7 @@ def candidates(rows: int) -> list[Tile]:
 
 
 def is_sensible(tile: Tile, rows: int) -> bool:
-    """Fits the device, keeps it busy, and leaves no half of a tile empty."""
+    """Whether the tile fits the device, keeps it busy, and is at least half full."""
     left, right = (tile.block_out, tile.block_rows) if tile.swapped else (tile.block_rows, tile.block_out)
     in_flight = tile.num_stages * tile.block_in * 2
     if in_flight * (left + right) > SHARED_BYTES or left * right > ACCUMULATORS * 32 * tile.num_warps:
@@ -150,7 +150,7 @@ def is_sensible(tile: Tile, rows: int) -> bool:
 
 @contextmanager
 def applied(setting: Setting, products: dict[str, Product]) -> Iterator[None]:
-    """Within, launches follow the setting."""
+    """Inside this context, launches use the setting."""
     tiles = {(p.size_out, p.size_in): setting.tiles[name] for name, p in products.items() if name in setting.tiles}
 
     def choose(num_rows: int, size_out: int, size_in: int, dtype: torch.dtype) -> Tile:
@@ -164,7 +164,7 @@ def applied(setting: Setting, products: dict[str, Product]) -> Iterator[None]:
 
 
 class CompileOnly:
-    """Stands in for a kernel: compiles what a launch would run, and runs nothing that would disturb a timing."""
+    """Replaces a kernel: compiles the code that a launch would run, and runs nothing that would disturb a timing."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -174,10 +174,10 @@ class CompileOnly:
 
 
 def compile_kernel(wanted: Kernel) -> str | None:
-    """In a process of its own: fill the compiler's cache. Returns why that failed, or None."""
+    """Run in a separate process: fill the compiler's cache. Returns the reason of a failure, or None."""
     from triton.errors import TritonError
 
-    size = 1024  # whatever is divisible by 16 and by any inner block
+    size = 1024  # any number divisible by 16 and by any inner block
     product = {"product": Product(size * wanted.num_weights, size, wanted.num_weights)}
     kernel = CompileOnly(in_order_linear._in_order_linear_kernel)
     setting = Setting({"product": wanted.tile}, wanted.overlap)
@@ -191,12 +191,12 @@ def compile_kernel(wanted: Kernel) -> str | None:
 
 
 class Compiler:
-    """Kernels compiled ahead, each once; what is asked for goes before what is only expected."""
+    """Kernels compiled in advance, each once; requested kernels come before merely expected ones."""
 
     def __init__(
         self, new_executor: Callable[[], Executor], limit: int, compile: Callable[[Kernel], str | None] = compile_kernel
     ):
-        """limit: kernels that the executor holds at a time."""
+        """limit: kernels that the executor holds at once."""
         self.new_executor, self.limit, self.compile = new_executor, limit, compile
         self.executor = new_executor()
         self.expected: deque[Kernel] = deque()
@@ -208,7 +208,7 @@ class Compiler:
         self._feed()
 
     def ready(self, kernels: Sequence[Kernel], deadline: float) -> Iterator[Kernel]:
-        """Those that compile, in the order given as far as they are there, until the deadline."""
+        """Yields the kernels that compile, in the given order where available, until the deadline."""
         pending = list(dict.fromkeys(kernels))
         urgent = [kernel for kernel in pending if kernel not in self.futures]
         later = set(self.expected).difference(urgent)
@@ -243,7 +243,7 @@ class Compiler:
     def _problem(self, kernel: Kernel) -> str | None:
         try:
             return self.futures[kernel].result()
-        except BrokenExecutor as error:  # the compiler took its process with it
+        except BrokenExecutor as error:  # the compiler crashed its process
             return f"{type(error).__name__}: {error}"
 
 
@@ -270,7 +270,7 @@ class Descent:
         for second in (False, True):
             for index, name in enumerate(self.products):
                 left = max(0.0, deadline - time.monotonic())
-                # The second pass is short, and settings behind the first need their share.
+                # The second pass is short, and settings after the first need their share.
                 shares = 3 if second else len(self.products) - index + 1
                 self._vary_tile(name, time.monotonic() + left / shares)
             if second:
@@ -302,7 +302,7 @@ class Descent:
             self._choose([setting])
 
     def _choose(self, finalists: list[Setting]) -> None:
-        """Finalists and what is best so far, timed again in turn."""
+        """Time the finalists and the best so far again, in turn."""
         if not finalists:
             return
         settings = [self.best.setting, *finalists]
@@ -373,7 +373,7 @@ class Steps:
 
     def layers(self, ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         forward = self.forward
-        step = text_step(starts, ids.shape[1], used_slots, forward.num_slots, forward.windows)
+        step = forward.step_of(Columns.chain(starts, ids.shape[1]), used_slots)
         return NetworkOutput(forward.run(forward.embed(ids), step, slice(0, len(ids)), layers)[0], ())
 
     def head(self, ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
@@ -394,7 +394,7 @@ class Steps:
 def replayed(
     step: Callable, forward: InvariantForward, ids: Tensor, starts: Tensor, used_slots: int
 ) -> tuple[float, Tensor]:
-    """Milliseconds of a replay of the captured step, the median of several; its output."""
+    """The median milliseconds of several replays of the captured step, and its output."""
     graphs = StepGraphs(forward.cache)
     output = graphs.replay(step, ids, starts, used_slots, ()).logits
     (captured,) = graphs.captured.values()
@@ -419,7 +419,7 @@ def tune_cell(
     steps: Steps, name: str, shape: Shape, num_layers: int, cell: tuple[int, int], tiles: Sequence[Tile],
     compiler: Compiler, deadline: float,
 ) -> dict:  # fmt: skip
-    """Both parts of a step, then ours against the library's products in the whole one."""
+    """Tune both parts of a step, then compare ours with the library's products in the whole step."""
     rows = cell[0] * cell[1]
     entry: dict = {"model": name, "rows": cell[0], "width": cell[1], "total_rows": rows, "layers_timed": num_layers}
     products = {"layers": layer_products(shape), "head": head_products(shape)}
@@ -450,7 +450,7 @@ def tune_cell(
 
 
 def summary(entry: dict) -> dict:
-    """The entry without all that was tried."""
+    """The entry without the list of everything tried."""
     shown = {key: value for key, value in entry.items() if key not in ("layers", "head")}
     for part in ("layers", "head"):
         shown[part] = {key: value for key, value in entry[part].items() if key != "tried"}
@@ -458,15 +458,15 @@ def summary(entry: dict) -> dict:
 
 
 def bucket_of(rows: int) -> int:
-    """The column of today's table that serves so many rows."""
+    """The column of the current table that serves this number of rows."""
     return min(bisect_left(BUCKETS_TODAY, rows), len(BUCKETS_TODAY) - 1)
 
 
 def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
-    """BUCKETS, DEFAULTS and TUNED of kernels/linear/linear_tiles.py, to be formatted; before them, what was found per
+    """BUCKETS, DEFAULTS and TUNED of kernels/linear/linear_tiles.py, still to be formatted, preceded by the results per
     exact number of rows.
 
-    A bucket takes the tile of the largest number of rows measured in it; else what the table holds for it today.
+    A bucket takes the tile of the largest number of rows measured in it; otherwise it keeps its current tile.
     """
     found: dict[tuple[int, int], dict[int, Tile]] = {shape: {} for shape in TUNED}
     for entry in entries:
@@ -523,7 +523,7 @@ def run(arguments: argparse.Namespace, record: Record, compiler: Compiler) -> No
     for name in names:
         num_layers = min(LAYERS.get(name, 8), SHAPES[name].num_layers)
         model = random_model(SHAPES[name], num_layers, "cuda")
-        # Captures collect garbage; the model's objects need not be looked through each time.
+        # Captures collect garbage; freezing keeps the model's objects from being scanned each time.
         gc.collect(), gc.freeze()
         for cell in cells:
             deadline = time.monotonic() + (end - time.monotonic()) / left
@@ -542,7 +542,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--models", default="8B,0.6B", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--cells", default=CELLS, help="rows x width")
     parser.add_argument("--seconds", type=float, default=280, help="shared evenly among cells")
-    parser.add_argument("--max-candidates", type=int, help="tiles a product is tried with; by default all that fit in")
+    parser.add_argument(
+        "--max-candidates", type=int, help="tiles tried per product; by default all for which there is time"
+    )
     parser.add_argument("--num-processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
     parser.add_argument("--buckets", default=BUCKETS, help="of the printed table")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of these records and do nothing else")

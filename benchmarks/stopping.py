@@ -1,12 +1,12 @@
-"""What rules that stop a draft can gain, without a clock: replayed on held-out prompts from where the draft is right.
+"""What rules that stop a draft can gain, without a clock: replayed on held-out prompts, given where the draft is right.
 
     python benchmarks/stopping.py --models code-qwen3 --head benchmarks/trained/code-qwen3 --draft-costs 0.12 0.2
 
 Confidence, the product of confidences, the acceptance head and an oracle against the best fixed K, at given costs of a
 draft token; a verification costs the same whatever its width, and deciding costs nothing, so this is the most that a
-rule can gain. Beside the head, small networks are fitted to half of these very prompts, on what else a rule could know:
-the gap to the draft's second token, the entropy, how many of the row's last tokens were accepted. What they gain on
-the other half bounds what a better head on these signals would.
+rule can gain. Besides the head, small networks are fitted to half of these prompts, on other signals a rule could use:
+the gap to the draft's second token, the entropy, how many of the row's last tokens were accepted. Their gain on the
+other half bounds that of a better head on these signals.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from transformers.utils import logging as transformers_logging
 
 from specdec.bench.methods import Pair
 from specdec.bench.report.tables import markdown
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.drafters.training.heads.simulate import THRESHOLDS, Trace, compare_rules, product, speed
 from specdec.files.environment import environment
 from specdec.kernels.commit.token_statistics import token_statistics
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 
-DRAFTED = 3  # tokens of the row that a decision in the middle of a draft does not know the fate of
+DRAFTED = 3  # tokens of the row whose fate is unknown to a decision in the middle of a draft
 PRIOR_ACCEPTED, PRIOR_TOKENS = 1.5, 2.0
 FEATURES = ("head", "confidence", "gap to the second", "entropy", "last 8 accepted", "last 24 accepted")
 SETS = {
@@ -54,7 +54,7 @@ class Replay(NamedTuple):
 
 @torch.no_grad()
 def replays(pair: Pair, head: AcceptanceHead, max_new_tokens: int) -> list[Replay]:
-    """One per prompt, of the target's greedy continuation."""
+    """One replay per prompt, of the target's greedy continuation."""
     found = []
     with greedy_settings(pair.target):
         for prompt in pair.prompts:
@@ -86,7 +86,7 @@ def logit(probabilities: np.ndarray) -> np.ndarray:
 
 
 def share_of_last(accepted: np.ndarray, count: int) -> np.ndarray:
-    """Of the `count` tokens whose fate is known, drawn to three quarters.
+    """The accepted share of the last `count` tokens whose fate is known, smoothed towards three quarters.
 
     >>> share_of_last(np.array([True, True, True, False, False]), 8).round(2).tolist()
     [0.75, 0.75, 0.75, 0.75, 0.83]
@@ -96,7 +96,7 @@ def share_of_last(accepted: np.ndarray, count: int) -> np.ndarray:
 
 
 def refitted(found: Sequence[Replay], columns: Sequence[int], seed: int = 0) -> list[Trace]:
-    """The traces with the acceptance that a network fitted to every other one predicts."""
+    """The traces with acceptance predicted by a network that was fitted to every other trace."""
     torch.manual_seed(seed)
     inputs = [torch.tensor(replay.features[:, columns], dtype=torch.float32) for replay in found]
     known = torch.cat(inputs[::2])
@@ -114,7 +114,7 @@ def refitted(found: Sequence[Replay], columns: Sequence[int], seed: int = 0) -> 
 
 
 def gains(found: Sequence[Replay], draft_cost: float) -> dict[str, float]:
-    """Over the best fixed K, each rule's setting and K chosen on every other prompt and judged on the rest."""
+    """Gains over the best fixed K. Each rule's setting and K are chosen on every other prompt, judged on the rest."""
     rules = compare_rules([replay.trace for replay in found], draft_cost)
     result = {f"best fixed K = {rules['fixed']['setting']:g}": 0.0}
     result |= {name: rules[name]["gain"] for name in ("confidence", "product of confidences", "head", "oracle")}

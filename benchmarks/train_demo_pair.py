@@ -7,7 +7,7 @@ frozen target (forward KL), half on the corpus and half on the target's own gree
 speculative decoding only ever asks the draft about the target's own text (DistillSpec, arXiv:2310.08461).
 
 Learning rates follow the elapsed share of each phase's time, so the budget holds on any hardware; in return two runs
-differ by the number of steps they reach. What is measured at the end is what was written to disk.
+differ by the number of steps they reach. The final measurements are of the models as written to disk.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 @dataclass(frozen=True)
 class Shape:
-    """What the two models do not share; all heads have 64 dimensions and there is one key/value head."""
+    """The part of a shape in which the models differ; all heads have 64 dimensions and there is one key/value head."""
 
     hidden_size: int
     num_layers: int
@@ -51,7 +51,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a run depends on, apart from the packages installed on its machine."""
+    """Everything a run depends on, except the packages installed on its machine."""
 
     out: Path
     target_seconds: float = 270.0
@@ -78,16 +78,16 @@ TARGET_SHAPE = Shape(hidden_size=192, num_layers=8, num_heads=3, intermediate_si
 
 
 def draft_shape(num_layers: int) -> Shape:
-    """Return the draft's shape; its width is fixed and its depth is the choice of the run.
+    """Return the draft's shape; its width is fixed and the run chooses its depth.
 
-    Two layers are the least that can copy what followed an earlier occurrence of a token, and code repeats itself: on
+    At least two layers are needed to copy the text after an earlier occurrence of a token, and code repeats itself: on
     the target's greedy text a draft of one layer agreed with 63 % of the tokens and one of two layers with 87 %.
     """
     return Shape(hidden_size=128, num_layers=num_layers, num_heads=2, intermediate_size=384)
 
 
 def smoke(config: TrainConfig) -> TrainConfig:
-    """Shrink a run to about a minute: it tries every step and gives useless models."""
+    """Shrink a run to about a minute: it tries every step but gives useless models."""
     on_gpu = torch.cuda.is_available()
     return replace(
         config,
@@ -171,8 +171,8 @@ def learning_rate(progress: float, peak: float) -> float:
 def causal_logits(model: nn.Module, rows: Tensor) -> Tensor:
     """Run a model over full rows.
 
-    The ready-made mask None stands for plain causal attention. When it compiles, transformers would build a dense mask
-    instead, and that would rule out flash attention.
+    The ready-made mask None means plain causal attention. When compiling, transformers would build a dense mask
+    instead, which would rule out flash attention.
     """
     return model(input_ids=rows, attention_mask={"full_attention": None}, use_cache=False).logits
 
@@ -186,7 +186,7 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
 def distillation_loss(teacher: nn.Module, drafts: nn.ModuleList, rows: Tensor) -> Tensor:
     """Sum over the drafts of the cross-entropy with the teacher's distribution: forward KL up to a constant.
 
-    The drafts share no parameters, so training them on the sum is training each alone, with one teacher pass for all.
+    The drafts share no parameters, so training on the sum trains each alone, with one teacher pass for all.
     """
     with torch.no_grad():
         target_probs = causal_logits(teacher, rows).float().softmax(-1)
@@ -205,7 +205,7 @@ def optimise(
     seconds: float,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """Minimise `loss_of(next_rows())` for `seconds`, the first call's compilation included.
+    """Minimise `loss_of(next_rows())` for `seconds`, including the first call's compilation.
 
     Gradients are clipped per module, so that modules trained together train as they would alone.
     """
@@ -252,10 +252,10 @@ def optimise(
 def generate_own_text(
     teacher: Qwen3ForCausalLM, stream: Tensor, config: TrainConfig, generator: torch.Generator
 ) -> Tensor:
-    """Let the target continue pieces of the corpus greedily until the time is up; one stream, as `encode_stream` gives.
+    """Let the target continue pieces of the corpus greedily until the time is up; one stream, as from `encode_stream`.
 
-    Each piece begins with EOS, which in training marked the start of a document, so pieces packed into a row are read
-    by the target as the separate texts that they are. Prompt lengths vary as real ones do.
+    Each piece begins with EOS, which marked the start of a document in training, so the target reads pieces packed into
+    a row as separate texts. Prompt lengths vary as real ones do.
     """
     end = time.perf_counter() + config.own_text_seconds
     parts: list[Tensor] = []

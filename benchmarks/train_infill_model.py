@@ -3,7 +3,7 @@
     python benchmarks/train_infill_model.py --out infill_model
 
 It learns the Python source found on this machine (see python_corpus.py) with the demo pair's tokenizer. The number of
-steps is what fits into `--seconds` at the speed of a short trial of the same steps, so two runs may differ by it.
+steps is the number that fits into `--seconds` at the speed of a short trial, so it may differ between two runs.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ TRIAL_STEPS = 40
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=240.0, help="for training, the trial and compilation apart")
+    parser.add_argument("--seconds", type=float, default=240.0, help="for training, without the trial and compilation")
     parser.add_argument("--d-model", type=int, default=192)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--d-inner", type=int, default=512)
     parser.add_argument("--batch-rows", type=int, default=96)
     parser.add_argument("--row-tokens", type=int, default=384)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="2.5e-3 has diverged behind the warm-up")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="2.5e-3 has diverged after the warm-up")
     parser.add_argument("--draft-weight", type=float, default=0.5)
     parser.add_argument("--max-corpus-bytes", type=int, default=2_000_000_000)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_corpus(tokenizer: PreTrainedTokenizerFast, max_bytes: int, seed: int) -> tuple[np.ndarray, np.ndarray, Corpus]:
-    """Training and held-out tokens, and the corpus they are of."""
+    """Training and held-out tokens, and their corpus."""
     corpus = load_corpus(max_bytes, seed)
     streams = (
         encode_stream(tokenizer, [document.text for document in documents], "cpu").numpy()
@@ -99,7 +99,9 @@ def main() -> None:
     started = time.perf_counter()
     seconds = seconds_per_step(run, tokens, device)
     num_steps = max(int(options.seconds / seconds), 1)
-    print(f"{1000 * seconds:.0f} ms a step after {time.perf_counter() - started:.0f} s: {num_steps} steps", flush=True)
+    print(
+        f"{1000 * seconds:.0f} ms per step after {time.perf_counter() - started:.0f} s: {num_steps} steps", flush=True
+    )
     run.config = replace(config, num_steps=num_steps)
     run.recipe = replace(recipe, ramp_steps=num_steps // 6)
     notes = {**environment(device.type), "corpus": corpus_size(corpus)}
@@ -109,7 +111,7 @@ def main() -> None:
 
 
 def append_sources(card: Path, corpus: Corpus) -> None:
-    """Every source's licence, H where it was held out of training."""
+    """Append every source's licence, with H if it was held out of training."""
     sources = (f"| {s.name} | {s.version} | {s.licence} | {'H' if s.held_out else ''} |" for s in corpus.sources)
     header = (
         "\nTrained on the Python source of these distributions (H: held out):\n\n| source | version | licence | |\n"

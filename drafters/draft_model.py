@@ -23,20 +23,19 @@ from specdec.network.refusals import check_lengths
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
 # difference means another tokenizer.
 MAX_PADDING = 1 / 16
-NEWEST = 2  # committed tokens that a draft's first forward takes at most, behind a step that drafted
-MAX_FED = 8  # tokens that were committed without being drafted, and still go into a draft's first forward
+NEWEST = 2  # most committed tokens in a draft's first forward, after a step that drafted
+MAX_FED = 8  # most tokens in a draft's first forward that were committed without being drafted
 
 
 class DraftModel(Drafter):
-    """Drafts token by token: the argmax, or a sample where the output is sampled.
+    """Drafts token by token: the argmax, or a sample if the output is sampled.
 
-    The draft model caches each token once. After a fully accepted draft its cache lacks the last drafted token; that
-    token is then fed together with the newest one, as part of the next draft's first forward. So are the few tokens of
-    steps that drafted nothing; of many such steps the tokens are cached first, as a prompt's are. A first forward that
-    is launched ahead takes the two newest tokens in any case.
+    The draft model caches each token once. After a fully accepted draft its cache lacks the last drafted token, which
+    is then fed together with the newest one in the next draft's first forward. The same goes for the tokens of a few
+    steps that drafted nothing; after many such steps, the tokens are cached first, like a prompt's. A first forward
+    that is launched ahead always takes the two newest tokens.
 
-    Rows that have stopped stay in the forwards of those that go on, whose shape does not change then; what they would
-    have drafted is left out.
+    Stopped rows stay in the forwards of the others, so that shapes do not change; their tokens are discarded.
     """
 
     name = "draft_model"
@@ -44,7 +43,7 @@ class DraftModel(Drafter):
     shows = frozenset({"logits", "hidden_states"})
 
     def __init__(self, model: PreTrainedModel, vocab_size: int | None = None):
-        """vocab_size: the tokens that target and draft share, where that is not the smaller of the two vocabularies."""
+        """vocab_size: the number of tokens that target and draft share; by default the smaller of the vocabularies."""
         if not isinstance(model, PreTrainedModel):
             raise DrafterError(f"a draft model must be a transformers PreTrainedModel, not {type(model).__name__}")
         self.model = self.kv_model = model
@@ -52,7 +51,7 @@ class DraftModel(Drafter):
         self._running = ExitStack()
         self._network: Network | None = None
         self._num_uncertain = 0  # tokens of the last draft in the cache, at the end of each row's, until it is observed
-        # A draft's first forward, launched before the step in progress was read: for the draft of the next step alone.
+        # A draft's first forward, launched before the step in progress was read; only for the draft of the next step.
         self._launched: NetworkOutput | None = None
         self._begun: NetworkOutput | None = None  # the same, once that step has been observed
 
@@ -89,14 +88,14 @@ class DraftModel(Drafter):
         num_tokens = max(vocab_size_of(target), target.get_input_embeddings().weight.shape[0])
         self._knows_all = self._shared_vocab >= num_tokens
         limit = rows.max_limit if len(rows) else None
-        # What the target accepts is the target's own, whatever the draft model's last bits are.
+        # Accepted tokens are the target's own, whatever the draft model's last bits are.
         self._network = build_network(
             self.model, len(rows.slots), rows.capacity, limit, context.layout, must_be_exact=False
         )
         self._running.enter_context(self._network.running())
         if len(rows):
             self._network.prefill(rows, self._known(rows.token_ids))
-        self._cached = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: tokens in the cache, drafts among them
+        self._cached = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: tokens in the cache, drafts included
         self._cached[: len(rows)] = rows.host_lengths
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
@@ -109,8 +108,8 @@ class DraftModel(Drafter):
             starts = rows.newest()[0] if width == 1 else rows.lengths - width
             output = self._forward(tokens, starts, used_slots, rows.host_lengths - width)
         self._begun = None
-        # The device waits for this forward's launch: all that it does not need comes behind it. What a policy looks at
-        # is waited for at each token, so nothing that can be done here is done behind them.
+        # The device waits for this forward's launch, so all work that it does not need comes after it. The host waits #
+        # for the policy's inputs at each token, so work that can be done here is not left until after them.
         drafted = rows.token_ids.new_empty(len(rows), max_tokens)
         later_starts = rows.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
         assert self.context is not None
@@ -147,7 +146,7 @@ class DraftModel(Drafter):
         return Draft.trusted(drafted, probs, is_normalised=True)
 
     def observe(self, verified: Verified) -> None:
-        """What was accepted stays cached; behind it stand the keys of what was not, whatever is committed there."""
+        """Accepted tokens stay cached; the keys after them belong to rejected tokens, whatever is committed there."""
         here = slice(len(verified.host_lengths))
         cached = self._cached[here]
         if verified.is_own is not None:
@@ -158,8 +157,8 @@ class DraftModel(Drafter):
         self._begun, self._launched = self._launched, None
 
     def begin(self, rows: Rows) -> None:
-        """The first forward, over the two newest tokens of every row: whether the older one is cached is not known
-        yet."""
+        """Launch the first forward over the two newest tokens of every row, as it is not yet known whether the older
+        one is cached."""
         assert self._network is not None
         if self._network.runs_ahead and (self._cached[: len(rows)] >= rows.host_lengths - NEWEST).all():
             tokens, starts = rows.last_tokens(NEWEST), rows.lengths - NEWEST
@@ -187,8 +186,8 @@ class DraftModel(Drafter):
         self._network = self._begun = self._launched = None
 
     def _not_cached(self, rows: Rows) -> Tensor:
-        """The newest tokens, [rows, 1 to MAX_FED], that the next forward takes; what is older is cached."""
-        # The newest token always goes in, also where a row was resumed among longer ones and has its keys.
+        """The newest tokens, [rows, 1 to MAX_FED], for the next forward; older ones are cached."""
+        # The newest token always goes in, even if a row was resumed among longer ones and already has its keys.
         cached = np.minimum(self._cached[: len(rows)], rows.host_lengths - 1)
         width = int((rows.host_lengths - cached).max())
         if width > min(MAX_FED, rows.host_lengths.min()):
@@ -198,12 +197,13 @@ class DraftModel(Drafter):
         return tokens if self._knows_all else self._known(tokens)
 
     def _catch_up(self, rows: Rows, cached: np.ndarray) -> None:
-        """Cache all committed tokens but each row's last. cached: [rows] int64, how many are."""
+        """Cache all committed tokens except each row's last. cached: [rows] int64, number already cached."""
         assert self._network is not None
         most = max(prefill_budget(rows.device) // len(rows), 1)
         while (behind := int((rows.host_lengths - 1 - cached).max())) > 0:
             width = min(behind, most)
-            # A row that lacks fewer tokens is fed some again, or what lies behind a short one, which nobody looks at.
+            # Rows that lack fewer tokens are fed some of them again; short rows, values past their end that nothing
+            # reads.
             host_starts = np.minimum(cached, np.maximum(rows.host_lengths - 1 - width, 0))
             starts = torch.from_numpy(host_starts).to(rows.device)
             tokens = rows.token_ids.gather(1, starts[:, None] + torch.arange(width, device=rows.device))
@@ -219,5 +219,5 @@ class DraftModel(Drafter):
         return self._network.forward(token_ids, starts, used_slots, layers, host_starts)
 
     def _known(self, token_ids: Tensor) -> Tensor:
-        """What is no token of the draft model enters as token 0: a poor draft, never a wrong output."""
+        """Replace ids that the draft model does not have by token 0: a poor draft, never a wrong output."""
         return token_ids.masked_fill((token_ids < 0) | (token_ids >= self._shared_vocab), 0)

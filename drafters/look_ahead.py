@@ -1,22 +1,21 @@
-"""PaSS: the target drafts for itself, by a few learned embeddings that stand where its next tokens will.
+"""PaSS: the target drafts for itself, with a few learned embeddings in the positions of its next tokens.
 
-Monea, Joulin, Grave, "PaSS: Parallel Speculative Sampling" (2023). L look-ahead embeddings behind a text make one
-forward of the target predict L tokens beyond its next one. Here they stand behind every place where the draft that is
-being verified may end, so that the same forward verifies the last guesses and makes the next.
+Monea, Joulin, Grave, "PaSS: Parallel Speculative Sampling" (2023). L look-ahead embeddings appended to a text make one
+forward of the target predict L tokens beyond its next one. Here they are appended at every position where the draft
+being verified may end, so the same forward verifies the last guesses and makes the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.batch.rows import Rows
 from specdec.draft import NO_TOKEN, Draft, ExtraQueries, Verified
@@ -25,13 +24,16 @@ from specdec.errors import ConfigError, DrafterError
 from specdec.files.fingerprint import Fingerprint
 from specdec.files.trained import Trained
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class LookAheadEmbeddings(Trained):
     """weight: [num_helpers + num_tokens, hidden_size].
 
-    Look-ahead embedding i, in row num_helpers + i - 1, stands i places behind the text and predicts the token behind
-    it. Helpers, which the paper has none of, stand before the first in the same place and predict nothing: queries see
-    them, so that more is learned than one vector a token holds.
+    Look-ahead embedding i, in row num_helpers + i - 1, is i positions after the end of the text and predicts the token
+    after itself. Helpers, which the paper does not have, precede the first embedding at its position and predict
+    nothing: queries attend to them, so more can be learned than one vector per token holds.
     """
 
     kind: ClassVar[str] = "look_ahead"
@@ -49,19 +51,19 @@ class LookAheadEmbeddings(Trained):
 
     @property
     def ahead(self) -> Tensor:
-        """How many places behind the text each stands, [num_helpers + num_tokens] int64."""
+        """Positions past the end of the text, for each embedding, [num_helpers + num_tokens] int64."""
         tokens = torch.arange(1, self.num_tokens + 1, device=self.weight.device)
         return torch.cat([tokens.new_ones(self.num_helpers), tokens])
 
     def trained_for(self, target: PreTrainedModel, recipe: Mapping[str, Any]) -> Self:
-        """Mark these embeddings as trained for a target. recipe: how, and what they reached; any JSON."""
+        """Mark these embeddings as trained for a target. recipe: how they were trained and their results; any JSON."""
         return self.mark({"target": target}, recipe)
 
 
 class LookAhead(Drafter):
-    """Drafts in the target's own forwards: no forward of its own, and never more target calls than tokens.
+    """Drafts in the target's own forwards: it adds no forwards, and there are never more target calls than tokens.
 
-    A guess has not seen the token that the target itself adds in the same step, nor the guesses before it.
+    A guess has seen neither the token that the target itself adds in the same step nor the guesses before it.
     """
 
     name = "look_ahead"
@@ -74,7 +76,7 @@ class LookAhead(Drafter):
 
     @classmethod
     def load(cls, folder: str | Path, target: PreTrainedModel | None = None) -> LookAhead:
-        """The embeddings that `specdec train look-ahead` left in `folder`. Raises InputError if there are none.
+        """The embeddings that `specdec train look-ahead` saved in `folder`. Raises InputError if there are none.
 
         target: not needed; `check` compares it with the one they were trained for.
         """
@@ -82,7 +84,7 @@ class LookAhead(Drafter):
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:
         if self._checked is not None and self._checked() is target:
-            return  # asked for each prompt, and it looks at every weight
+            return  # called for each prompt, and the check reads every weight
         self.embeddings.check_models({"target": target})
         self._checked = ref(target)
 
@@ -97,14 +99,14 @@ class LookAhead(Drafter):
         weight, ahead = self.embeddings.weight.detach(), self.embeddings.ahead
         self._queries = ExtraQueries(weight.to(rows.device, target.dtype), ahead.to(rows.device))
         self._max_tokens = max_draft_tokens
-        self._num_known = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: guesses behind the committed tokens
+        self._num_known = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: guesses after the committed tokens
         self._guesses: Tensor | None = None  # by slot: [slots, k] tokens, or [slots, k, vocab] logits for sampling
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         known = self._num_known[: len(rows)]
         num_tokens = min(max_tokens, int(known.max()))
         draft = self._draft(rows, num_tokens) if num_tokens else Draft.empty(len(rows), rows.device)
-        # The step commits a token at least, and the last place of a row is the target's own.
+        # The step commits at least one token, and the last position of a row is the target's own.
         num_guesses = min(self._max_tokens, rows.max_remaining - 2)
         if num_guesses < 1:
             return draft

@@ -16,7 +16,7 @@ class PromptLookup(Drafter):
     name = "prompt_lookup"
     shares_slots = True
     proposes_ahead = True
-    _copies_are_valid = False  # whether every token that a row may hold is one that the target may write
+    _copies_are_valid = False  # whether the target may write every token that a row may hold
 
     def __init__(self, max_ngram_size: int = 3, min_ngram_size: int = 1):
         if not 1 <= min_ngram_size <= max_ngram_size:

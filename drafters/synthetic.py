@@ -18,7 +18,7 @@ class Synthetic(Drafter):
     """Proposes the known continuation, each token wrong with probability 1 - acceptance_rate.
 
     The expected acceptance of draft token i, given those before it, is `acceptance_rate` for every i, whatever the
-    models are. The continuations are the target's own greedy outputs, made before (by plain decoding, say).
+    models are. The continuations are the target's own greedy outputs, made beforehand (for example by plain decoding).
     """
 
     name = "synthetic"
@@ -27,7 +27,7 @@ class Synthetic(Drafter):
     def __init__(self, acceptance_rate: float, continuations: Sequence[Tensor], seed: int = 0):
         """continuations: one [new_tokens] int64 tensor per row of the batch, without the prompt."""
         if not 0.0 <= acceptance_rate <= 1.0:
-            raise ConfigError(f"acceptance_rate={acceptance_rate} is no probability; choose 0 to 1")
+            raise ConfigError(f"acceptance_rate={acceptance_rate} is not a probability; choose 0 to 1")
         self.acceptance_rate, self.continuations, self.seed = acceptance_rate, continuations, seed
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:

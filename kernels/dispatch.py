@@ -1,4 +1,4 @@
-"""Which implementation of a kernel serves a call."""
+"""Chooses the implementation of a kernel for a call."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 try:
     import triton
-except ImportError:  # Triton ships for Linux only; the references serve everywhere
+except ImportError:  # Triton exists for Linux only; the references run everywhere
     triton = None
 
 
 def uses_triton(implementation: str, tensor: Tensor) -> bool:
     """implementation: "torch", "triton", or "auto": Triton for CUDA tensors, the torch reference elsewhere.
 
-    Raises RuntimeError where Triton is needed and unavailable; there is no silent fallback, since a reference on a GPU
+    Raises RuntimeError if Triton is needed and unavailable; there is no silent fallback, since a reference on a GPU
     would be slow and would not give the kernel's bits.
     """
     if implementation not in ("auto", "torch", "triton"):

@@ -1,4 +1,4 @@
-"""KV compaction: the rows that are left close up, in all layers of a cache by one launch."""
+"""KV compaction: moves the remaining rows together, in all layers of a cache with one launch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def move_rows(buffers: Tensor, moves: Tensor, num_filled: int, implementation: s
     """
     num_buffers, _, num_slots, width = buffers.shape
     if buffers.stride()[2:] != (width, 1) or not 0 <= num_filled <= num_slots:
-        raise ValueError(f"buffers {list(buffers.shape)} of strides {buffers.stride()} do not hold {num_filled} slots")
+        raise ValueError(
+            f"buffers {list(buffers.shape)} with strides {buffers.stride()} do not hold {num_filled} slots"
+        )
     if not uses_triton(implementation, buffers):
         return move_rows_reference(buffers, moves, num_filled)
     if moves.numel() and num_filled:
@@ -33,7 +35,7 @@ def move_rows(buffers: Tensor, moves: Tensor, num_filled: int, implementation: s
 
 
 def move_rows_reference(buffers: Tensor, moves: Tensor, num_filled: int) -> None:
-    """The same in plain torch, a buffer at a time: what is gathered is small."""
+    """The same in plain torch, one buffer at a time, so that the gathered copies stay small."""
     moved_from, moved_to = moves
     for buffer in buffers:
         buffer[moved_to, :num_filled] = buffer[moved_from, :num_filled]
@@ -51,7 +53,7 @@ if triton is not None:
     def _move_rows_kernel(
         buffers_ptr, moves_ptr, num_moves, num_elements, buffer_stride, row_stride, BLOCK: tl.constexpr
     ):
-        """One program takes a block of elements through all moves, so that nothing waits for another program."""
+        """One program takes a block of elements through all moves, so no program waits for another."""
         offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = offset < num_elements
         buffers_ptr += tl.program_id(1).to(tl.int64) * buffer_stride + offset

@@ -1,8 +1,8 @@
 """Overlapping launches (programmatic dependent launch, Hopper and later).
 
-A kernel's programs may start while the kernel before is still running; they wait for it where they read what it wrote.
-Without it every launch costs an empty microsecond or two, which is a sixth of a decode step of an 8B model and a third
-of a 0.6B draft's.
+A kernel's programs may start while the previous kernel is still running; they wait for it before they read its results.
+Without overlap, every launch costs an idle microsecond or two, which is a sixth of a decode step of an 8B model and a
+third of a 0.6B draft's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if triton is not None:
 
     @triton.jit
     def wait_for_previous_kernel(OVERLAP: tl.constexpr):
-        """Lets the next kernel start, and returns when the one before has finished and its results can be read."""
+        """Lets the next kernel start, and returns when the previous one has finished and its results can be read."""
         if OVERLAP:
             gdc_launch_dependents()
             gdc_wait()

@@ -1,4 +1,4 @@
-"""Prompt lookup in one launch: what followed the latest of the longest earlier occurrences of the newest tokens."""
+"""Prompt lookup in one launch: the tokens after the latest of the longest earlier matches of the newest tokens."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def prompt_lookup(
     min_ngram_size: int,
     implementation: str = "auto",
 ) -> Tensor:
-    """Copy what followed the newest n-gram where it stood before, [rows, num_tokens] int64, NO_TOKEN in rows without.
+    """Copy the tokens after an earlier occurrence of the newest n-gram, [rows, num_tokens] int64; NO_TOKEN without one.
 
-    The longest n-gram of min_ngram_size to max_ngram_size tokens that occurs before wins, and of its occurrences the
-    latest. Where the copy reaches the newest token it goes on copying itself, so that a loop is drafted to any length.
+    The longest n-gram of min_ngram_size to max_ngram_size tokens that occurs earlier wins, and of its occurrences the
+    latest. When the copy reaches the newest token it continues with itself, so a loop is drafted to any length.
 
     token_ids: [rows, >= max_length] int64, the last dimension contiguous. lengths: [rows] int64, 1 to max_length each;
-        what lies behind them is not looked at.
+    tokens past them are not read.
     implementation: "torch", "triton", or "auto": Triton for CUDA tensors, the reference on the host elsewhere.
     """
     if token_ids.dim() != 2 or token_ids.stride(1) != 1 or not 1 <= max_length <= token_ids.shape[1]:
         raise ValueError(
-            f"token_ids {list(token_ids.shape)} of strides {token_ids.stride()} hold no {max_length} tokens"
+            f"token_ids {list(token_ids.shape)} with strides {token_ids.stride()} do not hold {max_length} tokens"
         )
     serve = _prompt_lookup_triton if uses_triton(implementation, token_ids) else prompt_lookup_reference
     return serve(token_ids, lengths, max_length, num_tokens, max_ngram_size, min_ngram_size)
@@ -44,14 +44,14 @@ def prompt_lookup(
 def prompt_lookup_reference(
     token_ids: Tensor, lengths: Tensor, max_length: int, num_tokens: int, max_ngram_size: int, min_ngram_size: int
 ) -> Tensor:
-    """The same on the host, in numpy: of tensors as small as these, calls into torch take several times as long."""
+    """The same on the host, in numpy: for tensors this small, calls into torch take several times as long."""
     tokens, last = token_ids[:, :max_length].cpu().numpy(), lengths.cpu().numpy()[:, None] - 1
     place = np.arange(max_length)
     # score[b, i]: how many tokens ending at place i equal the row's newest ones, times max_length, and i.
     score, agrees = np.repeat(place[None], len(tokens), 0), place < last  # an occurrence must have a successor
     for offset in range(min(max_ngram_size, max_length)):
-        newest = np.take_along_axis(tokens, np.maximum(last - offset, 0), 1)  # at 0 nothing agrees any more
-        # agrees[b, j]: the tokens from place j to j + offset do.
+        newest = np.take_along_axis(tokens, np.maximum(last - offset, 0), 1)  # at 0 nothing agrees
+        # agrees[b, j]: whether the tokens from place j to j + offset agree.
         agrees = agrees[:, min(offset, 1) :] & (tokens[:, : max_length - offset] == newest)
         score[:, offset:] += max_length * agrees
     end = score.argmax(1)[:, None]
@@ -83,7 +83,7 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         tokens_ptr += row * row_stride
         last = tl.load(lengths_ptr + row) - 1
-        # The best of each lane: n-gram size first, then the place of its end.
+        # The best match of each lane: n-gram size first, then the place of its end.
         best = tl.zeros([BLOCK], dtype=tl.int64)
         for begin in range(0, max_length, BLOCK):
             place = begin + tl.arange(0, BLOCK)

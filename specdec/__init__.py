@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from specdec.version import __version__
 
 if TYPE_CHECKING:
-    from specdec.api.generate import SpeculativeOutput, generate, speculative
+    from specdec.api.generate import generate, speculative
     from specdec.api.generate_many import Completion, Completions, generate_many
     from specdec.batch.layout import Grouped
     from specdec.batch.report import StepReport
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from specdec.check.equivalence import EquivalenceReport, check_equivalence
     from specdec.draft import NO_TOKEN, Draft, Verified
     from specdec.drafter import Context, Drafter
+    from specdec.engine.engine import Engine
     from specdec.engine.metrics import Speculation
+    from specdec.engine.output import SpeculativeOutput
+    from specdec.engine.request import Event, Request
     from specdec.errors import (
+        BusyError,
         ConfigError,
         DrafterError,
         InputError,
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_TOKEN",
     "AnySubsetModel",
+    "BusyError",
     "Completion",
     "Completions",
     "ConfigError",
@@ -41,12 +46,15 @@ __all__ = [
     "Draft",
     "Drafter",
     "DrafterError",
+    "Engine",
     "EquivalenceReport",
+    "Event",
     "Grouped",
     "InputError",
     "LengthPolicy",
     "Lenient",
     "NumericalError",
+    "Request",
     "Rows",
     "SpecDecError",
     "Speculation",
@@ -72,8 +80,11 @@ _HOMES = {
     "draft": "NO_TOKEN Draft Verified",
     "drafter": "Context Drafter",
     "check.equivalence": "EquivalenceReport check_equivalence",
-    "errors": "ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
-    "api.generate": "SpeculativeOutput generate speculative",
+    "errors": "BusyError ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
+    "api.generate": "generate speculative",
+    "engine.engine": "Engine",
+    "engine.output": "SpeculativeOutput",
+    "engine.request": "Event Request",
     "infill.infill": "infill",
     "api.generate_many": "Completion Completions generate_many",
     "network.invariant.swap": "batch_invariant make_batch_invariant",

@@ -18,8 +18,8 @@ class ExtraQueries(NamedTuple):
     """A branch of queries that a forward takes along after every place of a step (`specdec/batch/columns.py`).
 
     embeddings: [extra, hidden], input embeddings of the model.
-    ahead: [extra] int64, how many places past the end of the text each one stands: from 1 to its own number. Several
-        may stand in one place.
+    ahead: [extra] int64, how many places past the end of the text each one stands, never descending: query i between 1
+        and i + 1. Several may stand in one place.
     """
 
     embeddings: Tensor

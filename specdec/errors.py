@@ -24,6 +24,10 @@ class DrafterError(SpecDecError):
     """The drafter is none, is unknown, or does not fit the target."""
 
 
+class BusyError(SpecDecError):
+    """An engine, or one of its models, is asked for a step while it runs one, or after it was closed."""
+
+
 class NumericalError(SpecDecError):
     """The target produced NaN logits, or a logits processor NaN scores, in the row that is named; or a training's loss
     is not finite or has diverged."""

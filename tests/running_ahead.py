@@ -29,8 +29,8 @@ def running_ahead():
         self.last_output = forward(self, *arguments, **options)
         return self.last_output
 
-    def counted_launch(*arguments):
-        early = launch(*arguments)
+    def counted_launch(*arguments, **options):
+        early = launch(*arguments, **options)
         counts["begun"] += early is not None
         return early
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_public_names():
     assert specdec.__all__ == [
         "NO_TOKEN",
         "AnySubsetModel",
+        "BusyError",
         "Completion",
         "Completions",
         "ConfigError",
@@ -68,12 +70,15 @@ def test_public_names():
         "Draft",
         "Drafter",
         "DrafterError",
+        "Engine",
         "EquivalenceReport",
+        "Event",
         "Grouped",
         "InputError",
         "LengthPolicy",
         "Lenient",
         "NumericalError",
+        "Request",
         "Rows",
         "SpecDecError",
         "Speculation",
@@ -131,3 +136,23 @@ def test_the_attention_kernel_agrees_with_the_limits():
     from specdec.limits import MAX_COLUMNS, MAX_STEP_WIDTH
 
     assert TREE_SLOTS == MAX_COLUMNS >= MAX_STEP_WIDTH
+
+
+def test_what_is_imported_is_declared():
+    """Also what happens to be installed because another dependency needs it."""
+    about = (ROOT / "pyproject.toml").read_text()
+    declared = about[about.index("\ndependencies = [") : about.index("\ndev = [")]  # and those of benchmarks
+    declared = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)>=', declared)}
+    assert {"torch", "huggingface_hub", "matplotlib"} <= declared and "pytest" not in declared
+    known = declared | sys.stdlib_module_names | {"specdec"}
+    for layer in MAY_IMPORT:
+        for path in sources(layer):
+            tree = ast.parse(path.read_text())
+            for_types = {id(node) for block in ast.walk(tree) if is_type_checking(block) for node in ast.walk(block)}
+            for node, module in imports(tree):
+                if id(node) not in for_types:
+                    assert module.split(".")[0] in known, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from specdec.batch.layout import Ragged
 from specdec.drafter import Context
@@ -29,6 +29,16 @@ def tiny_llama(seed: int = 0, vocab_size: int = VOCAB, **options) -> PreTrainedM
 def context_of(target: PreTrainedModel, max_draft_tokens: int) -> Context:
     """What a drafter that is started by hand gets."""
     return Context(SimpleNamespace(model=target), Ragged(), max_draft_tokens)
+
+
+def tiny_mistral(window: int = 5) -> PreTrainedModel:
+    """A random three-layer Mistral whose window is shorter than the texts."""
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, sliding_window=window, initializer_range=0.3,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
 
 
 def left_pad(prompts: Sequence[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Cards of what was trained: how, with which command, and what it is worth."""
+"""Cards of trained parts: how they were trained, with which command, and how well they do."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ import transformers
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.trainer import TrainRecord
 from specdec.files.trained import Trained
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 from specdec.version import __version__
 
 HEAD_CARD = """# {title}
 
-{what}
-It belongs to one target and one drafter, whose fingerprints are in `{kind}.json`, and refuses others. It has
-{parameters:,} parameters; nothing but these was trained.
+{what} It belongs to one target and one drafter, whose fingerprints are in `{kind}.json`, and refuses others. It has
+{parameters:,} parameters; nothing else was trained.
 
     {command}
 
 Labels: {labels}.
-In `held_out`: texts that it was not trained on. `log_loss` is in nats per token, beside that of a constant and of the
-drafter's own probability taken as the prediction; `rules` compares ways to stop a draft by simulation at the given
-draft cost, each at its best setting, chosen on half of the texts and measured on the other.
+`held_out` is on texts that it was not trained on. `log_loss` is in nats per token, next to that of a constant and of
+the drafter's own probability as the prediction; `rules` compares ways to stop a draft by simulation at the given draft
+cost, each at its best setting, chosen on half of the texts and measured on the other.
 
 ```json
 {record}
@@ -40,12 +39,12 @@ draft cost, each at its best setting, chosen on half of the texts and measured o
 ABOUT = {
     "acceptance_head": (
         "Acceptance head",
-        "It predicts from the drafter's hidden state and distribution how likely the target accepts the token just "
-        'drafted (SpecDec++); use it with `length_policy="acceptance_head"`.',
+        "It predicts from the drafter's hidden state and distribution how likely the target is to accept the token "
+        'just drafted (SpecDec++); use it with `length_policy="acceptance_head"`.',
     ),
     "disco": (
         "DISCO classifier",
-        "It predicts from the drafter's largest probabilities, their entropy and the place in the draft whether the "
+        "It predicts from the drafter's largest probabilities, their entropy and the position in the draft whether the "
         'target accepts the token just drafted; use it with `length_policy="disco"`.',
     ),
 }
@@ -65,11 +64,12 @@ refused. Nothing but the embeddings was trained.
 
     {command}
 
-Loss: cross-entropy of embedding i at position n + i on token n + 1 + i of a text split behind token n, weighed by
+Loss: cross-entropy of embedding i at position n + i on token n + 1 + i of a text split after token n, weighted by
 {decay:g}^(i-1), {num_splits} splits a row. Data: {data}.
 
-On held-out prompts, before and after: the acceptance lengths are tokens a step in the decoder itself, the target's own
-token included, greedily and at temperature 1; by position, the share of steps that accepted a guess and all before it.
+On held-out prompts, before and after: the acceptance lengths are tokens per step in the decoder itself, the target's
+own token included, greedily and at temperature 1; by position, the share of steps that accepted a guess and all before
+it.
 
 ```json
 {record}
@@ -84,7 +84,7 @@ tags: [speculative-decoding, draft-model]
 ---
 # Draft model, trained with specdec
 
-For speculative decoding behind the target that it was trained for (`specdec.generate(target, drafter=draft)`).
+For speculative decoding with the target that it was trained for (`specdec.generate(target, drafter=draft)`).
 
     {command}
 
@@ -94,7 +94,7 @@ dropout.
 
 On held-out prompts, before and after: `greedy_agreement` is the share of the target's greedy tokens that are the
 draft's argmax, `sampled_acceptance` the mean of 1 - TVD over the target's samples at temperature 1, the acceptance
-lengths are tokens a step in the decoder itself.
+lengths are tokens per step in the decoder itself.
 
 ```json
 {record}
@@ -111,7 +111,7 @@ LOSSES = {
 
 
 def write_draft_card(folder: Path, record: TrainRecord, measured: dict[str, Any], command: str) -> Path:
-    """measured: what `Validation.measure` found "before" and "after", or nothing."""
+    """measured: the results of `Validation.measure` "before" and "after", or empty."""
     recipe = record.settings["distillation"]
     card = DRAFT_CARD.format(
         command=command,
@@ -123,7 +123,7 @@ def write_draft_card(folder: Path, record: TrainRecord, measured: dict[str, Any]
     return write_text(folder / "README.md", card)
 
 
-def write_head_card(head: Head, folder: Path, command: str) -> Path:
+def write_head_card(head: PairHead, folder: Path, command: str) -> Path:
     title, what = ABOUT[head.kind]
     card = HEAD_CARD.format(
         title=title,
@@ -168,7 +168,7 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command that is running, paths cut to their last two parts, which is what others may have too."""
+    """The running command, with paths cut to their last two parts, which may exist on other machines too."""
     return "specdec " + " ".join(shlex.quote(_short(argument)) for argument in sys.argv[1:])
 
 

@@ -1,4 +1,4 @@
-"""The state of a training run on disk: written whole or not at all, and everything an exact resume needs."""
+"""The state of a training run on disk: everything an exact resume needs, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSION = 1
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when the block ends well; a kill leaves the old file or the new one."""
+    """A path to write to that becomes `path` when the block ends without error; a kill leaves the old or new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +47,7 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"checkpoint {str(path)!r} cannot be read: {error}; delete it to start anew") from None
+        raise InputError(f"checkpoint {str(path)!r} cannot be read: {error}; delete it to start again") from None
     if state.get("version") != VERSION:
         raise InputError(f"checkpoint {str(path)!r} has format {state.get('version')}, not {VERSION}; delete it")
     before = state["settings"]
@@ -58,7 +58,7 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     ]
     if differing:
         raise ConfigError(
-            f"checkpoint {str(path)!r} is of a run with other settings: {'; '.join(differing)}; "
+            f"checkpoint {str(path)!r} is from a run with other settings: {'; '.join(differing)}; "
             "repeat the run's own options to resume it, or choose another folder"
         )
     return state
@@ -87,10 +87,10 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class LossLog:
-    """`losses.jsonl`: one line a step, each step once, however often the run was resumed."""
+    """`losses.jsonl`: one line per step, each step once, however often the run was resumed."""
 
     def __init__(self, path: Path, num_steps_done: int):
-        """Keep the lines of the first `num_steps_done` steps; those behind them will be computed again."""
+        """Keep the lines of the first `num_steps_done` steps; later ones will be computed again."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines()[:num_steps_done] if path.exists() else []

@@ -1,4 +1,4 @@
-"""Training text as tokens: read once, then addressed by number, so that a resumed run reads on where it stopped."""
+"""Training text as tokens: read once, then addressed by number, so that a resumed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specdec.files.loading import first_line
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts of different lengths, padded on the right, which causal attention never sees.
+    """Texts of different lengths, padded on the right, where causal attention never sees the padding.
 
     token_ids: [rows, columns] int64. counted: [rows, columns] bool, the tokens whose prediction the loss counts:
         neither padding nor, in a continued prompt, the prompt.
@@ -42,8 +42,8 @@ class Batch:
 class TokenStream:
     """Documents one after the other, and rows cut from them in an order fixed by `seed`.
 
-    Each epoch reads the whole stream once, in rows of `row_tokens`, shuffled anew and shifted by a random offset. Row
-    number n is a function of n, the seed and nothing else.
+    Each epoch reads the whole stream once, in rows of `row_tokens`, reshuffled and shifted by a random offset. Row n is
+    a function of n and the seed only.
 
     token_ids: [tokens] integers, on the CPU; may be a memory map.
     """
@@ -57,7 +57,7 @@ class TokenStream:
             raise ConfigError(f"row_tokens={self.row_tokens} leaves nothing to predict; use at least 2")
         if len(self.token_ids) < 2 * self.row_tokens:
             raise InputError(
-                f"the training text has {len(self.token_ids)} tokens, two rows of {self.row_tokens} are needed; "
+                f"the training text has {len(self.token_ids)} tokens, but two rows of {self.row_tokens} are needed; "
                 "add text or lower row_tokens"
             )
 
@@ -66,7 +66,7 @@ class TokenStream:
         return len(self.token_ids) // self.row_tokens - 1  # the offset takes up to one row
 
     def rows(self, first: int, count: int) -> Tensor:
-        """Rows number first .. first + count - 1 of the endless order, [count, row_tokens] int64."""
+        """Rows first .. first + count - 1 of the endless order, [count, row_tokens] int64."""
         numbers = range(first, first + count)
         epochs = {n // self.rows_per_epoch: None for n in numbers}
         orders = {epoch: order_of(self.seed, epoch, self.rows_per_epoch, self.row_tokens) for epoch in epochs}
@@ -89,7 +89,7 @@ def order_of(seed: int, epoch: int, num_rows: int, row_tokens: int) -> np.ndarra
 
 
 def pad_right(rows: Sequence[Tensor], counted_from: Sequence[int], pad_token_id: int) -> Batch:
-    """One batch of rows of different lengths ([length] int64 each); row i counts from its token counted_from[i] on."""
+    """One batch of rows of different lengths ([length] int64 each); in row i, tokens from counted_from[i] on count."""
     lengths = torch.tensor([len(row) for row in rows])
     token_ids = torch.full((len(rows), int(lengths.max())), pad_token_id)
     for index, row in enumerate(rows):
@@ -102,11 +102,11 @@ def pad_right(rows: Sequence[Tensor], counted_from: Sequence[int], pad_token_id:
 def read_stream(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
     """The tokens of all files in turn, each document ended by the tokenizer's EOS; [tokens] int32, or a memory map.
 
-    A `.npy` file holds tokens already, as `save_stream` writes them, and must come alone. A `.jsonl` file holds a
-    document (`text` or `prompt`) a line, a `.json` file a list of them, any other file is one document. A folder
-    stands for the files in it, at any depth, in the order of their names, less those that are not UTF-8.
+    A `.npy` file holds tokens as written by `save_stream`, and must be the only file. A `.jsonl` file holds one
+    document (`text` or `prompt`) per line, a `.json` file a list of them; any other file is one document. A folder
+    means all files in it, at any depth, in the order of their names, except those that are not UTF-8.
 
-    Raises InputError naming the file and line that cannot be used.
+    Raises InputError that names the unusable file and line.
     """
     files = [file for path in paths for file in files_of(path)]
     packed = [file for file in files if file.suffix == ".npy"]

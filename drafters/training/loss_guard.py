@@ -1,4 +1,4 @@
-"""Ends a run whose loss is no number any more, or has undone what was learned and stays there."""
+"""Ends a run whose loss is no longer finite, or has lost much of its improvement and stays there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from statistics import quantiles
 from specdec.errors import NumericalError
 
 WINDOW = 50  # steps
-LEAST_RISE = 1.3  # of the best window's median: less may be other text
+LEAST_RISE = 1.3  # times the best window's median: a smaller rise may come from other text
 
 
 class LossGuard:
-    """Is shown the loss of every step, in order. A resumed run shows those of the steps before it first.
+    """Gets the loss of every step, in order; a resumed run first adds the losses of the steps before it.
 
-    A run has diverged when three quarters of a window's losses lie above half of what was gained since the first
-    window, above LEAST_RISE times the best window's median, and above three quarters of the best window's. Noise,
-    however large, and single outliers do not move a window's quarters that far.
+    A run has diverged when three quarters of a window's losses are above the midpoint between the first window's median
+    and the best one's, above LEAST_RISE times the best window's median, and above three quarters of the best window's
+    losses. Noise, however large, and single outliers do not move a window's quartiles that far.
     """
 
     def __init__(self, learning_rate: float):
@@ -25,10 +25,10 @@ class LossGuard:
         self.num_steps = 0
         self._window: list[float] = []
         self._first: float | None = None  # the median of the first window
-        self._best = (math.inf, math.inf)  # of the window with the least median: that, and its upper quartile
+        self._best = (math.inf, math.inf)  # the lowest median of a window, and that window's upper quartile
 
     def add(self, losses: Iterable[float]) -> None:
-        """Raises NumericalError at the step where it is over."""
+        """Raises NumericalError at the step that ends the run."""
         for loss in losses:
             if not math.isfinite(loss):
                 raise NumericalError(f"the loss at step {self.num_steps} is {loss}; {self._remedy()}")

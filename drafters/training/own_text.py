@@ -1,4 +1,4 @@
-"""Text that a model writes itself, greedily or by sampling, as training data: the target's, or the drafter's own."""
+"""Training text written by a model, greedily or by sampling: the target's, or the drafter's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.check.oracle import ends_of, greedy_settings, left_pad, until_end
+from specdec.check.padding import left_pad, until_end
+from specdec.check.settings import ends_of, greedy_settings
 from specdec.drafters.training.checkpoint import written_whole
 from specdec.drafters.training.data import Batch, TokenStream, pad_right
 from specdec.errors import ConfigError
@@ -24,14 +25,16 @@ MIN_PROMPT_TOKENS = 8
 
 
 class Prompts:
-    """Prompts addressed by number without end: those of a file in turn, or beginnings of rows of a token stream."""
+    """An endless sequence of prompts, addressed by number: those of a file in turn, or starts of rows of a token
+    stream.
+    """
 
     def __init__(self, source: Sequence[Tensor] | TokenStream, prefix: Sequence[int] = (), seed: int = 0):
-        """prefix: what the tokenizer puts before every text; only a stream's rows lack it."""
+        """prefix: the tokens that the tokenizer puts before every text; only a stream's rows lack them."""
         self.source, self.prefix, self.seed = source, torch.tensor(list(prefix), dtype=torch.long), seed
 
     def get(self, first: int, count: int) -> list[Tensor]:
-        """Prompts number first .. first + count - 1, [length] int64 each."""
+        """Prompts first .. first + count - 1, [length] int64 each."""
         if not isinstance(self.source, TokenStream):
             return [self.source[number % len(self.source)] for number in range(first, first + count)]
         rows = self.source.rows(first, count)
@@ -43,7 +46,7 @@ class Prompts:
 
     @property
     def digest(self) -> str:
-        """Tells these prompts from others, by some of them."""
+        """Distinguishes these prompts from others, by some of them."""
         some = torch.cat(self.get(0, 32)).numpy().astype("<i8").tobytes()
         return hashlib.sha256(some).hexdigest()[:16]
 
@@ -111,7 +114,7 @@ class Pool:
         return len(self.token_ids)
 
     def batch(self, first: int, count: int) -> Batch:
-        """Rows number first .. first + count - 1 of the pool repeated without end, cut to their longest."""
+        """Rows first .. first + count - 1 of the endlessly repeated pool, cut to the longest of them."""
         index = torch.arange(first, first + count) % len(self)
         token_ids, counted = self.token_ids[index], self.counted[index]
         columns = int(counted.any(0).nonzero().max()) + 1
@@ -138,7 +141,7 @@ def fill_pool(
     seed: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> Pool:
-    """Continue prompt i by writing number i modulo their number, so that every batch holds each kind alike."""
+    """Continue prompt i with writing i modulo their number, so that every batch holds each kind equally."""
     rows: list[Tensor] = [torch.empty(0)] * len(prompts)
     for kind, writing in enumerate(writings):
         places = range(kind, len(prompts), len(writings))

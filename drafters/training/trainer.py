@@ -1,8 +1,8 @@
 """The loop that every recipe trains with: a step function gives the loss, the loop does the rest.
 
 It runs on accelerate: on a CPU, on one GPU, or on several with `accelerate launch -m specdec train ...`. A run that is
-killed and started again continues from its last checkpoint and ends with the weights of an unbroken one: bit for bit
-on a CPU, and on a GPU wherever its kernels are deterministic.
+killed and started again continues from its last checkpoint and ends with the weights of an uninterrupted one: bit for
+bit on a CPU, and on a GPU if its kernels are deterministic.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """Where a step function stands: which step (from 0), which process of how many, on which device.
+    """The step function's place in the run: which step (from 0), which process of how many, on which device.
 
     Data and random numbers should be functions of these (`index` and `shard`), so that a resumed run sees the same.
     """
@@ -97,7 +97,7 @@ class Step:
 
 
 class Stateful(Protocol):
-    """Something beside the weights that a step depends on, such as a buffer of generated text; one state a process."""
+    """State besides the weights that a step depends on, such as a buffer of generated text; one state per process."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -106,7 +106,7 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainRecord:
-    """What a run did: settings for the model card, the loss of the first and of the last steps (mean of up to 20)."""
+    """Results of a run: settings for the model card, the loss of the first and of the last steps (mean of up to 20)."""
 
     num_steps: int
     resumed_at: int
@@ -120,9 +120,9 @@ LossOf = Callable[[nn.Module, Step], Tensor]
 
 
 def make_accelerator(device: torch.device) -> Accelerator:
-    """One process or several, as `accelerate launch` has it. Precision is ours to set, by `TrainConfig.bfloat16`."""
+    """One process or several, as set by `accelerate launch`. Precision is set by `TrainConfig.bfloat16`."""
     if device.type == "cuda" and device.index is not None and "LOCAL_RANK" not in os.environ:
-        torch.cuda.set_device(device)  # accelerate takes the current one, whatever number was asked for
+        torch.cuda.set_device(device)  # accelerate takes the current one, whatever number was requested
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
@@ -137,9 +137,9 @@ def train(
 ) -> TrainRecord:
     """Minimise `loss_of(module, step)` over the parameters of `module` that require gradients.
 
-    loss_of: a scalar; it must call the module that it is given, which may be a wrapper of yours.
-    folder: gets `losses.jsonl` (step, loss, learning_rate) and, until `finish` removes it, `checkpoint.pt`. If that is
-        already there, the run goes on from it.
+    loss_of: returns a scalar; it must call the module that it is given, which may be a wrapper of yours.
+    folder: gets `losses.jsonl` (step, loss, learning_rate) and, until `finish` removes it, `checkpoint.pt`. If that
+    already exists, the run resumes from it.
     settings: everything else that the result depends on, in JSON types; a checkpoint of other settings is refused.
 
     Raises ConfigError or InputError for a checkpoint that does not fit, NumericalError when the loss is not finite or
@@ -184,7 +184,7 @@ def optimise_once(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> Tensor:
-    """One step; the loss before it, detached."""
+    """Take one step; returns the loss before it, detached."""
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step.index)
     with torch.autocast(step.device.type, torch.bfloat16, enabled=config.bfloat16):
@@ -197,7 +197,7 @@ def optimise_once(
 
 
 def finish(folder: Path, accelerator: Accelerator) -> None:
-    """The result is saved: of the run's files only the losses are kept."""
+    """Call once the result is saved: keeps only the losses of the run's files."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in folder.iterdir():
@@ -227,7 +227,7 @@ def resume(
     state: Stateful | None,
     accelerator: Accelerator,
 ) -> int:
-    """Put everything as it was at the last checkpoint; returns the number of steps done."""
+    """Restore everything from the last checkpoint; returns the number of steps done."""
     if not path.exists():
         return 0
     saved = load_checkpoint(path, settings)
@@ -268,7 +268,7 @@ def checkpoint(
 def write_losses(
     pending: list[tuple[int, Tensor]], log: LossLog | None, config: TrainConfig, accelerator: Accelerator
 ) -> list[float]:
-    """Log the mean over the processes, and return it, of each step."""
+    """Log, and return, the mean over the processes of each step."""
     losses: Any = accelerator.reduce(torch.stack([loss for _, loss in pending]), reduction="mean")
     values: list[float] = losses.tolist()
     entries = [
@@ -317,5 +317,5 @@ def progress_bar(num_steps: int, first: int, is_shown: bool) -> Iterator[Callabl
 
 
 def as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Tuples become lists, as they do in a file."""
+    """Turn tuples into lists, as a file does."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -1,13 +1,13 @@
-"""Attention of a ragged batch in one arithmetic for prefill, decoding one token and verifying several.
+"""Attention of a ragged batch with the same arithmetic for prefill, decoding one token and verifying several.
 
-Every query sees an interval of its row's slots. Keys are walked in tiles of BLOCK_KEYS and in splits of SPLIT_KEYS
-whose boundaries are positions in the row's own text, counted from its first token, wherever that token is stored:
-neither left padding nor the length of other rows moves them. The splits of a query are merged in ascending order. A
-tile that a query sees nothing of changes none of its numbers, so its result depends on the query and its keys alone.
+Every query sees an interval of its row's slots. Keys are read in tiles of BLOCK_KEYS and in splits of SPLIT_KEYS. Their
+boundaries are positions in the row's own text, counted from its first token, wherever that token is stored: neither
+left padding nor the length of other rows moves them. The splits of a query are merged in ascending order. A tile of
+which a query sees nothing does not change the query's numbers, so its result depends only on the query and its keys.
 
-In a tree a query sees some of the step's own slots and not others (`Tree`). A hidden key scores -inf: the maximum
-passes over it, its weight is exp(-inf) = 0, and 0 times its value adds 0, so no bit follows what it holds, as long as
-that is finite. A chain written as a tree has the bits of the chain, and so has every query that sees all of its span.
+In a tree, a query sees some of the step's own slots and not others (`Tree`). A hidden key scores -inf: it does not
+affect the maximum, its weight is exp(-inf) = 0, and 0 times its value adds 0. So no bit depends on its content, as long
+as that is finite. A chain written as a tree has the bits of the chain, and so has every query that sees its whole span.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ BLOCK_QUERIES = 64  # (query, head of the group) pairs per program
 BLOCK_KEYS = 64
 SPLIT_KEYS = 256
 NUM_WARPS = 4
-TREE_SLOTS = 64  # of a step: the bits of a mask
-MAX_WORKSPACE = 1 << 28  # bytes of partial results; wider forwards go through in pieces
+TREE_SLOTS = 64  # slots per step: the bits of a mask
+MAX_WORKSPACE = 1 << 28  # bytes of partial results; wider forwards run in pieces
 
 
 class Tree(NamedTuple):
-    """What hides some of a step's own slots.
+    """Hides some of a step's own slots.
 
-    starts: [rows] int64, the slot of each row's first own one; those before it are seen as the spans say. mask: [rows,
-    width] int64, contiguous: of its span's slots from starts[b] on, a query sees starts[b] + i where bit i is set, and
-    none from starts[b] + 64 on.
+    starts: [rows] int64, the first of each row's own slots in this step; earlier slots are seen as the spans say.
+    mask: [rows, width] int64, contiguous: of its span's slots from starts[b] on, a query sees starts[b] + i if bit i is
+    set, and none from starts[b] + 64 on.
     """
 
     starts: Tensor
@@ -60,16 +60,16 @@ def ragged_attention(
     """Softmax attention, [rows, width, heads, value_dim].
 
     query: [rows, heads, width, dim]. key: [rows, kv_heads, slots, dim], value: [rows, kv_heads, slots, value_dim];
-    any strides but a dense last dimension. spans: [rows, width, 3] int32, contiguous: the first slot that a query sees,
-    the slot behind the last, and the slot of the row's first token (negative if that was evicted), one per row. A query
-    with an empty span gives zeros. softcap: scores become softcap * tanh(score / softcap). sinks: [heads], a score per
-    head that takes part in the softmax and has no value. tree: hides some of what the spans show.
+    any strides except that the last dimension is dense. spans: [rows, width, 3] int32, contiguous: the first slot that
+    a query sees, the slot after the last, and the slot of the row's first token (negative if that was evicted), one per
+    row. A query with an empty span gives zeros. softcap: scores become softcap * tanh(score / softcap). sinks: [heads],
+    a score per head that takes part in the softmax and has no value. tree: hides some of the slots in the spans.
     """
     rows, num_heads, width, dim = query.shape
     if key.shape[0] != rows or value.shape[:3] != key.shape[:3] or key.shape[3] != dim:
         raise ValueError(f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit")
     if num_heads % key.shape[1]:
-        raise ValueError(f"{num_heads} heads are no multiple of {key.shape[1]} key heads")
+        raise ValueError(f"{num_heads} heads are not a multiple of {key.shape[1]} key heads")
     if spans.shape != (rows, width, 3) or spans.dtype != torch.int32 or not spans.is_contiguous():
         raise ValueError(f"spans is {list(spans.shape)} {spans.dtype}; need contiguous [{rows}, {width}, 3] int32")
     if not query.dtype == key.dtype == value.dtype:
@@ -99,7 +99,7 @@ def ragged_attention_reference(
     sinks: Tensor | None = None,
     tree: Tree | None = None,
 ) -> Tensor:
-    """The same contract in plain torch: every query alone over a copy of what it sees."""
+    """The same contract in plain torch: every query alone over a copy of the keys and values it sees."""
     rows, num_heads, width, dim = query.shape
     num_kv_heads = key.shape[1]
     out = value.new_zeros(rows, width, num_heads, value.shape[3])
@@ -124,7 +124,7 @@ def ragged_attention_reference(
 
 
 def is_shown(mask: Tensor, own: Tensor) -> Tensor:
-    """Whether slots are shown by masks, by their distances `own` from the first own slot (negative: before it).
+    """Whether masks show slots, given their distances `own` from the first own slot (negative: before it).
 
     Shapes broadcast, int64 both.
     """
@@ -306,7 +306,7 @@ if triton is not None:
                     visible = visible & ((own < 0)[None, :] | ((own < TREE_SLOTS)[None, :] & is_set))
                 score = tl.where(visible, score, float("-inf"))
                 new_highest = tl.maximum(highest_score, tl.max(score, 1))
-                # While a query has seen nothing its maximum stays -inf; 0 in its place keeps NaN out.
+                # Until a query has seen a key its maximum stays -inf; using 0 instead avoids NaN.
                 finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
                 weight = tl.exp(score - finite[:, None])
                 scale = tl.exp(highest_score - finite)
@@ -347,7 +347,7 @@ if triton is not None:
         SPLIT_KEYS: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """One program per query and head; it reads the splits that the query sees anything of, and no others."""
+        """One program per query and head; it reads only the splits of which the query sees any slot."""
         wait_for_previous_kernel(OVERLAP)
         head = tl.program_id(0) % NUM_HEADS
         column = tl.program_id(0) // NUM_HEADS % count

@@ -1,4 +1,4 @@
-"""Between the query-key-value product and attention, in one launch: head norms, rotary positions, the cache write."""
+"""The work between the query-key-value product and attention in one launch: head norms, rotation, the cache write."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def rotary_write(
     places: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Rotate a step's queries and keys, and write its keys and values behind each row's cached ones.
+    """Rotate a step's queries and keys, and write its keys and values after each row's cached ones.
 
     qkv: [rows, width, (heads + 2 kv_heads) * head_dim]. starts: [rows] int64; column j of row b is written to slot
-    starts[b] + j. places: [rows, width] int64, contiguous, the columns' positions; None if these are their slots.
-    cos, sin: [positions, head_dim], in qkv's dtype. keys, values: [rows, slots, kv_heads, head_dim], contiguous but for
+    starts[b] + j. places: [rows, width] int64, contiguous, the columns' positions; None if these are their slots. cos,
+    sin: [positions, head_dim], in qkv's dtype. keys, values: [rows, slots, kv_heads, head_dim], contiguous except for
     the row; written in place.
 
-    Returns the queries, [rows, width, heads, head_dim]. Bit for bit what transformers' modules compute one by one:
-    the normalised head rounded where its norm rounds it; both products and their sum rounded to the dtype.
+    Returns the queries, [rows, width, heads, head_dim]. Bit for bit equal to transformers' modules one by one: the
+    normalised head is rounded where its norm rounds it; both products and their sum are rounded to the dtype.
     """
     rows, width, _ = qkv.shape
     num_kv_heads, dim = keys.shape[2:]
@@ -60,8 +60,10 @@ def rotary_write(
         raise ValueError(f"places is {list(places.shape)}; need contiguous [{rows}, {width}]")
     if not qkv.dtype == keys.dtype == values.dtype == cos.dtype == sin.dtype:
         raise ValueError(f"qkv is {qkv.dtype}, keys {keys.dtype}, cos {cos.dtype}; cast them to one dtype")
+
     if not uses_triton(implementation, qkv):
         return rotary_write_reference(qkv, starts, cos, sin, keys, values, head_norm, places)
+
     num_heads = qkv.shape[2] // dim - 2 * num_kv_heads
     out = torch.empty(rows, width, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     block = triton.next_power_of_2(dim)
@@ -89,10 +91,11 @@ def rotary_write(
         HAS_NORM=head_norm is not None,
         UNIT_OFFSET=head_norm is not None and head_norm.unit_offset,
         ROUND_FIRST=head_norm is None or head_norm.round_first,
-        num_warps=1,  # as the RMSNorm of so short a row has: the order of its sum follows the number of warps
+        num_warps=1,  # as in the RMSNorm of a row this short: the order of its sum depends on the number of warps
         enable_fp_fusion=False,  # a fused multiply-add would skip a rounding
         **overlap_options(qkv),
     )
+
     return out
 
 

@@ -70,26 +70,28 @@ class Distribution(NamedTuple):
         top, cutoff = self.top[row, place], self.cutoff[row, place]
         scores = self.scores[row, place].to(top.dtype)
         best = None if self.best is None else self.best[row, place]
+        # A pass saved on a CPU; on a GPU the host would have to wait for the answer.
+        is_plain = not scores.is_cuda and bool(self.temperature.eq(1).all())
 
-        return probs_of(scores, top, cutoff, self.temperature, best)
+        return probs_of(scores, top, cutoff, None if is_plain else self.temperature, best)
 
     def rows(self, part: slice) -> Distribution:
         """The same of some rows."""
         return Distribution(*(None if values is None else values[part] for values in self))  # type: ignore[arg-type]
 
 
-def probs_of(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: Tensor, best: Tensor | None = None) -> Tensor:
+def probs_of(
+    scores: Tensor, top: Tensor, cutoff: Tensor, temperature: Tensor | None, best: Tensor | None = None
+) -> Tensor:
     """The probabilities that scores stand for, [rows, vocab]; NaN where they stand for none.
 
-    top, cutoff: [rows]. temperature: [rows], or [1] for all. best: [rows], see `Distribution`.
+    top, cutoff: [rows]. temperature: [rows], [1] for all, or None for 1. best: [rows], see `Distribution`.
     One softmax, which on a CPU is a fraction of the same in single operations.
     """
-    # A CPU saves a pass where all rows are without; on a GPU the host would have to wait for the answer.
-    may_skip = not scores.is_cuda
     shifted = scores - top[:, None]  # before the division, so that large scores lose nothing to it
-    if not (may_skip and temperature.eq(1).all()):
+    if temperature is not None:
         shifted /= temperature[:, None].to(shifted.dtype)
-    if not (may_skip and cutoff.isneginf().all()):
+    if scores.is_cuda or not cutoff.isneginf().all():
         shifted.masked_fill_(scores < cutoff[:, None], -math.inf)
 
     probs = torch.softmax(shifted, -1)
@@ -235,7 +237,8 @@ def _nucleus(scores: Tensor, top: Tensor, total: Tensor, truncation: Truncation)
 
 def _mass(scores: Tensor, top: Tensor, cutoff: Tensor, temperature: float) -> Tensor:
     """The sum of exp((scores - top) / temperature): the largest of these is 1, and its probability 1 / sum."""
-    return probs_of(scores, top, cutoff, top.new_full((1,), temperature)).amax(1).double().reciprocal_()
+    divisor = None if temperature == 1 else top.new_full((1,), temperature)
+    return probs_of(scores, top, cutoff, divisor).amax(1).double().reciprocal_()
 
 
 def _distribution_triton(scores: Tensor, truncations: Truncations) -> Distribution:

@@ -74,7 +74,7 @@ def greedy_commit(
     scores: [rows, k + 1, vocab] float, the target's behind each input token. Of equal ones the lowest index wins; a
         NaN is a fault, and wins over all others.
     draft_ids: [rows, k] int64, NO_TOKEN where nothing was drafted.
-    eos_ids: [num_eos] int64, may be empty.
+    eos_ids: [num_eos] int64 of all rows, or [rows, num_eos] of each, filled up with -1; may be empty.
     token_ids: [rows, >= max(lengths) + k + 1] int64, written in place behind each row's length.
     lengths: [rows] int64, advanced in place. limits: [rows] int64, each at least lengths + 1.
     passes: [rows, k] bool, drafts to accept that are not the argmax, of a lossy rule.
@@ -111,6 +111,18 @@ def nan_within(is_nan: Tensor, num_accepted: Tensor) -> Tensor:
     return (is_nan & (column <= num_accepted[:, None])).any(1)
 
 
+def is_end(candidates: Tensor, eos_ids: Tensor) -> Tensor:
+    """Which tokens end their row, [rows, width] bool. eos_ids: [num_eos] or [rows, num_eos]."""
+    if eos_ids.dim() == 1:
+        return torch.isin(candidates, eos_ids)
+    return (candidates[:, :, None] == eos_ids[:, None]).any(2)
+
+
+def eos_shape(eos_ids: Tensor) -> tuple[int, int]:
+    """How many ends of sequence a row has, and how far apart those of two rows lie."""
+    return eos_ids.shape[-1], 0 if eos_ids.dim() == 1 else eos_ids.stride(0)
+
+
 def commit(
     candidates: Tensor,
     num_agreed: Tensor,
@@ -129,7 +141,7 @@ def commit(
     width = candidates.shape[1]
     column = torch.arange(width, device=candidates.device)
     num_committed = torch.minimum(num_agreed + 1, limits - lengths)
-    is_eos = torch.isin(candidates, eos_ids) & (column < num_committed[:, None])
+    is_eos = is_end(candidates, eos_ids) & (column < num_committed[:, None])
     through_eos = torch.where(is_eos, column + 1, width + 1).amin(1)
     num_committed = torch.minimum(num_committed, through_eos)
     token_ids.scatter_(1, lengths[:, None] + column, candidates)
@@ -156,7 +168,7 @@ def _greedy_commit_triton(
     report = empty_report(num_rows, width, scores.device)
     _greedy_commit_kernel[(num_rows,)](
         best, best_ids, tiles.num_blocks, draft_ids.contiguous(), None if passes is None else passes.contiguous(),
-        eos_ids, token_ids, lengths, limits, report, width, eos_ids.numel(), token_ids.stride(0),
+        eos_ids, token_ids, lengths, limits, report, width, *eos_shape(eos_ids), token_ids.stride(0),
         HAS_PASSES=passes is not None, BLOCK=triton.next_power_of_2(width), NUM_BLOCKS=tiles.padded,
     )  # fmt: skip
     return Committed(report)
@@ -204,6 +216,7 @@ if triton is not None:
         report_ptr,
         width,
         num_eos,
+        eos_stride,
         tokens_stride,
     ):
         """`commit` for one row, inside a kernel, and whether a place that counts is NaN."""
@@ -212,7 +225,7 @@ if triton is not None:
         num_committed = tl.minimum(num_agreed + 1, (limit - length).to(tl.int32))
         is_eos = column < 0
         for i in range(num_eos):
-            is_eos = is_eos | (candidates == tl.load(eos_ptr + i))
+            is_eos = is_eos | (candidates == tl.load(eos_ptr + row * eos_stride + i))
         through_eos = tl.min(tl.where(is_eos & (column < num_committed), column + 1, width + 1), 0)
         num_committed = tl.minimum(num_committed, through_eos)
         num_accepted = tl.minimum(num_agreed, num_committed)
@@ -261,7 +274,7 @@ if triton is not None:
     @triton.jit
     def _greedy_commit_kernel(
         best_ptr, ids_ptr, num_blocks, draft_ptr, passes_ptr, eos_ptr, tokens_ptr, lengths_ptr, limits_ptr, report_ptr,
-        width, num_eos, tokens_stride,
+        width, num_eos, eos_stride, tokens_stride,
         HAS_PASSES: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -286,5 +299,5 @@ if triton is not None:
         num_drafted = tl.sum((draft != -1).to(tl.int32), 0)
         commit_row(
             target, num_agreed, num_drafted, is_nan, column, row, eos_ptr, tokens_ptr, lengths_ptr, limits_ptr,
-            report_ptr, width, num_eos, tokens_stride,
+            report_ptr, width, num_eos, eos_stride, tokens_stride,
         )  # fmt: skip

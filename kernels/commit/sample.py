@@ -61,7 +61,8 @@ def sample_reference(scores: Tensor, truncations: Truncations, uniforms: Tensor,
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     cutoff, top, best = truncations.apply(_cutoffs, wide)
     probs[:, vocab:] = 0
-    probs[:, :vocab] = probs_of(wide, top, cutoff, truncations.temperature, best if truncations.has_greedy else None)
+    temperature = truncations.temperature if truncations.has_temperature else None
+    probs[:, :vocab] = probs_of(wide, top, cutoff, temperature, best if truncations.has_greedy else None)
 
     tokens = sample_tokens(probs, uniforms)
     nothing = probs[:, 0].isnan()  # one NaN, or -inf everywhere, leaves no number among them
@@ -163,8 +164,9 @@ if triton is not None:
         if HAS_GREEDY:
             is_greedy = tl.load(temperature_ptr + row) == 0.0
             largest, best = best_of_partials(part_best_ptr, part_ids_ptr, row, num_parts, NUM_PARTS)
-            is_best = (index == best) & (largest == largest)
-            probs = tl.where(is_greedy, is_best.to(tl.float64), probs)
+            one_hot = tl.where(index == best, 1.0, 0.0).to(tl.float64)
+            one_hot = tl.where(largest == largest, one_hot, 0.0)
+            probs = tl.where(is_greedy, one_hot, probs)
         tl.store(probs_ptr + row * probs_stride + index, probs.to(tl.float32), mask=index < num_columns)
         tl.store(sums_ptr + row * tl.num_programs(1) + b, tl.sum(probs, 0))
 

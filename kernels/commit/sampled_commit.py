@@ -59,7 +59,7 @@ def sampled_commit(
         float32 has too few values for 10^5 tokens); column 1 + i decides about draft i. All must be independent of each
         other, of the numbers that the drafts were sampled with, and of every earlier step's: "block" looks at those
         after a rejection too, so they may not serve again at their places in the next step.
-    eos_ids: [num_eos] int64, may be empty.
+    eos_ids: [num_eos] int64 of all rows, or [rows, num_eos] of each, filled up with -1; may be empty.
     token_ids: [rows, >= max(lengths) + k + 1] int64, written in place after each row's length.
     lengths: [rows] int64, advanced in place. limits: [rows] int64, each at least lengths + 1.
     verification: "token" or "block". For deterministic drafts both accept i or more with probability

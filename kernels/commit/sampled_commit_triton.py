@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.commit.block_statistics import kernel_scores, tiles_of
-from specdec.kernels.commit.greedy_commit import Committed, empty_report
+from specdec.kernels.commit.greedy_commit import Committed, empty_report, eos_shape
 from specdec.kernels.dispatch import triton
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def sampled_commit_triton(
     _sums_kernel[(num_rows, tiles.num_blocks, num_sums)](*given, **options)
     _commit_kernel[(num_rows,)](
         *given, tiles.num_blocks, None if best is None else best.contiguous(),
-        None if passes is None else passes.contiguous(), eos_ids, token_ids, lengths, limits, report, eos_ids.numel(),
+        None if passes is None else passes.contiguous(), eos_ids, token_ids, lengths, limits, report,
+        *eos_shape(eos_ids),
         token_ids.stride(0), HAS_GREEDY=best is not None, HAS_PASSES=passes is not None, NUM_BLOCKS=tiles.padded,
         **options,
     )  # fmt: skip
@@ -200,7 +201,7 @@ if triton is not None:
         p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature_ptr, token_scale, sums_ptr,
         num_blocks, best_ptr, passes_ptr,
         eos_ptr, tokens_ptr, lengths_ptr, limits_ptr, report_ptr,
-        num_eos, tokens_stride,
+        num_eos, eos_stride, tokens_stride,
         HAS_GREEDY: tl.constexpr, HAS_PASSES: tl.constexpr, NUM_BLOCKS: tl.constexpr,
         BY_BLOCK: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr, VOCAB_BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -246,5 +247,5 @@ if triton is not None:
         mass_is_nan = masses != masses
         commit_row(
             tl.where(column < place, draft, final), place, num_drafted, mass_is_nan, column, row, eos_ptr,
-            tokens_ptr, lengths_ptr, limits_ptr, report_ptr, k + 1, num_eos, tokens_stride,
+            tokens_ptr, lengths_ptr, limits_ptr, report_ptr, k + 1, num_eos, eos_stride, tokens_stride,
         )  # fmt: skip

@@ -85,6 +85,11 @@ class Truncations:
         return any(truncation.is_greedy for truncation in self.distinct)
 
     @cached_property
+    def has_temperature(self) -> bool:
+        """Whether any row has a temperature other than 1."""
+        return any(truncation.temperature != 1 for truncation in self.distinct)
+
+    @cached_property
     def has_top_k(self) -> bool:
         return any(truncation.top_k > 0 for truncation in self.distinct)
 
@@ -132,7 +137,10 @@ def _numbers(truncation: Truncation) -> tuple[float, float, float, float]:
 
 def _to_device(numbers: np.ndarray, device: torch.device | str) -> tuple[Tensor, ...]:
     """numbers: [4, rows] float64. One copy; a GPU makes it when it gets there, without the host waiting."""
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    num_rows = numbers.shape[1]
+    # Of even length, so that each of the four is aligned to 16 bytes: Triton compiles anew for other alignments.
+    padded = torch.zeros(4, num_rows + num_rows % 2, dtype=torch.float64)
+    padded[:, :num_rows] = torch.from_numpy(numbers)
     if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True).unbind()
+        padded = padded.pin_memory()
+    return padded.to(device, non_blocking=True)[:, :num_rows].unbind()

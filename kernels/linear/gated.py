@@ -29,13 +29,13 @@ def silu_mul(gate_up: Tensor, implementation: str = "auto") -> Tensor:
 
 
 def gelu_tanh_mul(gate_up: Tensor, implementation: str = "auto") -> Tensor:
-    """As `silu_mul` with gelu(gate) by its tanh approximation, as torch's `gelu(approximate="tanh")` computes it."""
+    """Like `silu_mul`, but gelu(gate) by its tanh approximation, as computed by torch's `gelu(approximate="tanh")`."""
     return _gated(gate_up, True, implementation)
 
 
 def _gated(gate_up: Tensor, is_gelu: bool, implementation: str) -> Tensor:
     if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up {list(gate_up.shape)} has no two halves; its last dimension must be even")
+        raise ValueError(f"gate_up {list(gate_up.shape)} cannot be halved; its last dimension must be even")
     if not uses_triton(implementation, gate_up):
         return gelu_tanh_mul_reference(gate_up) if is_gelu else silu_mul_reference(gate_up)
     rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
@@ -72,7 +72,7 @@ if triton is not None:
 
         @triton.jit
         def _exp(x):
-            # The exponential of CUDA's own library, as torch calls it; Triton's tl.exp is another approximation.
+            # The exponential of CUDA's own library, as torch calls it; Triton's tl.exp is a different approximation.
             return libdevice.exp(x)
 
         @triton.jit

@@ -1,9 +1,9 @@
 """y = x W' + b with bits that do not depend on how many rows x has.
 
-One program owns a tile of y and walks the inner dimension in ascending order with one float32 accumulator; nothing
-splits it. So a row's result depends on that row and on W alone, whatever tile, warp count or operand order serves it
-(the GPU tests compare them all), and the tiles can be chosen per number of rows for speed. Several weights that share
-x (query, key and value; gate and up) are one launch and are read where they lie: nothing is merged in memory.
+One program owns a tile of y and goes through the inner dimension in ascending order with one float32 accumulator; the
+dimension is never split. So a row's result depends only on that row and on W, for any tile, warp count or operand order
+(the GPU tests compare them all), and the tiles can be chosen per number of rows for speed. Several weights that share x
+(query, key and value; gate and up) take one launch and are read in place: nothing is merged in memory.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ def in_order_linears(
     implementation: str = "auto",
     tile: Tile | None = None,
 ) -> Tensor:
-    """One to three linears of the same x side by side, [..., out1 + out2 + ...]: bit for bit what each gives alone.
+    """One to three linears of the same x side by side, [..., out1 + out2 + ...]: each bit for bit as computed alone.
 
     weights: [out_i, in] each; biases: [out_i] each, or None for all of them.
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(biases) != len(weights):
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases; need 1 to {MAX_WEIGHTS} of both")
     if len({bias is None for bias in biases}) > 1:
-        raise ValueError("some weights have a bias and others none; give the others a bias of zeros")
+        raise ValueError("some weights have a bias and others do not; give the others a bias of zeros")
+
     for weight, bias in zip(weights, biases, strict=True):
         if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             raise ValueError(
@@ -62,18 +63,20 @@ def in_order_linears(
             raise ValueError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}; need [out]")
         if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
             raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; cast them to one dtype")
+
     if not uses_triton(implementation, x):
         parts = [in_order_linear_reference(x, *pair) for pair in zip(weights, biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; the kernel serves bfloat16, float16 and float32")
+
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = _in_order_linears_triton(rows, [weight.contiguous() for weight in weights], biases, tile)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def in_order_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same contract in plain torch: one product per row, so that every row is served by the same call."""
+    """The same contract in plain torch: one product per row, so that every row goes through the same call."""
     rows = x.reshape(-1, 1, x.shape[-1])
     if not len(rows):
         return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -88,9 +91,11 @@ def _in_order_linears_triton(
     out = torch.empty(num_rows, sum(sizes), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+
     tile = tile or choose_tile(num_rows, sum(sizes), size_in, x.dtype)
     num_out_blocks = sum(triton.cdiv(size, tile.block_out) for size in sizes)
     absent = MAX_WEIGHTS - len(weights)
+
     _in_order_linear_kernel[(triton.cdiv(num_rows, tile.block_rows) * num_out_blocks,)](
         x,
         *weights,

@@ -1,4 +1,4 @@
-"""Tiles of the in-order linear, per number of rows and shape. They change its speed and not its bits."""
+"""Tiles of the in-order linear, per number of rows and shape. They change its speed, not its bits."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# Numbers of rows up to which a column of the tables serves; the last one serves all beyond as well.
+# Largest number of rows for each column of the tables; the last column also serves all larger numbers.
 BUCKETS = (16, 32, 64, 128, 256, 1024)
 # A float32 product runs on the ordinary cores, where a small tile is as good as any.
 FLOAT32 = Tile(16, 32, 32, False, 2, 4)
-# For shapes that nobody tuned: what suited most of those below.
+# For untuned shapes: the tiles that suited most of the shapes below.
 DEFAULTS = (
     Tile(16, 32, 256, True, 6, 4),
     Tile(64, 32, 256, False, 4, 4),
@@ -35,7 +35,7 @@ DEFAULTS = (
     Tile(128, 64, 64, False, 6, 8),
     Tile(128, 128, 64, False, 4, 8),
 )
-# (out, in): a tile per bucket, the fastest on an H200: those of the 8B shape's layers within a step, where launches
+# (out, in): a tile per bucket, the fastest on an H200: tiles of the 8B shape's layers within a step, where launches
 # overlap (`benchmarks/step_tuning.py`, 1 to 192 rows), the others alone (`benchmarks/invariance.py --parts speed`).
 TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {
     (6144, 4096): (

@@ -25,8 +25,8 @@ def rms_norm(
 ) -> Tensor:
     """x / rms(x) * weight over the last dimension, in float32. x: [..., size], weight: [size].
 
-    unit_offset: the factor is 1 + weight, as in Gemma. round_first: the normalised x is rounded to x's dtype before it
-    meets the weight (Llama), not after (Gemma, OLMo 2).
+    unit_offset: the factor is 1 + weight, as in Gemma. round_first: the normalised x is rounded to x's dtype before the
+    product with the weight (Llama), not after (Gemma, OLMo 2).
     """
     _check(x, weight, None)
     if not uses_triton(implementation, x):
@@ -43,9 +43,9 @@ def add_rms_norm(
     round_first: bool = True,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype: bit for bit the two operations apart.
+    """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype: bit for bit the two separate operations.
 
-    residual: of x's shape and dtype. The others are those of `rms_norm`.
+    residual: of x's shape and dtype. The other arguments are those of `rms_norm`.
     """
     _check(x, weight, None)
     if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -135,7 +135,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 def sum_in_pairs(x: Tensor) -> Tensor:
-    """[..., size] -> [..., 1] by element-wise additions alone, whose order no batch can change."""
+    """[..., size] -> [..., 1] by element-wise additions only, whose order does not depend on the batch."""
     size = 1 << (x.shape[-1] - 1).bit_length()
     x = F.pad(x, (0, size - x.shape[-1]))
     while size > 1:
@@ -155,7 +155,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
 
 
 def _num_warps(block: int) -> int:
-    # A function of the size alone: the order of a program's sum follows its number of warps.
+    # A function of the size only, as the order of a program's sum depends on its number of warps.
     return 1 if block <= 256 else 4 if block <= 2048 else 8
 
 

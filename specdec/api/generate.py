@@ -4,48 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
-from transformers.generation import (
-    BaseStreamer,
-    GenerateDecoderOnlyOutput,
-    LogitsProcessorList,
-)
+from transformers.generation import BaseStreamer, LogitsProcessorList
 
 from specdec.batch.layout import Layout
-from specdec.batch.report import StepReport
-from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
-from specdec.engine.decode import OnCommit, decode
-from specdec.engine.emitted import Emitted
-from specdec.engine.metrics import Speculation
-from specdec.engine.stopping import Stopping, users_criteria
-from specdec.engine.streaming import Streamers
-from specdec.engine.target import Target
+from specdec.engine.callbacks import Callbacks
+from specdec.engine.engine import TOGETHER, Engine, OnCommit
+from specdec.engine.hooks import streamer_per_row, users_criteria
+from specdec.engine.intake import criteria_of
+from specdec.engine.job import Job
+from specdec.engine.output import SpeculativeOutput, assembled, per_token
 from specdec.errors import ConfigError, DrafterError
-from specdec.network.base import vocab_size_of
-from specdec.network.memory import check_memory
-from specdec.network.refusals import check_architecture, check_lengths, check_model
-from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options, whole_number
+from specdec.network.refusals import check_model
+from specdec.options.generation import check_served, merge_config, whole_number
 from specdec.options.inputs import check_input_ids, refuse_model_inputs, split_prompts
+from specdec.options.processors import users_own
 from specdec.options.speculation import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
 from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy
-from specdec.verify.processors import processors_of, users_own
-from specdec.verify.sampler import Sampler
-from specdec.verify.verification import verification_of
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """transformers' output with the statistics of the speculation."""
-
-    speculation: Speculation | None = None
 
 
 def generate(
@@ -117,11 +98,8 @@ def generate(
     )
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
-    if (copies := whole_number("num_return_sequences", config.num_return_sequences or 1)) > 1:
-        check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
-        input_ids = input_ids.repeat_interleave(copies, 0)
-        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
-    return _generate(model, input_ids, attention_mask, speculation, config, callbacks, randomness)
+    copies = whole_number("num_return_sequences", config.num_return_sequences or 1)
+    return _generate(model, input_ids, attention_mask, speculation, config, callbacks, randomness, copies)
 
 
 def speculative(
@@ -200,28 +178,6 @@ def speculative(
     return custom_generate
 
 
-@dataclass(frozen=True)
-class Callbacks:
-    """What the caller wants to be asked or told while the rows are decoded."""
-
-    streamer: BaseStreamer | Sequence[BaseStreamer] | None = None
-    logits_processor: LogitsProcessorList | None = None
-    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
-    stopping_criteria: StoppingCriteriaList | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    on_commit: OnCommit | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for what cannot be called."""
-        for name in ("logits_processor", "stopping_criteria"):
-            given = getattr(self, name)
-            if given is not None and not (isinstance(given, Sequence) and all(map(callable, given))):
-                raise ConfigError(f"{name}={given!r}; pass a list of callables, as transformers takes it")
-        for name in ("prefix_allowed_tokens_fn", "on_commit"):
-            if not (getattr(self, name) is None or callable(getattr(self, name))):
-                raise ConfigError(f"{name}={getattr(self, name)!r} cannot be called; pass a function")
-
-
 def _generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -230,68 +186,63 @@ def _generate(
     config: GenerationConfig,
     callbacks: Callbacks,
     randomness: Randomness,
+    copies: int = 1,
 ) -> Tensor | SpeculativeOutput:
+    """Every row is a request of one engine. copies: rows per prompt."""
     check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    options = resolve_options(config, input_ids.shape[1], positions, vocab_size_of(model))
     prompts = split_prompts(input_ids, attention_mask, config.pad_token_id)
-    drafter, num_speculative_tokens = speculation.drafter, speculation.num_speculative_tokens
-    streamers = Streamers(callbacks.streamer, len(prompts))
-    stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
-    lengths = [len(prompt) for prompt in prompts]
-    check_architecture(model, speculation.layout)
-    check_lengths(model, max(lengths) + options.max_new_tokens, "target")
-    speculation.check(model, max(lengths) + options.max_new_tokens)
-    processors = processors_of(
-        model, config, set(lengths), options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
-    )
-    rows = Rows([prompt.cpu() for prompt in prompts], options.max_new_tokens, speculation.spare_slots, model.device)
-    sampler, streams = None, None
-    if options.do_sample:
-        streams = randomness.streams(len(rows), rows.device)
-        sampler = Sampler(processors, streams, vocab_size_of(model))
-    verification = verification_of(randomness.verification, options.do_sample, streams, processors)
-    scores, logits = (
-        Emitted(len(rows), options.pad_token_id) if wanted else None
-        for wanted in (options.output_scores, options.output_logits)
-    )
-    target = Target(
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    streamers = streamer_per_row(callbacks.streamer, len(prompts))
+    engine = Engine(
         model,
-        processors,
-        verification,
-        options.eos_token_ids,
-        len(rows),
-        rows.capacity,
-        rows.max_limit,
-        drafter.target_layers,
-        speculation.layout,
-        scores,
-        logits,
+        speculation.drafter,
+        policy=speculation.length_policy,
+        num_speculative_tokens=speculation.num_speculative_tokens,
+        verification=randomness.verification,
+        layout=speculation.layout,
+        order=TOGETHER,
+        on_commit=callbacks.on_commit,
     )
-    check_memory(target.network, target.layout, len(rows), rows.capacity, drafter.kv_model)
+    options = engine.intake.resolve(config, input_ids.shape[1])
+    stopping = criteria_of(callbacks.stopping_criteria, options, callbacks.tokenizer)
+    jobs = [
+        engine.intake.job(
+            prompt,
+            config,
+            options,
+            processors=callbacks.logits_processor,
+            prefix_allowed_tokens_fn=callbacks.prefix_allowed_tokens_fn,
+            stopping=stopping,
+            streamer=streamer,
+        )
+        for prompt, streamer in zip(prompts, streamers, strict=True)
+    ]
+    seeds = randomness.of_rows(len(jobs)) if options.do_sample else [(None, 0)] * len(jobs)
+    for job in jobs:
+        engine.check_job(job)
 
-    def on_commit(report: StepReport) -> None:
-        streamers.after_step(report)
-        if callbacks.on_commit is not None:
-            callbacks.on_commit(report)
+    with engine, engine.working():
+        for job, seed in zip(jobs, seeds, strict=True):
+            engine.schedule.add(job)
+            engine.take_up(job, *seed)
+        while not engine.is_finished:
+            engine.advance()
 
-    streamers.begin(prompts)
-    policy = speculation.length_policy
-    statistics = decode(target, drafter, policy, rows, num_speculative_tokens, stopping, on_commit, sampler)
-    sequences: Any = assemble(rows, input_ids, lengths, options)
-    if not options.return_dict:
-        return sequences
-    num_new_tokens = rows.output_lengths - np.array(lengths)
-    emitted: list[Any] = [None if one is None else one.finish(num_new_tokens) for one in (scores, logits)]
-    return SpeculativeOutput(sequences=sequences, scores=emitted[0], logits=emitted[1], speculation=statistics)
+    if copies > 1:
+        input_ids = input_ids.repeat_interleave(copies, 0)
+    output = SpeculativeOutput(
+        sequences=assembled(jobs, input_ids, options.pad_token_id),  # type: ignore[arg-type]
+        scores=per_token([job.scores for job in jobs], options.pad_token_id) if options.output_scores else None,
+        logits=per_token([job.logits for job in jobs], options.pad_token_id) if options.output_logits else None,
+        speculation=engine.statistics,
+    )
+    raise_failure(jobs, output)
+    return output if options.return_dict else output.sequences  # type: ignore[return-value]
 
 
-def assemble(rows: Rows, input_ids: Tensor, prompt_lengths: list[int], options: GenerationOptions) -> Tensor:
-    """The prompts as they came in, each followed by its new tokens, padded on the right: [rows, columns + longest]."""
-    starts = torch.tensor(prompt_lengths)
-    lengths = torch.from_numpy(rows.output_lengths) - starts
-    place = torch.arange(int(lengths.max()))
-    index = (starts[:, None] + place).clamp(max=rows.output_ids.shape[1] - 1).to(rows.device)
-    behind = (place >= lengths[:, None]).to(rows.device)
-    new_ids = rows.output_ids.gather(1, index).masked_fill(behind, options.pad_token_id)
-    return torch.cat([input_ids.long(), new_ids.to(input_ids.device)], 1)
+def raise_failure(jobs: Sequence[Job], output: SpeculativeOutput) -> None:
+    """Raise what a row's own callback raised, now that all others have ended. Their tokens are in `error.output`."""
+    for job in jobs:
+        if job.error is not None:
+            job.error.output = output  # type: ignore[attr-defined]
+            raise job.error

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation import LogitsProcessorList
 
-from specdec.api.generate import Callbacks
 from specdec.batch.layout import Layout
-from specdec.batch.report import StepReport
-from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
-from specdec.engine.decode import OnCommit, check_shared_slots, decode_steps
+from specdec.engine.callbacks import Callbacks
+from specdec.engine.engine import Engine, OnCommit
+from specdec.engine.intake import criteria_of, prompt_of
+from specdec.engine.job import Job
 from specdec.engine.metrics import Speculation
-from specdec.engine.schedule import Continuous, Request
-from specdec.engine.stopping import Stopping
-from specdec.engine.target import Target
+from specdec.engine.schedule import Continuous
 from specdec.errors import ConfigError, InputError
-from specdec.network.base import vocab_size_of
-from specdec.network.memory import check_memory
-from specdec.network.refusals import check_architecture, check_lengths, check_model
-from specdec.options.generation import GenerationOptions, check_served, merge_config, resolve_options
-from specdec.options.inputs import check_input_ids
-from specdec.options.speculation import Randomness, SpeculativeConfig, speculative_config
+from specdec.network.refusals import check_model
+from specdec.options.generation import check_served, merge_config, whole_number
+from specdec.options.speculation import Randomness, speculative_config
 from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy
-from specdec.verify.processors import processors_of
-from specdec.verify.sampler import Sampler
-from specdec.verify.verification import verification_of
-
-ORDERS = ("arrival", "longest_first")
 
 
 @dataclass(frozen=True)
@@ -46,6 +36,7 @@ class Completion:
     finish_reason: "eos", "length", or "stop" (a stopping criterion). num_steps, num_draft_tokens,
     num_accepted_draft_tokens: verify forwards that the row took part in, what was drafted in them and accepted.
     num_preemptions: how often it had to give up its place.
+    scores, logits: [new tokens, vocab] float32, where output_scores and output_logits ask for them.
     """
 
     index: int
@@ -56,6 +47,8 @@ class Completion:
     num_draft_tokens: int
     num_accepted_draft_tokens: int
     num_preemptions: int
+    scores: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Completions(Iterator[Completion]):
@@ -129,177 +122,145 @@ def generate_many(
     if max_new_tokens is not None and limits is None:
         options["max_new_tokens"] = max_new_tokens
     config = merge_config(model, generation_config, options)
+    config.return_dict_in_generate = True  # scores and logits go into each completion
     check_served(config, explicit)
     speculation = speculative_config(drafter, num_speculative_tokens, config, explicit, None, layout, length_policy)
-    check_shared_slots(speculation.drafter, True)
-    check_many(config, max_rows, kv_tokens, prefill_tokens, order)
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
-    check_architecture(model, speculation.layout)
-    speculation.check(model, 1)
-    intake = Intake(model, speculation, config, randomness, kv_tokens, limits)
     if not isinstance(prompts, Iterable) or (isinstance(prompts, Tensor) and not prompts.dim()):
         raise InputError(f"prompts is {prompts!r}; pass an iterable of prompts, [length] token ids each")
-    if isinstance(prompts, Sequence | Tensor):
-        for _ in intake.requests(prompts):
-            pass
-    requests = intake.requests(prompts)
-    if order == "longest_first":
-        requests = iter(sorted(requests, key=lambda request: -request.limit))
-    schedule = Continuous(requests, max_rows, intake.spare, model.device, kv_tokens, prefill_tokens)
+
     callbacks = Callbacks(None, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
-    statistics = Speculation()
-    finished = run(intake, schedule, callbacks, statistics) if schedule.waiting else iter(())
-    return Completions(sorted_by_index(finished) if in_order else finished, schedule, statistics)
-
-
-def run(intake: Intake, schedule: Continuous, callbacks: Callbacks, statistics: Speculation) -> Iterator[Completion]:
-    """Everything is built and checked here; the rows are decoded as completions are asked for."""
-    model, config, speculation = intake.model, intake.config, intake.speculation
-    first = schedule.waiting[0]
-    options = intake.options(first)
-    stopping = Stopping(callbacks.stopping_criteria, options, callbacks.tokenizer)
-    processors = processors_of(
-        model, config, {len(first.prompt)}, options, callbacks.logits_processor, callbacks.prefix_allowed_tokens_fn
-    )
-    schedule.on_enter = lambda request: processors.add(len(request.prompt))
-    drafter = speculation.drafter
-    sampler, streams = None, None
-    if config.do_sample:
-        streams = intake.randomness.streams(None, model.device)
-        sampler = Sampler(processors, streams, vocab_size_of(model))
-    method = intake.randomness.verification
-    verification = verification_of(method, bool(config.do_sample), streams, processors)
-    slots, eos = schedule.slots, options.eos_token_ids
-    target = Target(
+    engine = Engine(
         model,
-        processors,
-        verification,
-        eos,
-        len(slots),
-        slots.capacity,
-        None,
-        drafter.target_layers,
-        speculation.layout,
+        speculation.drafter,
+        policy=speculation.length_policy,
+        num_speculative_tokens=speculation.num_speculative_tokens,
+        verification=verification,
+        layout=speculation.layout,
+        max_rows=max_rows,
+        kv_tokens=kv_tokens,
+        prefill_tokens=prefill_tokens,
+        order=order,
+        on_commit=on_commit,
     )
-    check_memory(target.network, target.layout, len(slots), slots.capacity, drafter.kv_model)
-    k = speculation.num_speculative_tokens
-    policy = speculation.length_policy
-    steps = decode_steps(target, drafter, policy, Rows.of(slots), k, schedule, statistics, stopping, sampler)
-    return collect(steps, schedule, set(eos), callbacks.on_commit)
+    jobs = Jobs(engine, config, callbacks, randomness, limits)
+    schedule = engine.schedule
+    assert isinstance(schedule, Continuous)
+    made = jobs.of(prompts)
+    if isinstance(prompts, Sequence | Tensor) or order == "longest_first":
+        for job in made:  # all are checked before the first token
+            schedule.add(job)
+    else:
+        schedule.source = made
+        schedule.peek()
+    finished = completions(engine)
+    return Completions(sorted_by_index(finished) if in_order else finished, schedule, engine.statistics)
 
 
-@dataclass
-class Intake:
-    """Makes requests of prompts, or says what is wrong with them. limits: max_new_tokens of each prompt."""
+class Jobs:
+    """Makes jobs of prompts, or says what is wrong with them."""
 
-    model: PreTrainedModel
-    speculation: SpeculativeConfig
-    config: GenerationConfig
-    randomness: Randomness
-    kv_tokens: int | None
-    limits: Sequence[int] | None
+    def __init__(
+        self,
+        engine: Engine,
+        config: GenerationConfig,
+        callbacks: Callbacks,
+        randomness: Randomness,
+        limits: Sequence[int] | None,
+    ):
+        """config: merged. limits: max_new_tokens of each prompt."""
+        self.engine, self.config, self.callbacks, self.limits = engine, config, callbacks, limits
+        self.copies = whole_number("num_return_sequences", config.num_return_sequences or 1)
+        self.randomness = randomness
+        self.seed = randomness.seed
+        if config.do_sample and self.seed is None:
+            self.seed = randomness.drawn_seed()
+        self._stopping: StoppingCriteriaList | None = None
 
-    @property
-    def spare(self) -> int:
-        return self.speculation.spare_slots
-
-    def options(self, request: Request) -> GenerationOptions:
-        return self._resolve(request.index, len(request.prompt))
-
-    def requests(self, prompts: Iterable[Tensor | Sequence[int]]) -> Iterator[Request]:
-        """One for each prompt. Raises ConfigError at their end for entries that belong to none of them."""
+    def of(self, prompts: Iterable[Tensor | Sequence[int]]) -> Iterator[Job]:
+        """`num_return_sequences` jobs for each prompt. Raises ConfigError at their end for entries that belong to none
+        of them."""
         num_prompts = 0
         for index, prompt in enumerate(prompts):
-            yield self.request(index, prompt)
+            ids = prompt_of(prompt, self.engine.model, f"prompt {index}")
+            for _ in range(self.copies):
+                yield self.job(index, ids)
             num_prompts = index + 1
-        for name, entries in (("max_new_tokens", self.limits), ("seed", self.randomness.seed)):
-            if isinstance(entries, Sequence) and len(entries) > num_prompts:
-                raise ConfigError(
-                    f"{name} has {len(entries)} entries for {num_prompts} prompts; give one each, or one number"
-                )
 
-    def request(self, index: int, prompt: Tensor | Sequence[int]) -> Request:
-        try:
-            # Python's numbers keep their kind, so that what is no integer is refused below rather than cut off.
-            ids = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"prompt {index} is no sequence of token ids ({error}); encode text first") from None
-        if ids.dim() != 1 or not len(ids):
-            raise InputError(f"prompt {index} has shape {list(ids.shape)}; pass [length] token ids, at least one")
-        try:
-            check_input_ids(ids[None], self.model.get_input_embeddings().weight.shape[0])
-        except InputError as error:
-            raise InputError(f"prompt {index}: {error}") from None
-        seed = self.randomness.seed
-        if isinstance(seed, Sequence) and index >= len(seed):
-            raise ConfigError(
-                f"seed has {len(seed)} entries, too few for prompt {index}; give one int, or more of them"
-            )
-        request = Request(index, ids.long().cpu(), self._resolve(index, len(ids)).max_new_tokens)
-        check_lengths(self.model, request.limit, "target")
-        self.speculation.drafter.check(self.model, request.limit)
-        if self.kv_tokens is not None and request.limit + self.spare > self.kv_tokens:
-            raise ConfigError(
-                f"prompt {index} with its new tokens and drafts may need {request.limit + self.spare} tokens, but "
-                f"kv_tokens={self.kv_tokens}; raise it, shorten the prompt or lower max_new_tokens"
-            )
-        return request
+        entries = (("max_new_tokens", self.limits, num_prompts), ("seed", self.seed, num_prompts * self.copies))
+        for name, given, wanted in entries:
+            if isinstance(given, Sequence) and len(given) > wanted:
+                raise ConfigError(f"{name} has {len(given)} entries for {wanted} prompts; give one each, or one number")
 
-    def _resolve(self, index: int, length: int) -> GenerationOptions:
+    def job(self, index: int, prompt: Tensor) -> Job:
+        """The next row of prompt `index`."""
+        intake, config = self.engine.intake, self.config
         if self.limits is not None:
             if index >= len(self.limits):
                 raise ConfigError(f"max_new_tokens has {len(self.limits)} entries, too few for prompt {index}")
-            self.config.max_new_tokens = self.limits[index]
-        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return resolve_options(self.config, length, positions, vocab_size_of(self.model))
+            config = limited(config, self.limits[index])
+        options = intake.resolve(config, len(prompt))
+        if self._stopping is None:
+            self._stopping = criteria_of(self.callbacks.stopping_criteria, options, self.callbacks.tokenizer)
+        job = intake.job(
+            prompt,
+            self.config,
+            options,
+            processors=self.callbacks.logits_processor,
+            prefix_allowed_tokens_fn=self.callbacks.prefix_allowed_tokens_fn,
+            stopping=self._stopping,
+        )
+        self.engine.check_job(job)
+        self.engine.take_up(job, *self._stream_of(job.index))
+        return job
 
-
-def check_many(
-    config: GenerationConfig, max_rows: int, kv_tokens: int | None, prefill_tokens: int | None, order: str
-) -> None:
-    """Raise ConfigError for what `generate` serves and this does not, and for numbers out of range."""
-    for name, value in (("max_rows", max_rows), ("kv_tokens", kv_tokens), ("prefill_tokens", prefill_tokens)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
-    if order not in ORDERS:
-        raise ConfigError(f"order={order!r}; choose {' or '.join(map(repr, ORDERS))}")
-    # These depend on how long the one prompt or batch is that transformers makes its processors for.
-    refused = {"min_length": (None, 0), "forced_eos_token_id": (None,), "num_return_sequences": (None, 1)}
-    for name in ("output_scores", "output_logits"):
-        refused[name] = (None, False)
-    for name, neutral in refused.items():
-        if getattr(config, name, None) not in neutral:
+    def _stream_of(self, row: int) -> tuple[int | None, int]:
+        if not isinstance(self.seed, Sequence):
+            return self.seed, row
+        if row >= len(self.seed):
             raise ConfigError(
-                f"{name}={getattr(config, name)!r} is not served by generate_many; leave it at {neutral[-1]!r}, or "
-                "call generate() on batches"
+                f"seed has {len(self.seed)} entries, too few for prompt {row}; give one int, or more of them"
             )
+        return int(self.seed[row]), 0
 
 
-def collect(
-    steps: Iterator[StepReport], schedule: Continuous, eos_token_ids: set[int], on_commit: OnCommit | None
-) -> Iterator[Completion]:
-    """Gather each row's tokens from the reports; what a preempted row has written is kept here."""
-    counts: dict[int, np.ndarray] = {}
-    for report in steps:
-        if on_commit is not None:
-            on_commit(report)
-        numbers = np.stack([np.ones_like(report.row_ids), report.num_drafted, report.num_accepted], 1)
-        done = []
-        for slot, index in enumerate(report.row_ids.tolist()):
-            request = schedule.running[index]
-            request.new_ids += report.token_ids[slot, : report.num_committed[slot]].tolist()
-            if not report.is_prefill:
-                counts[index] = counts.get(index, 0) + numbers[slot]
-            if report.finished[slot]:
-                done.append(schedule.running.pop(index))
-        for request in done:
-            num_steps, drafted, accepted = counts.pop(request.index, np.zeros(3, dtype=np.int64)).tolist()
-            reason = "length" if len(request.new_ids) >= request.max_new_tokens else "stop"
-            reason = "eos" if request.new_ids[-1] in eos_token_ids else reason
-            prompt_ids, new_ids = request.prompt.tolist(), request.new_ids
-            yield Completion(
-                request.index, prompt_ids, new_ids, reason, num_steps, drafted, accepted, request.num_preemptions
-            )
+def limited(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    """The config with another number of new tokens."""
+    own = copy.copy(config)
+    own.max_new_tokens = max_new_tokens
+    return own
+
+
+def completions(engine: Engine) -> Iterator[Completion]:
+    """Decode, and yield each row when it ends. Raises what a row's own callback raised after all others have ended."""
+    failures = []
+    with engine:
+        while not engine.is_finished:
+            with engine.working():
+                ended = [job for job, _ in engine.advance() if job.finish_reason is not None]
+            for job in ended:
+                if job.error is None:
+                    yield completion(job)
+                else:
+                    failures.append(job.error)
+    for error in failures:
+        raise error
+
+
+def completion(job: Job) -> Completion:
+    assert job.finish_reason is not None
+    return Completion(
+        job.index,
+        job.prompt.tolist(),
+        job.new_ids,
+        job.finish_reason,
+        job.num_steps,
+        job.num_draft_tokens,
+        job.num_accepted_draft_tokens,
+        job.num_preemptions,
+        torch.stack(job.scores) if job.options.output_scores else None,
+        torch.stack(job.logits) if job.options.output_logits else None,
+    )
 
 
 def sorted_by_index(completions: Iterator[Completion]) -> Iterator[Completion]:

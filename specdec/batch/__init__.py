@@ -1,1 +1,1 @@
-"""The rows of a batch: where they stand, what they hold, what a step reports of them."""
+"""The rows of a batch: their slots, their tokens, and the reports of steps."""

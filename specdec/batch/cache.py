@@ -1,9 +1,9 @@
 """A static KV cache in which every row has its own length.
 
 A forward over `width` new tokens writes row b's keys and values at slots starts[b] .. starts[b] + width - 1 and sees
-what lies before. The cache keeps no lengths of its own: whoever runs the forward says where each row starts, so a
-rewind is simply not advancing, and rejected tokens are overwritten by the next forward. There is no padding, no
-realignment and no copy.
+the slots before them. The cache stores no lengths: the caller of the forward says where each row starts. So a rewind
+simply means not advancing, and rejected tokens are overwritten by the next forward. There is no padding, no realignment
+and no copy.
 
 The class is also a transformers `Cache`, so that any model can run its own modules over it.
 """
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specdec.batch.branches import Branches
+from specdec.batch.columns import Columns
 from specdec.batch.slots import moves_of, to_device
 from specdec.kernels.move_rows import is_sequential, move_rows
 
-ALIGNMENT = 64  # elements: kernels read whole words where an address is a multiple of one
+ALIGNMENT = 64  # elements: kernels read whole words if an address is a multiple of a word
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -42,7 +42,7 @@ class RaggedLayer(CacheLayerMixin):
         self.hold(keys, values)
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """[rows, slots, heads, head_dim] each."""
+        """Use these buffers, [rows, slots, heads, head_dim] each."""
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
@@ -53,9 +53,9 @@ class RaggedLayer(CacheLayerMixin):
         return self.write(key_states.transpose(1, 2), value_states.transpose(1, 2))
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from [rows, width, heads, head_dim]."""
+        """Like `update`, from [rows, width, heads, head_dim]."""
         owner = self.owner
-        index = owner.write_index.to(self.device)  # layers of a model may lie on several devices
+        index = owner.write_index.to(self.device)  # layers of a model may be on several devices
         for buffer, new in ((self.keys, keys), (self.values, values)):
             flat = buffer.view(-1, buffer.shape[2] * buffer.shape[3])
             flat.index_copy_(0, index, new.reshape(-1, flat.shape[1]))
@@ -63,7 +63,7 @@ class RaggedLayer(CacheLayerMixin):
         return self.keys[used].transpose(1, 2), self.values[used].transpose(1, 2)
 
     def resize(self) -> None:
-        """To the owner's new size; what fits is kept."""
+        """Change to the owner's new size; contents that fit are kept."""
         if self.is_initialized:
             with torch.inference_mode(False):
                 self.keys, self.values = self._resized(self.keys), self._resized(self.values)
@@ -75,7 +75,7 @@ class RaggedLayer(CacheLayerMixin):
         return new
 
     def move_slots(self, moved_from: Tensor, moved_to: Tensor) -> None:
-        """Tokens of any rows, as [tokens] int64 indices into [rows * slots]."""
+        """Move tokens of any rows, given as [tokens] int64 indices into [rows * slots]."""
         if self.is_initialized:
             moved_from, moved_to = moved_from.to(self.device), moved_to.to(self.device)
             for buffer in (self.keys, self.values):
@@ -86,8 +86,8 @@ class RaggedLayer(CacheLayerMixin):
         return self.owner.used_slots, 0
 
     def get_seq_length(self) -> int:
-        # Models that derive masks or positions from it need an int; ours are passed explicitly. Others ask whether a
-        # layer holds anything at all (Mllama skips its cross attention without images).
+        # Models that derive masks or positions from it need an int; we pass ours explicitly. Other models only ask
+        # whether a layer holds anything at all (Mllama skips its cross attention without images).
         return self.owner.used_slots - self.owner.width if self.is_initialized else 0
 
     def get_max_length(self) -> int:
@@ -103,12 +103,11 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """Keys and values of all layers for up to `max_rows` rows of `num_slots` tokens.
 
-    Before each forward `begin` says where the rows start. Sliding windows are a matter of the mask: a layer keeps
-    every slot, so that a rewind never needs a key that was evicted.
+    Before each forward, `begin` says where the rows start. Sliding windows are left to the mask: a layer keeps every
+    slot, so a rewind never needs an evicted key.
 
     pads: [rows] int64, unused slots before each row's first token, None where there are none, as in this class.
-    query_slots: [rows, width] int64, where the tokens of the forward are written.
-    branches: where they stand in a forward with extra queries, None in all others.
+    columns: of the forward that `begin` announced last, in slots.
     num_realignments: forwards that had to move rows first. num_filled: no slot from here on holds anything.
     """
 
@@ -116,14 +115,16 @@ class RaggedCache(Cache):
         self.max_rows, self.num_slots, self.device = max_rows, num_slots, device
         self.rows, self.used_slots, self.width = slice(0, max_rows), 0, 0
         self.pads: Tensor | None = None
-        self.branches: Branches | None = None
+        self.columns = Columns.chain(torch.zeros(max_rows, dtype=torch.long, device=device), 0)
         self.num_realignments = self.num_filled = 0
         self._row_offsets = torch.arange(max_rows, device=device)[:, None] * num_slots
         self._buffers: Tensor | None = None
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
 
     def allocate(self, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Allocate layers that are all alike before the first write, in one piece: one launch moves rows in all."""
+        """Allocate layers that are all alike in one piece, before the first write, so that one launch moves rows in
+        all.
+        """
         width = num_heads * head_dim
         size = self.max_rows * self.num_slots * width
         shape = 2 * len(self.layers), -(-size // ALIGNMENT) * ALIGNMENT
@@ -135,39 +136,25 @@ class RaggedCache(Cache):
                 layer.hold(keys, values)
 
     def begin(
-        self,
-        starts: Tensor,
-        width: int,
-        used_slots: int,
-        first_row: int = 0,
-        host_starts: np.ndarray | None = None,
-        ahead: Tensor | None = None,
+        self, columns: Columns, used_slots: int, first_row: int = 0, host_starts: np.ndarray | None = None
     ) -> Tensor:
-        """Announce a forward over [rows, width] columns and return their positions, [rows, width] int64.
+        """Announce a forward and return the positions of its columns, [rows, columns] int64.
 
-        starts: [rows] int64, tokens of each row that stay visible; these are the rows from `first_row` on.
-        used_slots: an upper bound of starts + width known to the host; what lies behind it is neither read nor masked.
-        host_starts: `starts` on the host, for layouts that decide there what to move.
-        ahead: of extra queries behind each token, see `ExtraQueries`; `width` counts them, behind all tokens.
+        columns: of the rows from `first_row` on, counted from each row's first token.
+        used_slots: an upper bound of starts + columns known to the host; slots from there on are neither read nor
+            masked.
+        host_starts: the columns' starts on the host, [rows] int64, for layouts that decide there what to move.
         """
         assert used_slots <= self.num_slots, f"{used_slots} slots needed, {self.num_slots} allocated"
-        self.rows = slice(first_row, first_row + len(starts))
-        self.width, self.used_slots, self.num_filled = width, used_slots, max(self.num_filled, used_slots)
-        self.starts = starts if self.pads is None else starts + self.pads
-        self.branches = None
-        if ahead is not None:
-            columns = torch.arange(width // (1 + len(ahead)), device=self.device)
-            self.branches = Branches.behind(self.starts, len(columns), columns[None], ahead)
-            self.query_slots, places = self.branches.slots, self.branches.places
-            self.positions = places if self.pads is None else places - self.pads[:, None]
-        else:
-            self.positions = starts[:, None] + torch.arange(width, device=self.device)
-            self.query_slots = self.positions if self.pads is None else self.positions + self.pads[:, None]
-        self.write_index = (self._row_offsets[self.rows] + self.query_slots).flatten()
-        return self.positions
+        num_rows, self.width = columns.slots.shape
+        self.rows = slice(first_row, first_row + num_rows)
+        self.used_slots, self.num_filled = used_slots, max(self.num_filled, used_slots)
+        self.columns = columns if self.pads is None else columns.after_pads(self.pads)
+        self.write_index = (self._row_offsets[self.rows] + self.columns.slots).flatten()
+        return columns.places
 
     def resize(self, max_rows: int, num_slots: int) -> None:
-        """Room for other numbers of rows and tokens; what still fits stays."""
+        """Change the number of rows and tokens; contents that still fit are kept."""
         self.max_rows, self.num_slots, self._buffers = max_rows, num_slots, None
         self._row_offsets = torch.arange(max_rows, device=self.device)[:, None] * num_slots
         for layer in self.layers:
@@ -175,15 +162,15 @@ class RaggedCache(Cache):
         self.num_filled = min(self.num_filled, num_slots)
 
     def copy_from(self, other: RaggedCache) -> None:
-        """Take over all that a smaller cache holds."""
+        """Copy the whole content of a smaller cache."""
         for layer, old in zip(self.layers, other.layers, strict=True):
             layer.keys[: other.max_rows, : other.num_filled] = old.keys[:, : other.num_filled]
             layer.values[: other.max_rows, : other.num_filled] = old.values[:, : other.num_filled]
         self.num_filled = max(self.num_filled, other.num_filled)
 
     def keep_rows(self, index: Tensor) -> None:
-        """The new row i is the old row index[i] ([rows] int64 on the host); only what is filled of rows that change
-        their place is copied."""
+        """The new row i is the old row index[i] ([rows] int64 on the host). Copies only rows that change their place,
+        and of these only filled slots."""
         host_moves = moves_of(index.numpy())
         if not host_moves.size:
             return
@@ -193,7 +180,7 @@ class RaggedCache(Cache):
             move_rows(buffers, moves.to(buffers.device), self.num_filled, implementation)
 
     def _all_buffers(self) -> list[Tensor]:
-        """[buffers, rows, slots, heads * head_dim] each, together all that is allocated."""
+        """All allocated buffers, [buffers, rows, slots, heads * head_dim] each."""
         if self._buffers is not None:
             return [self._buffers]
         layers = [layer for layer in self.layers if layer.is_initialized]
@@ -201,7 +188,7 @@ class RaggedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> Tensor:
         """The slot of each row's first query; transformers' mask code accepts one per row, [rows] int64."""
-        return self.starts
+        return self.columns.starts
 
     @property
     def nbytes(self) -> int:

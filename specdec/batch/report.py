@@ -19,8 +19,8 @@ class StepReport:
     finished: [rows] bool. fault: [rows] int64, 0 if all is well, see `verify/verification.py`.
     token_ids: [rows, k + 1] int64, `NO_TOKEN` after the committed ones.
     is_prefill: the tokens come from the prefill, not from a verify forward.
-    predicted: [rows, places] float64, the acceptance that the length policy expected of drafted tokens, given that of
-        those before them; NaN where it expected nothing. None if it makes no predictions.
+    predicted: [rows, places] float64, the length policy's predicted acceptance of drafted tokens, if all before them
+    are accepted; NaN where it predicted nothing. None if it makes no predictions.
     """
 
     row_ids: np.ndarray
@@ -35,9 +35,9 @@ class StepReport:
 
 
 def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which drafted tokens the target decided about, all before them being accepted, and which it accepted.
+    """Which drafted tokens the target decided (all before them were accepted), and which it accepted.
 
-    [rows, places] bool each. The target did not decide about what follows the end of a row.
+    [rows, places] bool each. Tokens past the end of a row were not decided.
     """
     place = np.arange(num_places)
     accepted = place < report.num_accepted[:, None]
@@ -46,9 +46,9 @@ def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray
 
 
 def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
-    """Start to copy to the host what the device will have computed; call the result to wait for it.
+    """Start copying a tensor to the host; call the returned function to wait for the copy.
 
-    Later launches do not delay the copy.
+    Later launches do not delay it.
     """
     if not values.is_cuda:
         return values.cpu().numpy
@@ -59,6 +59,6 @@ def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
 
     def arrive() -> np.ndarray:
         has_arrived.synchronize()
-        return host.numpy().copy()  # pinned memory is taken again for the next step
+        return host.numpy().copy()  # pinned memory is reused for the next step
 
     return arrive

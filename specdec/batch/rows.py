@@ -27,13 +27,13 @@ from specdec.kernels.commit.greedy_commit import (
 class Rows:
     """The rows that take part in a step: a run of slots, each row with its own length.
 
-    token_ids: [rows, capacity] int64, left-aligned; what lies behind a row's length is meaningless.
+    token_ids: [rows, capacity] int64, left-aligned; values past a row's length are meaningless.
     lengths: [rows] int64, committed tokens, prompt included.
     prompt_lengths: [rows] int64. limits: [rows] int64, the length at which a row ends.
     row_ids: [rows] int64 on the host, each row's index in the caller's batch.
     host_lengths: [rows] int64 on the host, as of the last report.
 
-    All are views of `slots`, where rows that do not take part stand as well. Rows start in order of falling prompt
+    All are views of `slots`, which also holds rows that do not take part. Rows start in order of decreasing prompt
     length, so that a prefill in chunks touches a shrinking prefix of them.
     """
 
@@ -45,15 +45,15 @@ class Rows:
     host_lengths: np.ndarray
     host_prompt_lengths: np.ndarray
     host_limits: np.ndarray
-    _taken: Tensor | None = None  # the slots' tokens when the views were made, which stay what they are till a resize
+    _taken: Tensor | None = None  # the slots' token tensor when the views were made; it is replaced only by a resize
     _newest: tuple[Tensor, Tensor] | None = None  # see `newest`
     _num_changes = -1  # of the slots when that was computed
 
     def __init__(
         self, prompts: Sequence[Tensor], max_new_tokens: int | Sequence[int], spare: int, device: torch.device
     ):
-        """max_new_tokens: of every row, or one number a row.
-        spare: slots behind the longest row that a step may write before it knows how much is accepted.
+        """max_new_tokens: for every row, or one number per row.
+        spare: slots after the longest row that a step may write before it knows how much is accepted.
         """
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         limits = lengths + np.asarray(max_new_tokens, dtype=np.int64)
@@ -64,20 +64,20 @@ class Rows:
         slots.num_residents, slots.num_newcomers = len(prompts), 0
         self.slots, self.first = slots, 0
         self.take(len(prompts))
-        # Where finished rows end up, in the caller's order.
+        # Outputs of finished rows, in the caller's order.
         self.keeps_outputs, self.output_ids = True, torch.zeros_like(slots.token_ids)
         self.output_lengths = np.zeros(len(prompts), dtype=np.int64)
 
     @classmethod
     def of(cls, slots: Slots, first: int = 0, count: int = 0) -> Rows:
-        """The rows in `count` slots from `first` on; they keep no outputs when they end."""
+        """The rows in `count` slots from `first` on; their outputs are not kept when they end."""
         rows = cls.__new__(cls)
         rows.slots, rows.first, rows.keeps_outputs = slots, first, False
         rows.take(count)
         return rows
 
     def take(self, count: int) -> None:
-        """Let the rows in `count` slots from `first` on take part; to be called anew when slots were resized."""
+        """Let the rows in `count` slots from `first` on take part; call it again after slots were resized."""
         if self._taken is self.slots.token_ids and count == len(self):
             return
         self._taken = self.slots.token_ids
@@ -100,7 +100,7 @@ class Rows:
     @property
     def max_length(self) -> int:
         """The longest row's committed length on the host."""
-        return max(self.host_lengths.tolist())  # of a few numbers Python's own maximum is the fastest
+        return max(self.host_lengths.tolist())  # for a few numbers Python's own maximum is the fastest
 
     @property
     def max_limit(self) -> int:
@@ -114,7 +114,7 @@ class Rows:
 
     @property
     def num_new_tokens(self) -> np.ndarray:
-        """Tokens that each row has committed behind its prompt, [rows] int64 on the host."""
+        """Tokens that each row has committed after its prompt, [rows] int64 on the host."""
         return self.host_lengths - self.host_prompt_lengths
 
     def last_tokens(self, count: int) -> Tensor:
@@ -122,9 +122,10 @@ class Rows:
         return self.token_ids.gather(1, self.lengths[:, None] + torch.arange(-count, 0, device=self.device))
 
     def newest(self) -> tuple[Tensor, Tensor]:
-        """Where each row's last committed token stands, [rows] int64, and the token, [rows, 1]; not to be written to.
+        """The position of each row's last committed token, [rows] int64, and the token, [rows, 1]; do not write to
+        them.
 
-        A step's first forward takes them, so `read` computes them while the host waits for the report.
+        A step's first forward needs them, so `reading` computes them while the report is on its way.
         """
         if self._newest is not None and self._num_changes == self.slots.num_changes:
             return self._newest
@@ -132,8 +133,8 @@ class Rows:
         return places, self.token_ids.gather(1, places[:, None])
 
     def reading(self, done: Committed, is_prefill: bool = False) -> Callable[[], StepReport]:
-        """Start to bring one step to the host, in one copy. Call the result for the report: it waits for the copy and
-        advances the host's lengths. On the device the step is committed already."""
+        """Start copying the report of one step to the host. Call the returned function for the report: it waits for the
+        copy and advances the host's lengths. On the device the step is already committed."""
         arriving = on_its_way(done.report)
         self._newest = None
         self._newest, self._num_changes = self.newest(), self.slots.num_changes
@@ -143,7 +144,7 @@ class Rows:
             self.host_lengths += report[:, NUM_COMMITTED]
 
             return StepReport(
-                self.row_ids.copy(),  # its rows may move
+                self.row_ids.copy(),  # a copy, as its rows may move
                 report[:, NUM_COMMITTED],
                 report[:, NUM_ACCEPTED],
                 report[:, NUM_DRAFTED],
@@ -156,7 +157,7 @@ class Rows:
         return read
 
     def grown(self, num_tokens: int) -> Rows:
-        """These rows while a step of at most `num_tokens` tokens a row is on its way to the host.
+        """These rows while a step of at most `num_tokens` tokens per row is on its way to the host.
 
         The tensors are the same; the host lengths of the view are upper bounds.
         """
@@ -165,8 +166,8 @@ class Rows:
         return view
 
     def cut(self, report: StepReport, num_committed: np.ndarray, finished: np.ndarray) -> StepReport:
-        """The report after a change of its end: row i keeps the first num_committed[i] tokens of this step, and is
-        finished if finished[i] says so. num_committed: [rows] int64. finished: [rows] bool."""
+        """Undo committed tokens of this step and return the changed report: row i keeps the first num_committed[i]
+        tokens and is finished if finished[i] is set. num_committed: [rows] int64. finished: [rows] bool."""
         is_shorter = num_committed < report.num_committed
         if not is_shorter.any():
             return replace(report, finished=finished)
@@ -188,7 +189,7 @@ class Rows:
         """Take finished rows out of their slots and return the index that `keep_rows` calls need, [kept slots] int64 on
         the host.
 
-        finished: [rows] bool. All residents that are left take part afterwards.
+        finished: [rows] bool. All remaining residents take part afterwards.
         """
         done = np.flatnonzero(finished)
         if self.keeps_outputs:

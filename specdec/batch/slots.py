@@ -1,7 +1,7 @@
-"""The places that rows occupy: tensors on the device and their mirror on the host, one entry per slot.
+"""The slots that rows occupy: tensors on the device and their mirror on the host, one entry per slot.
 
-Residents, rows whose prompts are cached, come first; behind them stand newcomers, whose prompts are being cached; the
-rest is free. Caches follow the same order, so that whoever takes part in a step is a prefix of all of them.
+Residents (rows whose prompts are cached) come first, then newcomers (rows whose prompts are being cached); the rest is
+free. Caches follow the same order, so that the rows of a step are a prefix of all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ON_HOST = ("row_ids", "host_lengths", "host_prompt_lengths", "host_limits")
 
 class Slots:
     """token_ids: [slots, capacity] int64, left-aligned. lengths, prompt_lengths, limits: [slots] int64; the host's
-    mirrors of the same, and row_ids, which nothing on the device needs. num_changes: how often rows came or moved."""
+    mirrors of the same, and row_ids, which the device does not need. num_changes: how often rows came or moved."""
 
     def __init__(self, num_slots: int, capacity: int, device: torch.device):
         self.device = device
@@ -29,7 +29,7 @@ class Slots:
         )
 
     def _hold(self, numbers: Tensor) -> None:
-        """numbers: [3, slots] int64, one tensor so that rows move all of theirs at once."""
+        """numbers: [3, slots] int64, one tensor so that all numbers of a row move at once."""
         self._numbers = numbers
         self.lengths, self.prompt_lengths, self.limits = numbers
 
@@ -63,9 +63,9 @@ class Slots:
         self.num_changes += 1
 
     def arrange(self, order: np.ndarray) -> Tensor:
-        """Slot i becomes what slot order[i] is ([kept slots] int64); returns the same index, on the host.
+        """Slot i gets the content of slot order[i] ([kept slots] int64); returns the same index, on the host.
 
-        Slots from len(order) on keep what they hold; whoever removes rows says who is left.
+        Slots from len(order) on keep their content; callers that remove rows update the row counts themselves.
         """
         moves = moves_of(order)
         self.num_changes += 1
@@ -81,13 +81,13 @@ class Slots:
     def remove(self, leaving: np.ndarray) -> Tensor:
         """Take rows out of their slots ([leaving] int64); returns the index that caches need to follow.
 
-        Residents from the end fill the holes among them, and newcomers close up behind, so that few rows move.
+        Residents from the end fill the holes among them, and newcomers close up after them, so that few rows move.
         """
         is_left = np.ones(self.num_occupied, dtype=bool)
         is_left[leaving] = False
         residents = fill_holes(~is_left[: self.num_residents])
         newcomers = np.flatnonzero(is_left[self.num_residents :]) + self.num_residents
-        # Only as many newcomers move as places have become free before them.
+        # Only as many newcomers move as slots became free before them.
         begin = len(residents)
         moved = np.setdiff1d(newcomers, np.arange(begin, begin + len(newcomers)))
         order = np.concatenate([residents, np.arange(begin, begin + len(newcomers))])
@@ -96,7 +96,7 @@ class Slots:
         return self.arrange(order)
 
     def resize(self, num_slots: int, capacity: int) -> None:
-        """Other numbers of slots and tokens; occupied slots keep what they hold."""
+        """Change the number of slots and tokens; occupied slots keep their content."""
         kept, columns = min(num_slots, len(self)), min(capacity, self.capacity)
         token_ids, numbers = self.token_ids, self._numbers
         self.token_ids = token_ids.new_zeros(num_slots, capacity)
@@ -109,13 +109,13 @@ class Slots:
 
 
 def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """On a GPU without waiting for what it has still to do, as a copy from ordinary memory would."""
+    """Copy to the device. On a GPU this does not wait for pending work, as a copy from ordinary memory would."""
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def moves_of(order: np.ndarray) -> np.ndarray:
-    """What `order` moves: (from, to), [2, moves] int64.
+    """The moves in `order`: (from, to), [2, moves] int64.
 
     >>> moves_of(np.array([0, 3, 2])).tolist()
     [[3], [1]]
@@ -125,7 +125,7 @@ def moves_of(order: np.ndarray) -> np.ndarray:
 
 
 def fill_holes(finished: np.ndarray) -> np.ndarray:
-    """The kept slots in their new order: slot i stays at i unless it is a hole, which a slot from the end fills.
+    """The kept slots in their new order: slot i stays at i; a slot from the end fills each hole.
 
     >>> fill_holes(np.array([False, True, False, False])).tolist()
     [0, 3, 2]

@@ -1,4 +1,4 @@
-"""When each row got its tokens, and how many in each step, seen from within a decoding call."""
+"""When each row got its tokens, and how many in each step, observed from inside a decoding call."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from specdec import StepReport
+from specdec.batch.report import StepReport
 
 
 @dataclass
 class RowTimes:
     """first_token, last_token: seconds from the beginning of the call. accept_lengths: tokens that each forward of the
-    target gave the row, the one over its prompt included, so that they sum to its new tokens. num_steps: those of them
-    that could verify a draft. num_accepted: draft tokens accepted, None for peers, which do not tell."""
+    target gave the row, including the one over its prompt, so that they sum to its new tokens. num_steps: the number of
+    these forwards that could verify a draft. num_accepted: draft tokens accepted; None for peers, which do not report
+    it."""
 
     first_token: float
     last_token: float
@@ -27,12 +28,12 @@ class RowTimes:
 
 
 class StepClock:
-    """Begin it, let one call decode one batch, then ask for `rows`."""
+    """Usage: call `begin`, let one call decode one batch, then call `rows`."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._times: dict[int, RowTimes] = {}
-        self._steps: list[tuple[float, int]] = []  # of transformers: seconds, columns behind the prompts
+        self._steps: list[tuple[float, int]] = []  # for transformers: seconds, columns after the prompts
 
     def begin(self) -> None:
         self._begin = self._now()
@@ -42,7 +43,7 @@ class StepClock:
         return time.perf_counter()
 
     def on_commit(self, report: StepReport) -> None:
-        """Ours: tokens and times of each row."""
+        """For our methods: record tokens and times of each row."""
         now = self._now() - self._begin
         for slot, row in enumerate(report.row_ids.tolist()):
             times = self._times.setdefault(row, RowTimes(now, now, num_accepted=0))
@@ -54,7 +55,9 @@ class StepClock:
                 times.num_accepted = (times.num_accepted or 0) + int(report.num_accepted[slot])
 
     def criteria(self, input_ids: Tensor) -> StoppingCriteriaList:
-        """transformers': asked after every step, stops nothing. It tells how long all rows together have grown."""
+        """For transformers: a criterion checked after every step that never stops, and records how long the batch has
+        grown.
+        """
         columns = input_ids.shape[1]
 
         class Watch(StoppingCriteria):
@@ -71,7 +74,7 @@ class StepClock:
         return [self._row_of_steps(len(tokens)) for tokens in outputs]
 
     def _row_of_steps(self, num_tokens: int) -> RowTimes:
-        """Of a batch that grows in all rows alike: a row has its tokens once there are so many columns."""
+        """For a batch whose rows all grow alike: a row has its n tokens once there are n columns."""
         lengths, before = [], 0
         for seconds, columns in self._steps:
             now = min(columns, num_tokens)

@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from specdec import Speculation
 from specdec.bench.latency import RowTimes, StepClock, synchronise
 from specdec.bench.memory import PeakMemory
 from specdec.bench.methods import Batch, Decoded, Method, Pair, batches, new_tokens, total
 from specdec.bench.report.statistics import Timing
+from specdec.engine.metrics import Speculation
 
 Clock = Callable[[], float]  # seconds
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A run of its own, with a clock inside the calls, which the timed runs do without.
+    """A separate run with a clock inside the calls; the timed runs have none.
 
-    rows: of each prompt. num_target_forwards: of a peer, all forwards of the target; of ours None, `Speculation` says.
-    peak_memory_mib: None where the system does not tell.
+    rows: times of each prompt. num_target_forwards: for a peer, all forwards of the target; None for our methods, see
+    `Speculation`. peak_memory_mib: None if the system does not report it.
     """
 
     rows: list[RowTimes]
@@ -36,7 +36,7 @@ class Observed:
 
 @dataclass
 class Result:
-    """What one method did.
+    """The results of one method.
 
     outputs: new tokens per prompt, as the check run wrote them. num_equal: prompts whose outputs were the
     reference's in the check run and in every timed run. seconds: [repeat][call], empty if it was not timed; a call
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def refused(self) -> bool:
-        """Ours and wrong: its speed means nothing."""
+        """One of our methods and not equal: its speed means nothing."""
         return self.method.is_ours and not self.all_equal
 
     @property
@@ -73,7 +73,7 @@ class Result:
         return Timing.of(self.seconds, calls)
 
     def timing_of(self, prompts: Sequence[int]) -> Timing:
-        """Of some prompts alone, whose time is known at batch 1."""
+        """The timing of some of the prompts; single prompts have their own time only at batch 1."""
         if self.method.batch_size != 1:
             raise ValueError(f"the time of single prompts is known at batch 1, not at {self.method.batch_size}")
         return self.timing.only(prompts)
@@ -87,10 +87,10 @@ def measure(
     log: Callable[[str], None],
     clock: Clock = time.perf_counter,
 ) -> list[Result]:
-    """Check every method's token ids against the reference's, which also warms it up; then time them, then look inside.
+    """Check every method's token ids against the reference, which also warms it up; then time and observe it.
 
-    reference: of each prompt, new tokens of transformers' plain greedy decoding of it alone. Methods of ours that are
-    not equal are not timed. Each repeat runs every method once, starting at another one. clock: of the timed runs.
+    reference: for each prompt, the new tokens of transformers' plain greedy decoding of it alone. Our methods that are
+    not equal are not timed. Each repeat runs every method once, starting with another one. clock: of timed runs.
     """
     results = [checked(pair, reference, method, log) for method in methods]
     timed = [result for result in results if not result.refused]
@@ -116,7 +116,7 @@ def checked(pair: Pair, reference: Sequence[list[int]], method: Method, log: Cal
 
 
 def time_once(pair: Pair, reference: Sequence[list[int]], result: Result, clock: Clock = time.perf_counter) -> None:
-    """Outputs count here too: a method may turn wrong."""
+    """Time one repeat. Outputs are checked here too, as a method may differ in a later run."""
     others = ForeignLoad()
     outputs, seconds, _ = run(pair, result.method, clock)
     result.num_equal = min(result.num_equal, count_equal(outputs, reference))
@@ -126,7 +126,7 @@ def time_once(pair: Pair, reference: Sequence[list[int]], result: Result, clock:
 
 @contextmanager
 def older_objects_left_alone() -> Iterator[None]:
-    """Garbage collections within look at new objects only: one before every run then costs little."""
+    """Garbage collections inside visit only new objects, so a collection before every run costs little."""
     gc.collect()
     gc.freeze()
     try:
@@ -139,7 +139,7 @@ def older_objects_left_alone() -> Iterator[None]:
 def run(
     pair: Pair, method: Method, clock: Clock = time.perf_counter
 ) -> tuple[list[list[int]], list[float], Speculation | None]:
-    """New tokens per prompt, seconds per batch, and our statistics; inputs are on the device before the clock runs."""
+    """New tokens per prompt, seconds per batch, our statistics. Inputs are on the device before the clock starts."""
     outputs, seconds, statistics = [], [], []
     gc.collect()
     for batch in batches(pair, method.batch_size):
@@ -162,7 +162,7 @@ def observe(pair: Pair, method: Method) -> Observed:
         nonlocal num_forwards
         num_forwards += 1
 
-    # A hook on the model would turn our own short forward away, so only peers are counted by one.
+    # A hook on the model would disable our short forward, so only peers are counted with one.
     hook = None if method.is_ours else pair.target.register_forward_pre_hook(count)
     peak = PeakMemory(pair.target.device)
     try:
@@ -178,7 +178,7 @@ def observe(pair: Pair, method: Method) -> Observed:
 
 
 class ForeignLoad:
-    """Cores that processes other than this one keep busy, from its making on."""
+    """Cores that other processes keep busy, counted from construction."""
 
     def __init__(self) -> None:
         self.begin = self._read()
@@ -196,7 +196,7 @@ class ForeignLoad:
 
 
 def timed_decode(method: Method, batch: Batch, clock: Clock = time.perf_counter) -> tuple[Decoded, float]:
-    """The method's result and its seconds, prefill included."""
+    """The method's result, and its seconds including prefill."""
     synchronise(batch.input_ids.device)
     begin = clock()
     decoded = method.decode(batch)

@@ -1,4 +1,4 @@
-"""The most memory that a call needed: of the GPU, or of the process on a CPU."""
+"""Peak memory of a call: of the GPU, or of the process on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """From its making on. On a CPU the peak includes the models and everything else that the process holds."""
+    """Peak since construction. On a CPU it includes the models and everything else that the process holds."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -23,7 +23,7 @@ class PeakMemory:
 
     @staticmethod
     def _reset_process() -> bool:
-        """Let Linux forget the process's peak so far; False where that is not possible."""
+        """Reset the process's peak in Linux; returns False if that is not possible."""
         try:
             CLEAR_REFS.write_text("5")
         except OSError:
@@ -31,7 +31,7 @@ class PeakMemory:
         return True
 
     def mib(self) -> float | None:
-        """None where the system does not tell."""
+        """None if the system does not report it."""
         if not self.is_known:
             return None
         if self.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What is compared: transformers' decoding loops and ours, each as a function from a batch of prompts to token ids."""
+"""The methods compared: transformers' decoding loops and ours, each a function from a batch of prompts to token ids."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import specdec
-from specdec import Speculation
+from specdec.api.generate import generate as speculative_generate
 from specdec.bench.latency import StepClock
-from specdec.check.oracle import ends_of, left_pad
+from specdec.check.padding import left_pad
+from specdec.check.settings import ends_of
 from specdec.check.ways import PLAIN as NO_DRAFTER
 from specdec.check.ways import Way, generate_options
 from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.registry import resolve
+from specdec.engine.metrics import Speculation
 
 PLAIN = "transformers plain"
 ASSISTED = "transformers assisted"
@@ -30,7 +31,7 @@ LOOKUP_KS = (5, 10)
 
 @dataclass(frozen=True)
 class Pair:
-    """A target, perhaps a draft with the same tokenizer, and prompts as [length] int64 token ids each."""
+    """A target, optionally a draft with the same tokenizer, and prompts of [length] int64 token ids each."""
 
     name: str
     target: PreTrainedModel
@@ -44,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts padded on the left. prompt_indices: which of the pair's. input_ids, attention_mask: [rows, columns]."""
+    """Left-padded prompts. prompt_indices: their indices in the pair. input_ids, attention_mask: [rows, columns]."""
 
     prompt_indices: range
     input_ids: Tensor
@@ -61,13 +62,13 @@ class Decoded:
 
 class Decode(Protocol):
     def __call__(self, batch: Batch, clock: StepClock | None = None) -> Decoded:
-        """clock: to be told of every step."""
+        """clock: is told of every step."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to decode greedily. num_speculative_tokens: None where nothing is drafted or the method decides.
-    options: of ours, what `ways.AXES` are set to where they differ from their defaults."""
+    """One way to decode greedily. num_speculative_tokens: None if nothing is drafted or the method decides.
+    options: for our methods, the values of `ways.AXES` that differ from their defaults."""
 
     name: str
     batch_size: int
@@ -83,7 +84,7 @@ class Method:
 
 
 def batches(pair: Pair, batch_size: int) -> list[Batch]:
-    """The prompts in their order, `batch_size` at a time; the last batch may be smaller."""
+    """The prompts in order, `batch_size` at a time; the last batch may be smaller."""
     count = len(pair.prompts)
     return [batch_of(pair, range(begin, min(begin + batch_size, count))) for begin in range(0, count, batch_size)]
 
@@ -95,7 +96,7 @@ def batch_of(pair: Pair, prompt_indices: range) -> Batch:
 
 
 def peers(pair: Pair, max_new_tokens: int, batch_sizes: Sequence[int], lookup: bool = True) -> list[Method]:
-    """transformers' methods; it speculates for one prompt at a time only. lookup: prompt lookup among them."""
+    """transformers' methods; it speculates only for one prompt at a time. lookup: include prompt lookup."""
     found = []
     for batch_size in batch_sizes:
         found.append(transformers_method(pair, PLAIN, batch_size, None, max_new_tokens))
@@ -111,7 +112,7 @@ def assists(draft: PreTrainedModel | None) -> bool:
 
 
 def assisted_peers(pair: Pair, max_new_tokens: int) -> list[Method]:
-    """Assisted generation with a constant K, with the heuristic schedule, and as it comes."""
+    """Assisted generation with a constant K, with the heuristic schedule, and with its defaults."""
     draft = pair.draft
     assert draft is not None
 
@@ -172,7 +173,7 @@ def transformers_method(
 
 
 def our_method(pair: Pair, way: Way, drafter: Drafter | PreTrainedModel | str | None, max_new_tokens: int) -> Method:
-    """drafter: what `specdec.generate` takes for `way.drafter`; None for plain decoding."""
+    """drafter: the object for `way.drafter` that `specdec.generate` takes; None for plain decoding."""
 
     def decode(batch: Batch, clock: StepClock | None = None) -> Decoded:
         k = way.num_speculative_tokens
@@ -188,7 +189,7 @@ def our_methods(
     drafters: Mapping[str, Drafter | PreTrainedModel | str],
     max_new_tokens: int,
 ) -> list[Method]:
-    """drafters: by the names that the ways give them."""
+    """drafters: by the names used in the ways."""
     named = {NO_DRAFTER: None, **drafters}
     return [our_method(pair, way, named[way.drafter], max_new_tokens) for way in ways]
 
@@ -202,8 +203,8 @@ def generate(
     clock: StepClock | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Decoded:
-    """Our greedy decoding of a batch. options: further keywords of `specdec.generate`."""
-    output = specdec.generate(
+    """Our greedy decoding of a batch. options: more keywords of `specdec.generate`."""
+    output = speculative_generate(
         pair.target,
         batch.input_ids,
         batch.attention_mask,
@@ -227,7 +228,7 @@ def new_tokens(decoded: Decoded, batch: Batch, eos_ids: frozenset[int]) -> list[
 
 
 def total(parts: Sequence[Speculation]) -> Speculation:
-    """The counts of several generations together."""
+    """The summed counts of several generations."""
     summed = Speculation()
     for part in parts:
         summed.verification, summed.is_lossless = part.verification, part.is_lossless

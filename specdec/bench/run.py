@@ -1,4 +1,4 @@
-"""A whole run: suites, methods, equality, time, and the record of it."""
+"""A whole run: suites, methods, equality, time, and its record."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from specdec.bench.stages import profile
 from specdec.bench.suite import Question, Suite, ask, of_length
 from specdec.bench.sweeps import forced_acceptance
 from specdec.check.equivalence import check_prompts
-from specdec.check.oracle import greedy_settings
 from specdec.check.referee import name_of
+from specdec.check.settings import greedy_settings
 from specdec.check.ways import PLAIN as NO_DRAFTER
 from specdec.check.ways import Way, generate_options
 from specdec.errors import ConfigError
@@ -37,9 +37,11 @@ from specdec.options.speculation import speculative_config
 
 @dataclass(frozen=True)
 class Plan:
-    """ways: ours, at every batch size. rates: forced acceptances to sweep. context_lengths: prompt lengths to sweep.
+    """ways: our methods, run at every batch size. rates: forced acceptances to sweep. context_lengths: prompt lengths
+    to sweep.
     with_peers: whether transformers' speculating methods run too; its plain decoding always does. repeats: timed runs
-    of every method. profiling: also a run with a clock around the stages. max_prompt_tokens: see `suite.ask`."""
+    of every method. profiling: also run with a clock around the stages. max_prompt_tokens: see `suite.ask`.
+    """
 
     ways: Sequence[Way]
     batch_sizes: Sequence[int]
@@ -56,7 +58,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is measured. name: of the models, without a path. drafters: what `specdec.generate` takes for each name."""
+    """The models to measure. name: of the models, without a path. drafters: the `drafter=` for each name."""
 
     name: str
     target: PreTrainedModel
@@ -73,26 +75,30 @@ def run(
     log: Callable[[str], None],
     answers: Path | None = None,
 ) -> dict:
-    """The record. command: as typed, for the record. answers: a folder for Spec-Bench's files.
+    """Returns the record. command: as typed, for the record. answers: a folder for Spec-Bench's files.
 
-    Raises SpecDecError before anything is decoded if something cannot be measured.
+    Raises SpecDecError, before anything is decoded, if something cannot be measured.
     """
     model = subject.target
     check_model(model)
     check_plan(plan)
     check_ways(subject, plan)
     torch.manual_seed(plan.seed)
+
     record = {"format": FORMAT, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     record |= environment(model.device, command)
     bandwidth = measured_bandwidth(model.device) if model.device.type == "cuda" else None
+
     with greedy_settings(model), evaluating(model), older_objects_left_alone():
         log(f"decoding {len(questions)} questions plainly, one by one")
         suite = ask(model, subject.tokenizer, questions, plan.max_new_tokens, plan.max_prompt_tokens)
+
         suites = [suite]
         suites += [of_length(suite, length, model, plan.max_new_tokens) for length in plan.context_lengths]
         pairs = [Pair(subject.name, model, subject.draft, one.prompts) for one in suites]
         for pair in pairs:
             check_suite(pair, subject, plan)
+
         entries = []
         for one, pair in zip(suites, pairs, strict=True):
             log(f"{one.name}: {len(one.prompts)} prompts")
@@ -102,6 +108,7 @@ def run(
             entries += [entry_of(result, results, one, pair, plan, bandwidth, log) for result in results]
             if answers is not None and one is suite:
                 write_answers(answers, one, results, subject.tokenizer)
+
     return record | {
         **{name: getattr(plan, name) for name in ("seed", "repeats", "max_new_tokens")},
         "device": model.device.type,
@@ -120,14 +127,14 @@ def check_plan(plan: Plan) -> None:
             raise ConfigError(f"{name}={getattr(plan, name)} must be at least 1")
     for rate in plan.rates:
         if not 0 <= rate <= 1 or math.isnan(rate):
-            raise ConfigError(f"acceptance rate {rate} is no probability; choose 0 to 1")
+            raise ConfigError(f"acceptance rate {rate} is not a probability; choose 0 to 1")
 
 
 def check_ways(subject: Subject, plan: Plan) -> None:
-    """Raise what `generate` would for any of ours, once and early."""
+    """Raise the errors that `generate` would raise for any of our methods, early and once."""
     for way in plan.ways:
         if way.drafter != NO_DRAFTER and way.drafter not in subject.drafters:
-            raise ConfigError(f"drafter {way.drafter!r} is not at hand; pass --draft FOLDER, or leave it out")
+            raise ConfigError(f"drafter {way.drafter!r} is not available; pass --draft FOLDER, or leave it out")
         speculative_config(subject.drafters.get(way.drafter), way.num_speculative_tokens, **generate_options(way))
 
 

@@ -1,4 +1,4 @@
-"""Spec-Bench's answer files: one line a question, as its own evaluation scripts read them."""
+"""Spec-Bench's answer files: one line per question, as its own evaluation scripts read them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def write_answers(
 ) -> list[Path]:
     """A file for each timed method.
 
-    wall_time of a turn is that of the call that decoded it: its median over repeats where a call holds one prompt, and
-    the row's own time of the observed run in larger batches. accept_lengths has an entry for each target forward,
-    the one over the prompt included, so that it sums to new_tokens.
+    wall_time of a turn is that of the call that decoded it: its median over repeats if a call holds one prompt, and the
+    row's own time in the observed run in larger batches. accept_lengths has an entry for each target forward, including
+    the one over the prompt, so it sums to new_tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

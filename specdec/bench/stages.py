@@ -1,7 +1,7 @@
 """Where the time of our decoding goes: a clock around the stages of `specdec.generate`.
 
-The clock replaces methods while it is installed and puts them back, so that the product needs no hooks. A stage's
-time excludes the stages inside it; what no stage claims is "other".
+The clock replaces methods while it is installed and restores them, so the product needs no hooks. A stage's time
+excludes the stages inside it; time outside all stages is "other".
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ OTHER = "other"
 
 
 def own_methods(name: str) -> list[tuple[Any, str]]:
-    """The method of that name of every registered drafter that has one of its own."""
+    """That method of every registered drafter that defines its own."""
     classes: list[Any] = [drafter_class(drafter) for drafter in DRAFTERS]
     return [(owner, name) for owner in classes if name in vars(owner)]
 
 
-# stage -> (owner, attribute) of what it times
+# stage -> (owner, attribute) of the timed methods
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "set-up": [(specdec.engine.target, "build_network"), (specdec.drafters.draft_model, "build_network")],
     "target prefill": [(Target, "prefill")],
     "draft prefill": own_methods("start"),
     "draft": own_methods("propose") + own_methods("begin") + own_methods("observe"),
     "verify": [(Target, "forward")],
-    "commit": [(Target, "_commit")],
+    "commit": [(Target, "commit")],
     "realign": [(RepadCache, "realign")],
     "move rows": [(RaggedCache, "keep_rows")],
 }
@@ -58,7 +58,7 @@ class StageClock:
         self._since = 0.0
 
     def _switch(self) -> None:
-        """Give the time since the last switch to the innermost open stage."""
+        """Add the time since the last switch to the innermost open stage."""
         synchronise(self.device)
         now = time.perf_counter()
         if self._open:
@@ -96,11 +96,14 @@ def profile(pair: Pair, method: Method, num_repeats: int) -> dict:
         for _ in range(num_repeats):
             _, seconds, speculation = run(pair, method)
             total_seconds += sum(seconds)
+
     stages = {stage: clock.seconds[stage] for stage in STAGES}
     stages[OTHER] = total_seconds - sum(stages.values())
+
     assert speculation is not None
     num_steps = max(speculation.num_target_calls * num_repeats, 1)
     num_draft_calls = speculation.num_draft_calls * num_repeats
+
     return {
         "seconds": stages,
         "share": {stage: seconds / total_seconds for stage, seconds in stages.items()},

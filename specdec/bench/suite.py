@@ -1,4 +1,4 @@
-"""What is decoded: questions of one turn or several, as prompts in token ids with the reference's answers to them."""
+"""The text to decode: questions of one or several turns, as prompts in token ids with the reference's answers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ OnPrompt = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Question:
-    """turns: what the user says, one after the other. is_chat: whether the model's chat template applies, if it has
-    one; a plain prompt is continued as it stands. place: where the question is written, for messages."""
+    """turns: the user's messages, in order. is_chat: whether the model's chat template applies, if it has one; a plain
+    prompt is continued as it stands. place: where the question is in its file, for messages."""
 
     id: str | int
     category: str | None
@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """Of one prompt: which turn of which question it is."""
+    """Which turn of which question one prompt is."""
 
     question_id: str | int
     category: str | None
@@ -42,8 +42,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Suite:
-    """prompts: [length] int64 token ids each, all first turns, then all second ones. asked: of each. reference: what
-    transformers' plain greedy decoding of that prompt alone writes. num_shortened: prompts cut at their front."""
+    """prompts: [length] int64 token ids each, all first turns, then all second ones. asked: one per prompt. reference:
+    the output of transformers' plain greedy decoding of that prompt alone. num_shortened: prompts cut at their front.
+    """
 
     name: str
     prompts: list[Tensor]
@@ -53,12 +54,12 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """Tells other prompts apart."""
+        """Identifies the prompts: other prompts have another digest."""
         return hashlib.sha256(str([prompt.tolist() for prompt in self.prompts]).encode()).hexdigest()[:16]
 
     @property
     def categories(self) -> list[str]:
-        """In the order of their first question; empty where the questions have none."""
+        """In the order of their first question; empty if the questions have none."""
         return list(dict.fromkeys(asked.category for asked in self.asked if asked.category is not None))
 
 
@@ -109,11 +110,11 @@ def ask(
     max_prompt_tokens: int | None = None,
     on_progress: OnPrompt | None = None,
 ) -> Suite:
-    """Decode all turns plainly, one prompt at a time; a turn's prompt holds the model's answers to those before it.
+    """Decode all turns plainly, one prompt at a time; a turn's prompt holds the model's answers to the turns before it.
 
     Every method is then given the same prompts. A method whose outputs are equal would have written these answers
-    itself, so each decodes its own conversation; one whose outputs differ is not timed, if it is ours.
-    To be called within `greedy_settings`. max_prompt_tokens: longer prompts keep their last so many.
+    itself, so it decodes its own conversation; a method of ours whose outputs differ is not timed. Call this within
+    `greedy_settings`. max_prompt_tokens: longer prompts keep only their last max_prompt_tokens.
     """
     suite = Suite("prompts", [], [], [])
     said: dict[str | int, list[str]] = {question.id: [] for question in questions}
@@ -136,7 +137,7 @@ def ask(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, question: Question, answers: Sequence[str]) -> Tensor:
-    """The prompt of the turn behind `answers`: by the chat template, or turns and answers joined by newlines."""
+    """The prompt of the turn after `answers`: by the chat template, or turns and answers joined by newlines."""
     turns = question.turns[: len(answers) + 1]
     if question.is_chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": turns[0]}]
@@ -158,12 +159,12 @@ def check_room(
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise InputError(
                 f"{question.place} has {len(prompt)} tokens; with {max_new_tokens} new ones the model's {limit} "
-                "positions do not suffice; pass --max-prompt-tokens to keep the last tokens of longer prompts"
+                "positions are not enough; pass --max-prompt-tokens to keep the last tokens of longer prompts"
             )
 
 
 def of_length(suite: Suite, num_tokens: int, model: PreTrainedModel, max_new_tokens: int) -> Suite:
-    """The same number of prompts of `num_tokens` each: a prompt behind the others of the suite, cut at the front."""
+    """The same number of prompts of `num_tokens` each: a prompt preceded by the suite's others, cut at the front."""
     prompts = []
     for index in range(len(suite.prompts)):
         ids = suite.prompts[index]

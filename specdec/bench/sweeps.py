@@ -1,4 +1,4 @@
-"""Methods whose acceptance is forced: what a drafter would gain that is right so often."""
+"""Methods with forced acceptance: the gain of a drafter that is right with a given probability."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def forced_acceptance(
     batch_sizes: Sequence[int],
     max_new_tokens: int,
 ) -> list[Method]:
-    """Each rate, K and batch size. reference: the target's greedy continuations, which are drafted from."""
+    """One method per rate, K and batch size. reference: the target's greedy continuations, the source of drafts."""
     continuations = [torch.tensor(tokens) for tokens in reference]
 
     def method(rate: float, k: int, batch_size: int) -> Method:

@@ -1,26 +1,27 @@
 """The referee of other engines: are these completions what the target's plain greedy decoding writes?
 
 Nothing is generated. One teacher-forced pass of the target over prompt and completion says at every position which
-token the target would have written behind exactly that text. A row is equal if that is the token which stands there,
-everywhere, and if it ends where greedy decoding ends. Where another token stands, its margin is computed in float64:
-rounding explains a margin within a few times what it does to margins in the target's own dtype, measured on the
-positions of the rows in doubt; that is a tie, anything else a bug. Because each position is judged behind the engine's
-own text, what follows a tie is judged as strictly as what comes before it.
+token the target would have written after exactly that text. A row is equal if it holds that token at every position and
+ends where greedy decoding ends. Where it holds another token, the margin is computed in float64. Rounding explains a
+margin within a few times its usual effect on margins in the target's own dtype, which is measured on the positions of
+the rows in doubt: such a difference is a tie, any other a bug. Each position is judged after the engine's own text, so
+the text after a tie is judged as strictly as the text before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.check.oracle import ends_of, greedy_settings, now
 from specdec.check.outputs import OutputRow
+from specdec.check.progress import now
 from specdec.check.referee import name_of, precise_copy
+from specdec.check.settings import ends_of, greedy_settings
 from specdec.check.teacher_forcing import pieces
 from specdec.errors import ConfigError, InputError, NumericalError
 from specdec.files.environment import versions
@@ -44,7 +45,7 @@ class Finding:
     """One place where a row is not what plain greedy decoding writes.
 
     position: 0-based, among the completion's tokens. reason: "token" (another token than the target's), "ends_early",
-    "too_long" (beyond max_new_tokens) or "behind_end" (tokens behind an end of sequence). expected_token_id: the
+    "too_long" (beyond max_new_tokens) or "behind_end" (tokens after an end of sequence). expected_token_id: the
     target's own, None where nothing may stand; actual_token_id: None where the completion has ended. margin: the
     target's largest logit minus that of the actual token, limit: up to which rounding explains it; both None where no
     logits decide.
@@ -101,6 +102,23 @@ class Certificate:
                 "tie_sigmas": TIE_SIGMAS, "versions": versions()}  # fmt: skip
 
 
+class Margin(NamedTuple):
+    """size: the target's largest logit minus that of the actual token. limit: up to this size it is a tie."""
+
+    size: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Margins:
+    """of: by row and position, of all places in doubt. rounding, dtype, note: see `Certificate`."""
+
+    of: dict[tuple[int, int], Margin]
+    rounding: float | None = None
+    dtype: str | None = None
+    note: str = ""
+
+
 def certify(
     model: PreTrainedModel,
     rows: Sequence[OutputRow],
@@ -121,11 +139,13 @@ def certify(
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if tokenizer is None and any(row.text is not None for row in rows):
         raise InputError("rows with text need the target's tokenizer; pass tokenizer=")
+
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     for row in rows:
         wrong = next((t for t in row.prompt_ids + row.completion_ids if not 0 <= t < vocab_size), None)
         if wrong is not None:
             raise InputError(f"{row.place} holds {wrong}, outside the target's vocabulary 0..{vocab_size - 1}")
+
     rows = list(rows)
     begin = now(model)
     with greedy_settings(model) as ignored, evaluating(model):
@@ -133,17 +153,29 @@ def certify(
         predicted = target_tokens(model, rows, on_progress)
         if tokenizer is not None:
             reread_texts(model, rows, predicted, tokenizer)
+
         limit = max_new_tokens or max(max(len(row.completion_ids) for row in rows), 1)
         found = [shape_faults(row, ids, ends, limit) for row, ids in zip(rows, predicted, strict=True)]
         doubts = {index: places for index, row in enumerate(rows) if (places := doubtful(row, predicted[index], ends))}
-        margins, rounding, exact_dtype, note = judge(model, rows, predicted, doubts)
-    for (index, position), (margin, allowed) in margins.items():
-        completion = rows[index].completion_ids
-        kind, expected = TIE if margin <= allowed else BUG, int(predicted[index][position])
-        found[index].append(Finding(position, kind, "token", expected, completion[position], margin, allowed))
+        margins = judge(model, rows, predicted, doubts)
+
+    for (index, position), margin in margins.of.items():
+        kind = TIE if margin.size <= margin.limit else BUG
+        expected, actual = int(predicted[index][position]), rows[index].completion_ids[position]
+        found[index].append(Finding(position, kind, "token", expected, actual, margin.size, margin.limit))
     verdicts = [row_verdict(index, row, found[index]) for index, row in enumerate(rows)]
-    return Certificate(verdicts, limit, rounding, exact_dtype, note, name_of(model.dtype), str(model.device),
-                       now(model) - begin, ignored)  # fmt: skip
+
+    return Certificate(
+        rows=verdicts,
+        max_new_tokens=limit,
+        rounding=margins.rounding,
+        margin_dtype=margins.dtype,
+        margin_note=margins.note,
+        dtype=name_of(model.dtype),
+        device=str(model.device),
+        seconds=now(model) - begin,
+        ignored_settings=ignored,
+    )
 
 
 def row_verdict(index: int, row: OutputRow, findings: list[Finding]) -> RowVerdict:
@@ -155,7 +187,7 @@ def row_verdict(index: int, row: OutputRow, findings: list[Finding]) -> RowVerdi
 
 
 def target_tokens(model: PreTrainedModel, rows: Sequence[OutputRow], on_progress: OnRows | None) -> list[Tensor]:
-    """The target's own token at each position of each completion and behind it, [completion + 1] int64 each."""
+    """The target's own token at each position of each completion and after it, [completion + 1] int64 each."""
     sequences, starts = [row.prompt_ids + row.completion_ids for row in rows], [len(row.prompt_ids) for row in rows]
     tokens = [torch.full((len(row.completion_ids) + 1,), -1) for row in rows]
     for piece in pieces(model, sequences, starts):
@@ -187,7 +219,7 @@ def judged_length(row: OutputRow, ends: set[int]) -> int:
 
 
 def shape_faults(row: OutputRow, predicted: Tensor, ends: set[int], max_new_tokens: int) -> list[Finding]:
-    """Bugs that no logits are needed for: tokens behind the end, too many, too few."""
+    """Bugs that no logits are needed for: tokens after the end, too many, too few."""
     ids, end = row.completion_ids, judged_length(row, ends)
     ended = end > 0 and ids[end - 1] in ends
     if ended and end < len(ids):
@@ -209,41 +241,59 @@ def doubtful(row: OutputRow, predicted: Tensor, ends: set[int]) -> list[int]:
 
 def judge(
     model: PreTrainedModel, rows: Sequence[OutputRow], predicted: Sequence[Tensor], doubts: dict[int, list[int]]
-) -> tuple[dict[tuple[int, int], tuple[float, float]], float | None, str | None, str]:
-    """(row, position) -> margin, and up to where it is a tie, for all places in doubt; then rounding, the dtype of
-    margins and why it is not float64. See `Certificate`.
-    """
+) -> Margins:
+    """The margins of all places in doubt. doubts: positions by row."""
     if not doubts:
-        return {}, None, None, ""
+        return Margins({})
+
     exact, note = precise_copy(model)
     order = list(doubts)
     starts = [len(rows[index].prompt_ids) for index in order]
     sequences = [rows[index].prompt_ids + rows[index].completion_ids[: doubts[index][-1] + 1] for index in order]
-    errors: list[Tensor] = []
-    measured: dict[tuple[int, int], tuple[float, float]] = {}
     walks = pieces(model, sequences, starts), pieces(exact, sequences, starts, plan_for=model)
+
+    errors: list[Tensor] = []
+    measured: dict[tuple[int, int], Margin] = {}
     for own, precise in zip(*walks, strict=True):
         for slot, which in enumerate(own.indices):
             columns, place = overlap(own.first_column, own.logits.shape[1], starts[which], len(sequences[which]))
             rough, fine = own.logits[slot, columns].double(), precise.logits[slot, columns].double()
-            top, best = fine.topk(2, -1)
-            gap = rough.gather(1, best)
-            errors.append((gap[:, 0] - gap[:, 1] - top[:, 0] + top[:, 1]).cpu())
+            errors.append(errors_of_margins(rough, fine).cpu())
+
             index = order[which]
             for position in doubts[index]:
                 if place.start <= position < place.stop:
                     at = position - place.start
-                    pair = [int(predicted[index][position]), rows[index].completion_ids[position]]
-                    (rough_own, rough_actual), (fine_own, fine_actual) = rough[at, pair], fine[at, pair]
-                    error = (rough_own - rough_actual - fine_own + fine_actual).abs().item()
-                    ulp = torch.finfo(model.dtype).eps * top[at, 0].abs().item()
-                    measured[index, position] = (
-                        (top[at, 0] - fine_actual).item(),
-                        max(OWN_ERRORS * error, ROUNDINGS * ulp),
-                    )
+                    tokens = int(predicted[index][position]), rows[index].completion_ids[position]
+                    measured[index, position] = measured_margin(rough[at], fine[at], tokens, model.dtype)
+
     rounding = torch.cat(errors).square().mean().sqrt().item()
-    found = {place: (margin, max(TIE_SIGMAS * rounding, here)) for place, (margin, here) in measured.items()}
-    return found, rounding, name_of(exact.dtype), note
+    margins = {
+        place: Margin(margin.size, max(TIE_SIGMAS * rounding, margin.limit)) for place, margin in measured.items()
+    }
+    return Margins(margins, rounding, name_of(exact.dtype), note)
+
+
+def errors_of_margins(rough: Tensor, fine: Tensor) -> Tensor:
+    """What rounding did to the margin between the two best tokens of each position, [positions].
+
+    rough, fine: [positions, vocab] float64 logits, computed in the model's own dtype and in the precise one.
+    """
+    top, best = fine.topk(2, -1)
+    gap = rough.gather(1, best)
+    return gap[:, 0] - gap[:, 1] - top[:, 0] + top[:, 1]
+
+
+def measured_margin(rough: Tensor, fine: Tensor, tokens: tuple[int, int], dtype: torch.dtype) -> Margin:
+    """The margin at one position, and the limit that the rounding at this position alone allows.
+
+    rough, fine: [vocab], as for `errors_of_margins`. tokens: the target's own and the actual one.
+    """
+    (rough_own, rough_actual), (fine_own, fine_actual) = rough[list(tokens)], fine[list(tokens)]
+    error = (rough_own - rough_actual - fine_own + fine_actual).abs().item()
+    largest = fine.max()
+    ulp = torch.finfo(dtype).eps * largest.abs().item()
+    return Margin((largest - fine_actual).item(), max(OWN_ERRORS * error, ROUNDINGS * ulp))
 
 
 def reread_texts(
@@ -283,5 +333,5 @@ def reread(row: OutputRow, predicted: Tensor, tokenizer: PreTrainedTokenizerBase
 
 
 def written(prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of `ids` behind the prompt: some tokenizers drop a space where a text begins."""
+    """The text of `ids` after the prompt: some tokenizers drop a space where a text begins."""
     return tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]

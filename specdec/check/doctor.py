@@ -61,10 +61,20 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Lacking:
+    """Stands in for a drafter that cannot be built here. reason: what it needs or lacks."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Memory:
-    """Bytes. target, draft: see `Footprint`. total: with `batch_size` rows of `length` tokens and a step's logits,
-    without activations. still_needed: of it, all but the weights, which are loaded. available: what the device can
-    still give. max_rows: how many rows of that length fit."""
+    """Bytes that a generation takes.
+
+    target, draft: see `Footprint`. total: with `batch_size` rows of `length` tokens and a step's logits, without
+    activations. still_needed: the total without the weights, which are loaded already. available: free bytes of the
+    device. max_rows: how many rows of that length fit.
+    """
 
     target: Footprint
     draft: Footprint | None
@@ -99,15 +109,17 @@ class Diagnosis:
 
 def diagnose(
     model: PreTrainedModel,
-    drafters: Mapping[str, Drafter | str],
+    drafters: Mapping[str, Drafter | Lacking],
     draft: PreTrainedModel | None,
     draft_name: str | None,
     batch_size: int,
     length: int,
     num_speculative_tokens: int,
 ) -> Diagnosis:
-    """drafters: by name, each a Drafter to check or what it lacks in words. draft: the draft model, for its memory, and
-    by which of these names it drafts. length: tokens of a row, prompt and new ones.
+    """Find out what the model gets, without generating.
+
+    drafters: by name, those to check and those that cannot be built. draft: the draft model, for its memory.
+    draft_name: the drafter that drafts with it. length: tokens of a row, prompt and new ones.
     """
     layouts = {name: served(model, layout()) for name, layout in LAYOUTS.items()}
     usable = [name for name, found in layouts.items() if found.network is not None]
@@ -149,7 +161,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def served(model: PreTrainedModel, layout: Layout) -> Served:
-    """By building the network, which probes the model over this layout's cache."""
+    """Find out by building the network, which probes the model over this layout's cache."""
     try:
         check_architecture(model, layout)
         network = build_network(model, 1, PROBE_SLOTS, layout=layout)
@@ -182,7 +194,7 @@ def exactness(model: PreTrainedModel) -> Exactness:
 
 
 def swappable(model: PreTrainedModel) -> tuple[dict[str, int], list[str]]:
-    """Modules that `batch_invariant` has kernels for, kind -> number; and what stands against others."""
+    """Modules that `batch_invariant` has kernels for, kind -> number; and why others have none."""
     found: Counter[str] = Counter()
     obstacles = []
     for name, module in model.named_modules():
@@ -194,9 +206,11 @@ def swappable(model: PreTrainedModel) -> tuple[dict[str, int], list[str]]:
     return dict(found), obstacles
 
 
-def fit(drafter: Drafter | str, model: PreTrainedModel, length: int, layout: Layout | None) -> Fit:
-    if isinstance(drafter, str):
-        return Fit(False, drafter)
+def fit(drafter: Drafter | Lacking, model: PreTrainedModel, length: int, layout: Layout | None) -> Fit:
+    """Whether the drafter can draft for the model over caches of this layout."""
+    if isinstance(drafter, Lacking):
+        return Fit(False, drafter.reason)
+
     try:
         check_drafter(drafter, model, layout or Ragged(), length)
     except SpecDecError as error:
@@ -213,7 +227,7 @@ def memory_for(
     num_speculative_tokens: int,
 ) -> Memory:
     width = num_speculative_tokens + 1
-    slots = length + width  # a step may write a draft behind the longest row
+    slots = length + width  # a step may write a draft after the longest row's last token
     target = footprint(model, layout)
     parts = [(target, width)]
     drafted = None

@@ -15,8 +15,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.check.oracle import OnProgress, Run, greedy_settings, run_plain, run_speculative, tell
+from specdec.check.oracle import Run, run_plain, run_speculative
+from specdec.check.progress import OnProgress, tell
 from specdec.check.referee import TIE_MULTIPLE, Referee, name_of
+from specdec.check.settings import greedy_settings
 from specdec.check.ways import Way, generate_options
 from specdec.drafter import Drafter
 from specdec.engine.metrics import Speculation

@@ -24,7 +24,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from specdec.api.generate import generate
 from specdec.check.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
-from specdec.check.oracle import OnProgress, greedy_settings, tell
+from specdec.check.progress import OnProgress, tell
+from specdec.check.settings import greedy_settings
 from specdec.check.ways import PLAIN, Way
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError

@@ -1,4 +1,4 @@
-"""`specdec`: the subcommands, and what an error looks like.
+"""`specdec`: the subcommands, and how errors are shown.
 
 Exit status: 0 for success, 1 if outputs differ, 2 for bad input, 130 when interrupted.
 """
@@ -27,7 +27,7 @@ from specdec.version import __version__
 
 
 class Commands(TyperGroup):
-    """Our own errors are one line without a traceback; others are bugs and keep theirs."""
+    """Print our own errors as one line without a traceback; other errors are bugs and keep theirs."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""`specdec bench`: every method on the same prompts, equality first, then time; and what is made of such records."""
+"""`specdec bench`: every method on the same prompts, equality first, then time; reports and comparisons of records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bench(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", "--model", metavar="FOLDER", help="The target's checkpoint; by default the pair that ships."
+            "--target", "--model", metavar="FOLDER", help="The target's checkpoint; by default the shipped pair."
         ),
     ] = None,
     draft: DraftOption = None,
@@ -42,15 +42,15 @@ def bench(
         typer.Option(
             metavar="FILE",
             help="Spec-Bench's .jsonl (question_id, category, turns), or .txt, .json, .jsonl as for `specdec check`; "
-            "by default the first 16 of the pair that ships.",
+            "by default the first 16 of the shipped pair.",
         ),
     ] = None,
     drafter: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="none, draft_model, prompt_lookup, a folder, a+b (a where it has a draft, else b); by default all at "
-            "hand.",
+            help="none, draft_model, prompt_lookup, a folder, a+b (a where it has a draft, else b); by default all "
+            "available.",
         ),
     ] = None,
     num_speculative_tokens: Annotated[
@@ -63,7 +63,7 @@ def bench(
         str | None, typer.Option(metavar="P,...", help="Also a drafter that is right with these probabilities.")
     ] = None,
     context_lengths: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Also prompts of so many tokens, made of those in the file.")
+        str | None, typer.Option(metavar="N,...", help="Also prompts of these lengths, made of those in the file.")
     ] = None,
     max_new_tokens: MaxNewTokensOption = 64,
     max_prompt_tokens: Annotated[int | None, Count(help="Longer prompts keep their last N tokens.")] = None,
@@ -80,19 +80,19 @@ def bench(
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
     answers: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write Spec-Bench's answer file of every method there.")
+        Path | None, typer.Option(metavar="FOLDER", help="Write Spec-Bench's answer files of all methods there.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of anything random.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything random.")] = 0,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Measure every method on the same prompts, in one process; or compare two such records.
 
     Compares every method's token ids with transformers' plain greedy decoding of each prompt alone, and times only
-    what is equal (a peer that differs is timed and marked). Timed runs are interleaved; figures are medians with 95 %
-    bootstrap intervals. docs/reading-the-report.md defines every column.
+    methods that are equal (a peer that differs is timed and marked). Timed runs are interleaved; figures are medians
+    with 95 % bootstrap intervals. docs/reading-the-report.md defines every column.
 
-    Exit status: 0 if all of ours are equal, 1 if not, 2 for bad input.
+    Exit status: 0 if all our methods are equal, 1 if not, 2 for bad input.
     """
     if context.invoked_subcommand is not None:
         refuse_options(context)
@@ -110,7 +110,7 @@ def bench(
 
 
 def refuse_options(context: typer.Context) -> None:
-    """Options of the measurement mean nothing to a subcommand."""
+    """Refuse options of the measurement if a subcommand runs."""
     from specdec.errors import ConfigError
 
     for parameter in context.command.params:
@@ -126,20 +126,20 @@ def compare(
     before: RecordArgument,
     after: RecordArgument,
     min_effect: Annotated[
-        float, typer.Option(metavar="SHARE", help="The least slowdown that counts, as a share of the speed.")
+        float, typer.Option(metavar="SHARE", help="The smallest slowdown that counts, as a share of the speed.")
     ] = 0.05,
     max_foreign_cores: Annotated[
         float, typer.Option(metavar="N", help="Repeats in which other processes kept more cores busy do not count.")
     ] = 0.2,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the comparison there.")] = None,
 ) -> None:
-    """Say which methods have become slower, beyond chance.
+    """Say which methods became slower, beyond chance.
 
-    Compares speeds as multiples of transformers' plain decoding in the same run, so that a slower machine is no
-    regression. A method is slower if the ratio is 1 - SHARE or less and its whole bootstrap interval lies below 1.
+    Compares speeds as multiples of transformers' plain decoding in the same run, so a slower machine does not count as
+    a regression. A method is slower if the ratio is 1 - SHARE or less and its whole bootstrap interval lies below 1.
 
-    Exit status: 0 if none is slower and all that were equal are equal still, 1 if not, 2 for records of other work and
-    where the machine was too busy to tell.
+    Exit status: 0 if none is slower and all methods that were equal still are, 1 if not, 2 for records of other work or
+    if the machine was too busy to tell.
     """
     from specdec.cli import bench_run
 
@@ -155,7 +155,7 @@ def report(
         Path | None, typer.Option(metavar="FOLDER", help="Write each plot there as SVG (needs matplotlib).")
     ] = None,
 ) -> None:
-    """Print a record's tables, and write them, the page or its plots."""
+    """Print a record's tables; write them, the page or its plots to files."""
     from specdec.cli import bench_run
 
     bench_run.show(record, bench_run.Files(None, markdown, html, None, plots).checked())

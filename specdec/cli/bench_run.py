@@ -1,4 +1,4 @@
-"""`specdec bench`: from options to a plan, and from a record to what is printed and written."""
+"""`specdec bench`: turns options into a plan, and a record into printed and written output."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from specdec.errors import ConfigError
 from specdec.limits import MAX_DRAFT_TOKENS
 
 QUIET_CORES = 0.2
-NUM_SHIPPED = 16  # of the prompts that ship, where nothing else is said
+NUM_SHIPPED = 16  # of the shipped prompts, without --limit
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is measured, as it was typed. axes: of `ways.AXES`, None where nothing was said."""
+    """What to measure, as typed. axes: those of `ways.AXES`, None where not given."""
 
     target: str | None
     draft: str | None
@@ -51,7 +51,7 @@ class Wanted:
     seed: int
 
     def with_defaults(self) -> Wanted:
-        """The pair that ships stands in for a target, its prompts for prompts."""
+        """Without a target use the shipped pair, without prompts its prompts."""
         pair = shipped_pair()
         found = self
         if self.prompts is None:
@@ -70,7 +70,7 @@ class Wanted:
         return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), *complete)
 
     def plan(self) -> Plan:
-        """Raises ConfigError for what cannot be read."""
+        """Raises ConfigError for values that cannot be read."""
         ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, MAX_DRAFT_TOKENS)
         sizes = whole_numbers("--batch-size", self.batch_size)
         lengths = () if self.context_lengths is None else whole_numbers("--context-lengths", self.context_lengths)
@@ -92,7 +92,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Files:
-    """What to write beside what is printed; None for what nobody asked for. answers, plots: folders."""
+    """Files to write besides the printed output; None if not requested. answers, plots: folders."""
 
     json: Path | None = None
     markdown: Path | None = None
@@ -101,7 +101,7 @@ class Files:
     plots: Path | None = None
 
     def checked(self) -> Files:
-        """Raise ConfigError before any work for what cannot be written."""
+        """Raise ConfigError, before any work, for files that cannot be written."""
         for name in ("json", "markdown", "html"):
             path = getattr(self, name)
             if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
@@ -139,13 +139,13 @@ def probabilities(option: str, text: str) -> tuple[float, ...]:
         except ValueError:
             value = -1.0
         if not 0 <= value <= 1:
-            raise ConfigError(f"{option} {text}: {part.strip()!r} is no probability; pass 0.8 or 0,0.5,1")
+            raise ConfigError(f"{option} {text}: {part.strip()!r} is not a probability; pass 0.8 or 0,0.5,1")
         found.append(value)
     return tuple(dict.fromkeys(found))
 
 
 def run(wanted: Wanted, files: Files, batch_invariant: bool, dtype: str | None, device: str) -> bool:
-    """Measure, print, write; whether all of ours are equal."""
+    """Measure, print, write. Returns whether all of our methods are equal."""
     wanted = wanted.with_defaults()
     plan = wanted.plan()
     assert wanted.prompts is not None
@@ -186,7 +186,7 @@ def print_record(record: dict) -> None:
 def compare_files(
     before: Path, after: Path, min_effect: float, max_foreign_cores: float, json_path: Path | None
 ) -> int:
-    """Compare, print, write; the exit status."""
+    """Compare, print, write. Returns the exit status."""
     Files(json_path).checked()
     found = compare(read_record(before), read_record(after), min_effect, max_foreign_cores)
     print_comparison(found)
@@ -200,18 +200,22 @@ def print_comparison(found: Comparison) -> None:
         typer.echo(f"\n{suite}")
         print_table(*table([change for change in found.changes if change.suite == suite]))
     typer.echo("")
+
     for name, ratio in found.plain.items():
         typer.echo(f"{name}: tokens/s after over before {ratio:.2f}")
     for note in found.notes:
         typer.echo(f"the runs differ in {note}")
+
     for when, labels in (("before", found.only_before), ("after", found.only_after)):
         for label in labels:
             typer.echo(f"only {when}: {label}")
+
     if found.unjudged:
         typer.echo(
-            f"{len(found.unjudged)} methods cannot be judged: other processes were at work in too many repeats; run "
+            f"{len(found.unjudged)} methods cannot be judged: other processes were busy in too many repeats; run "
             "both on a quiet machine, or pass --max-foreign-cores"
         )
+
     count = len(found.regressions)
-    limits = f"(least change that counts {found.min_effect:.0%}, intervals {found.confidence:.2%})"
+    limits = f"(smallest change that counts {found.min_effect:.0%}, intervals {found.confidence:.2%})"
     typer.echo(f"{count} of {len(found.changes)} methods worse {limits}")

@@ -1,4 +1,4 @@
-"""What the subcommands share: options, loading, progress, tables."""
+"""Shared by the subcommands: options, loading, progress, tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from specdec.check.oracle import OnProgress
+    from specdec.check.progress import OnProgress
     from specdec.drafter import Drafter
     from specdec.files.junit import Case
     from specdec.files.loading import Prompt
@@ -39,7 +39,7 @@ DRAFT_MODEL, LOOK_AHEAD = "draft_model", "look_ahead"
 
 
 def check_draft_tokens(value: int | None) -> int | None:
-    """Raises ConfigError beyond what a step drafts; before anything is loaded."""
+    """Raise ConfigError, before anything is loaded, for more draft tokens than a step allows."""
     if value is not None and value > MAX_DRAFT_TOKENS:
         from specdec.errors import ConfigError
 
@@ -64,7 +64,8 @@ DrafterOption = Annotated[
     ),
 ]
 LookAheadOption = Annotated[
-    str | None, Folder(help="The target's look-ahead embeddings, of `specdec train look-ahead`; the target drafts.")
+    str | None,
+    Folder(help="The target's look-ahead embeddings, from `specdec train look-ahead`; the target drafts for itself."),
 ]
 DraftTokensOption = Annotated[int, DraftTokens(help="Tokens drafted per prompt and step, 1 to 32.")]
 BatchSizeOption = Annotated[int, Count(help="Prompts decoded together.")]
@@ -72,12 +73,12 @@ MaxNewTokensOption = Annotated[int, Count(help="Tokens to generate per prompt.")
 LayoutOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help="Layouts of the KV cache: ragged (the default), repad, grouped.")
 ]
-LENGTH_POLICIES = "fixed, heuristic, confidence, acceptance_head, disco or cost_model; confidence:0.5 is a threshold"
+LENGTH_POLICIES = "fixed, heuristic, confidence, acceptance_head, disco or cost_model; confidence:0.5 sets a threshold"
 LengthPolicyOption = Annotated[
     str, typer.Option(metavar="NAME", help=f"How far to draft: {LENGTH_POLICIES}. The text is the same.")
 ]
 LengthPoliciesOption = Annotated[
-    str | None, typer.Option(metavar="NAME,...", help=f"Length policies: {LENGTH_POLICIES}. By default fixed.")
+    str | None, typer.Option(metavar="NAME,...", help=f"Length policies: {LENGTH_POLICIES}. The default is fixed.")
 ]
 LimitOption = Annotated[int | None, Count(help="Use only the first N prompts of the file.")]
 DtypeOption = Annotated[
@@ -92,11 +93,11 @@ DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="W
 
 
 def check_temperature(value: float | None, for_greedy: str) -> None:
-    """Raise ConfigError unless samples can have this temperature. for_greedy: what to do in its place."""
+    """Raise ConfigError unless one can sample at this temperature. for_greedy: what to do instead, for the message."""
     from specdec.errors import ConfigError
 
     if value is not None and not 0 < value < math.inf:
-        raise ConfigError(f"--temperature {value:g} is no finite number above 0; for greedy decoding {for_greedy}")
+        raise ConfigError(f"--temperature {value:g} is not a finite number above 0; for greedy decoding {for_greedy}")
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ class Models:
 
     @property
     def drafter(self) -> Drafter | PreTrainedModel | None:
-        """What `specdec.generate` takes as `drafter=`, where there is one at most."""
+        """The `drafter=` for `specdec.generate`, if there is at most one."""
         return next(iter(self.named.values()), self.draft)
 
     def drafters(self) -> dict[str, Drafter | PreTrainedModel | str]:
-        """What `specdec.generate` takes as `drafter=`, by name."""
+        """The `drafter=` for `specdec.generate`, by name."""
         return {**({} if self.draft is None else {"draft_model": self.draft}), **self.named}
 
     def encode(self, prompts: list[Prompt]) -> list[Tensor]:
@@ -133,7 +134,7 @@ def load_models(
     dtype: str | None,
     look_ahead: str | None = None,
 ) -> Models:
-    """Everything that can be wrong without the weights is said before they are read.
+    """Load the models. Errors that can be found without the weights are raised before the weights are read.
 
     drafters: one drafter, or a list of them; "draft_model" in it stands for the one in `draft`, which is used by itself
         too where it is given with a list. look_ahead: a folder of embeddings, for the name "look_ahead".
@@ -226,25 +227,25 @@ def named_drafters(
 
 
 def invariant_if(wanted: bool, model: PreTrainedModel) -> AbstractContextManager:
-    """`batch_invariant(model)` where it is wanted."""
+    """`batch_invariant(model)` if requested."""
     import torch
 
     from specdec.network.invariant.swap import batch_invariant
 
     if wanted and model.device.type == "cpu":
-        torch.set_num_threads(1)  # several would share element-wise operations in ways that depend on the batch
+        torch.set_num_threads(1)  # several threads would split element-wise operations in ways that depend on the batch
     return batch_invariant(model) if wanted else nullcontext()
 
 
 @dataclass(frozen=True)
 class Reports:
-    """Files to write beside what is printed; None for those that nobody asked for."""
+    """Files to write besides the printed output; None if not requested."""
 
     json: Path | None = None
     junit: Path | None = None
 
     def checked(self) -> Reports:
-        """Raise ConfigError before any work for a file that cannot be written."""
+        """Raise ConfigError, before any work, for a file that cannot be written."""
         from specdec.errors import ConfigError
 
         for name, path in (("--json", self.json), ("--junit", self.junit)):
@@ -265,7 +266,7 @@ class Reports:
 
 
 def quiet_transformers() -> None:
-    """Its loading bars and advice are not ours to print; what matters is raised as an error."""
+    """Silence its loading bars and advice; important problems are raised as errors."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -274,7 +275,7 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def stage_bars(totals: Mapping[str, int]) -> Iterator[OnProgress]:
-    """A bar on stderr for each stage, from its first report on. totals: what a stage has to do, where that is known."""
+    """Show a bar on stderr for each stage from its first report on. totals: a stage's amount of work, if known."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     progress = Progress(*columns, console=Console(stderr=True))
     tasks: dict[str, TaskID] = {}
@@ -294,7 +295,7 @@ def stage_bars(totals: Mapping[str, int]) -> Iterator[OnProgress]:
 
 
 def say_ignored(settings: dict[str, Any]) -> None:
-    """What the checkpoint's generation config asks for beyond plain greedy decoding, on stderr."""
+    """Say on stderr which settings of the checkpoint's generation config plain greedy decoding ignores."""
     if settings:
         listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         typer.echo(
@@ -303,7 +304,7 @@ def say_ignored(settings: dict[str, Any]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A drawn table on a terminal; aligned text, which no width cuts, everywhere else."""
+    """Print a drawn table on a terminal; otherwise aligned text that is never cut to a width."""
     if sys.stdout.isatty():
         table = Table(*columns)
         for row in rows:

@@ -1,4 +1,4 @@
-"""Decodes prompts in batches and prints each completion as soon as it is there."""
+"""Decodes prompts in batches and prints each completion as soon as it is done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from specdec.api.generate import generate
 from specdec.batch.report import StepReport
 from specdec.check.equivalence import check_prompts
-from specdec.check.oracle import greedy_settings, left_pad, now, tell
+from specdec.check.padding import left_pad
+from specdec.check.progress import now, tell
+from specdec.check.settings import greedy_settings
 from specdec.cli.common import Models, check_temperature, say_ignored, stage_bars
 from specdec.drafter import NoDrafts
 from specdec.engine.metrics import Speculation
@@ -30,7 +32,7 @@ DEFAULT_NEW_TOKENS = 128
 
 @dataclass
 class Completion:
-    """What one prompt has been continued with so far, and how much of it was drafted."""
+    """The continuation of one prompt so far, and how much of it was drafted."""
 
     index: int
     prompt: str
@@ -38,7 +40,7 @@ class Completion:
     speculation: Speculation = field(default_factory=Speculation)
 
     def add(self, report: StepReport, slot: int) -> None:
-        """Take in one row of a step."""
+        """Add one row of a step."""
         self.token_ids += report.token_ids[slot, : report.num_committed[slot]].tolist()
         arrays = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "is_prefill"}
         row = {name: array[slot : slot + 1] for name, array in arrays.items() if array is not None}
@@ -50,14 +52,14 @@ class Completion:
             typer.echo(f"--- prompt {self.index} ---\n{text}")
             return
         counts = self.speculation.to_dict()
-        del counts["num_target_calls"], counts["num_draft_calls"]  # those are the batch's
+        del counts["num_target_calls"], counts["num_draft_calls"]  # these count for the whole batch
         own: dict[str, Any] = {"index": self.index, "prompt": self.prompt, "completion": text}
         typer.echo(json.dumps({**own, "completion_ids": self.token_ids, **counts}))
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode, beside plain greedily. config: of a file. sampling: options that imply do_sample."""
+    """How to decode, if not plain greedy. config: read from a file. sampling: options that imply do_sample."""
 
     config: GenerationConfig | None = None
     sampling: tuple[tuple[str, Any], ...] = ()
@@ -74,9 +76,9 @@ class Decoding:
         is_of_samples = rule == "block" or (isinstance(rule, SAMPLED) and not isinstance(rule, GREEDY))
         for name, is_given in ((f"--seed {seed}", seed is not None), (f"--verification {verification}", is_of_samples)):
             if is_given and not found.samples:
-                raise ConfigError(f"{name} is of samples; pass --temperature, --top-k or --top-p with it")
+                raise ConfigError(f"{name} applies only to sampling; add --temperature, --top-k or --top-p")
         if found.samples and isinstance(rule, GREEDY) and not isinstance(rule, SAMPLED):
-            raise ConfigError(f"--verification {verification} is of greedy decoding; leave what asks for samples out")
+            raise ConfigError(f"--verification {verification} is for greedy decoding; remove the sampling options")
         return found
 
     @property
@@ -84,15 +86,15 @@ class Decoding:
         return bool(self.sampling) or (self.config is not None and bool(self.config.do_sample))
 
     def statistics(self) -> Speculation:
-        """Nothing counted yet, with the name of what verifies."""
+        """Counts of zero, with the name of the verification rule."""
         is_lossy = not isinstance(self.verification, str)
         name = str(self.verification) if self.samples or is_lossy else "greedy"
         return Speculation(verification=name, is_lossless=not is_lossy)
 
     def limit(self, max_new_tokens: int | None, longest: int) -> tuple[dict[str, Any], int]:
-        """What to tell `generate` of lengths, and the most tokens that follow the longest prompt.
+        """Length keywords for `generate`, and the most tokens that may follow the longest prompt.
 
-        max_new_tokens: of the command line; without it what the file says counts.
+        max_new_tokens: from the command line; without it the file's lengths apply.
         """
         if max_new_tokens is None and self.config is not None:
             if self.config.max_new_tokens is not None:
@@ -101,7 +103,7 @@ class Decoding:
                 room = whole_number("max_length", self.config.max_length) - longest
                 if room < 1:
                     raise ConfigError(
-                        f"max_length={self.config.max_length} of the generation config leaves no room behind a prompt "
+                        f"max_length={self.config.max_length} of the generation config leaves no room after a prompt "
                         f"of {longest} tokens; raise it, or pass --max-new-tokens"
                     )
                 return {}, room
@@ -109,12 +111,12 @@ class Decoding:
         return {"max_new_tokens": number}, number
 
     def options(self, rows: range) -> dict[str, Any]:
-        """Keywords of `generate` for some of the prompts, lengths apart."""
+        """Keywords of `generate` for some of the prompts, without lengths."""
         found = {"generation_config": self.config, **dict(self.sampling)}
         if self.sampling:
             found["do_sample"] = True
             if self.config is None:
-                found.setdefault("top_k", 0)  # not transformers' default of 50, which nobody asked for here
+                found.setdefault("top_k", 0)  # not transformers' default of 50, which was not requested
         if self.seed is not None:
             found["seed"] = [(self.seed << 32) + row for row in rows]
         return {**found, "verification": self.verification}
@@ -131,7 +133,7 @@ def print_completions(
     length_policy: str = "fixed",
     decoding: Decoding | None = None,
 ) -> None:
-    """A single prompt's text streams; several are printed as they finish; a summary goes to stderr."""
+    """Stream the text of a single prompt, or print several as they finish; a summary goes to stderr."""
     model, token_ids, decoding = models.target, models.encode(prompts), decoding or Decoding()
     choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
     speculation = speculative_config(models.drafter, num_speculative_tokens, decoding.config, **choice)

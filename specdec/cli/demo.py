@@ -1,4 +1,4 @@
-"""`specdec demo`: three ways to decode the same eight prompts, measured here and now on the models that ship."""
+"""`specdec demo`: three ways to decode the same eight prompts, measured on this machine with the shipped models."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from specdec.check.oracle import OnProgress, Run
+    from specdec.check.oracle import Run
+    from specdec.check.progress import OnProgress
     from specdec.options.speculation import SpeculativeConfig
 
 NUM_PROMPTS = 8
 NUM_REPEATS = 3
 PLAIN, SPECULATIVE = "specdec, plain", "specdec, speculative"
-HEAD = "acceptance_head.json"  # of a draft model that has one
+HEAD = "acceptance_head.json"  # if the draft model has a head
 
 
 def demo(
@@ -30,7 +31,7 @@ def demo(
     ] = None,
     max_new_tokens: MaxNewTokensOption = 64,
     num_speculative_tokens: Annotated[
-        int | None, DraftTokens(help="The most tokens drafted per prompt and step, by default the policy's.")
+        int | None, DraftTokens(help="The most tokens drafted per prompt and step; the default depends on the policy.")
     ] = None,
     length_policy: Annotated[
         str | None,
@@ -46,7 +47,8 @@ def demo(
     Exit status 1 if any output differs from transformers' plain greedy decoding of that prompt alone.
     """
     from specdec.check.equivalence import check_prompts, first_differences
-    from specdec.check.oracle import greedy_settings, run_plain
+    from specdec.check.oracle import run_plain
+    from specdec.check.settings import greedy_settings
     from specdec.files.loading import read_prompts
     from specdec.options.speculation import speculative_config
 
@@ -54,7 +56,7 @@ def demo(
     texts = read_prompts(folder / "prompts.json", NUM_PROMPTS)
     loaded = load_models(str(folder / "target"), str(folder / "draft"), None, "cpu", None)
     model, prompts = loaded.target, loaded.encode(texts)
-    # In a batch the widest row decides what verifying costs, so that a head alone would go too far.
+    # In a batch the row with the longest draft decides the cost of verifying, so a head alone would draft too far.
     policy = length_policy or ("cost_model" if (folder / "draft" / HEAD).is_file() else "fixed")
     speculation = speculative_config(loaded.drafter, num_speculative_tokens, length_policy=policy)
     check_prompts(model, prompts, speculation, len(prompts), max_new_tokens)
@@ -68,7 +70,7 @@ def demo(
         for name, repeats in runs.items()
     }
     sample = loaded.tokenizer.decode(runs[SPECULATIVE][0].outputs[0], skip_special_tokens=True)
-    typer.echo(f"A prompt, and behind |> what the target model makes of it:\n\n{texts[0].text}|>{sample}\n")
+    typer.echo(f"A prompt and, after |>, the target model's continuation:\n\n{texts[0].text}|>{sample}\n")
     print_runs(runs, differing, len(prompts))
     mean_length = runs[SPECULATIVE][0].speculation.mean_acceptance_length
     typer.echo(f"mean acceptance length {mean_length:.2f}, length policy {policy}")
@@ -86,7 +88,7 @@ def shipped_pair() -> Path:
 def ways_to_decode(
     model: PreTrainedModel, prompts: list[Tensor], speculation: SpeculativeConfig
 ) -> dict[str, Callable[[int], Run]]:
-    """Name -> a function of max_new_tokens; each decodes all prompts in one batch."""
+    """Name -> a function of max_new_tokens that decodes all prompts in one batch."""
     from specdec.check.oracle import run_batched, run_speculative
     from specdec.options.speculation import speculative_config
 
@@ -103,9 +105,9 @@ def ways_to_decode(
 def measure(
     ways: dict[str, Callable[[int], Run]], max_new_tokens: int, on_progress: OnProgress
 ) -> dict[str, list[Run]]:
-    """Each way in turn, several times, so that a change of the machine's speed meets all of them.
+    """Run the ways in turn, several times, so that changes in the machine's speed affect all of them.
 
-    The first round does not count: memory is cold, and a cost model has yet to see what forwards cost.
+    The first round does not count: memory is cold, and a cost model has not yet seen the cost of forwards.
     """
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for repeat in range(1 + NUM_REPEATS):
@@ -118,7 +120,7 @@ def measure(
 
 
 def print_runs(runs: dict[str, list[Run]], differing: dict[str, set[int]], num_prompts: int) -> None:
-    """Speed is the median of the repeats, the factor that to transformers' median."""
+    """Speed is the median of the repeats; the factor is relative to transformers' median."""
     speeds = {name: median(run.tokens_per_second for run in repeats) for name, repeats in runs.items()}
     slowest = next(iter(speeds.values()))
     rows = [

@@ -1,4 +1,4 @@
-"""`specdec doctor`: what a model gets here, before anything is generated."""
+"""`specdec doctor`: what a model supports, before anything is generated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specdec.cli.common import Count, DeviceOption, DraftOption, DraftTokensOpti
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from specdec.check.doctor import Diagnosis
+    from specdec.check.doctor import Diagnosis, Lacking
     from specdec.drafter import Drafter
     from specdec.network.memory import Footprint
 
@@ -26,7 +26,7 @@ def doctor(
     draft: DraftOption = None,
     batch_size: Annotated[int, Count(help="Rows decoded together, for the memory.")] = 8,
     length: Annotated[
-        int | None, Count(help="Tokens of a row, prompt and new ones; by default 1024, or as many as the model has.")
+        int | None, Count(help="Tokens per row, prompt and new ones; by default 1024, or the model's limit if lower.")
     ] = None,
     num_speculative_tokens: DraftTokensOption = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -39,7 +39,7 @@ def doctor(
 
     Loads and probes the model, generates nothing.
 
-    Exit status: 0 if the model, the draft and the memory serve, 2 if one of them does not.
+    Exit status: 0 if the model, the draft and the memory suffice, 2 if one of them does not.
     """
     from specdec.check.doctor import diagnose
     from specdec.cli.common import quiet_transformers
@@ -69,28 +69,29 @@ def doctor(
 
 def candidates(
     draft: PreTrainedModel | None, tokenizer: object, folder: Path | None
-) -> tuple[dict[str, Drafter | str], str | None]:
-    """Every registered drafter, or what it lacks; and the name of the one that `draft` is."""
+) -> tuple[dict[str, Drafter | Lacking], str | None]:
+    """Every registered drafter, or what it lacks; and the name of the drafter for `draft`."""
+    from specdec.check.doctor import Lacking
     from specdec.drafters.registry import DRAFTERS, drafter_class, resolve
     from specdec.errors import DrafterError
     from specdec.files.loading import check_same_tokenizer
 
     given = None if draft is None else resolve(draft)
-    found: dict[str, Drafter | str] = {}
+    found: dict[str, Drafter | Lacking] = {}
     for name, entry in DRAFTERS.items():
         if entry.is_complete:
             found[name] = resolve(name)
         elif given is not None and isinstance(given, drafter_class(name)):
             found[name] = given
         else:
-            found[name] = f"not at hand: pass {entry.path}(...)"
+            found[name] = Lacking(f"not available by name: pass {entry.path}(...)")
     if given is None:
-        found["draft_model"] = "needs a draft model: pass --draft FOLDER"
+        found["draft_model"] = Lacking("needs a draft model: pass --draft FOLDER")
     elif folder is not None:
         try:
             check_same_tokenizer(tokenizer, folder)  # type: ignore[arg-type]
         except DrafterError as error:
-            found[given.name] = str(error)
+            found[given.name] = Lacking(str(error))
     return found, None if given is None else given.name
 
 
@@ -100,9 +101,11 @@ def print_diagnosis(found: Diagnosis) -> None:
         f"{model['class']} ({model['model_type']}), {model['num_parameters'] / 1e6:.1f}M parameters, {model['dtype']} "
         f"on {model['device']}, vocabulary {model['vocab_size']}, up to {model['max_length'] or 'any number of'} tokens"
     )
+
     typer.echo("\nLayouts")
     layouts = [[name, served.network or "not served", served.reason] for name, served in found.layouts.items()]
     print_table(["layout", "network", ""], layouts)
+
     typer.echo("\nExactness")
     typer.echo(exactness.note)
     kinds = ", ".join(f"{count} {kind}" for kind, count in exactness.modules.items())
@@ -113,10 +116,12 @@ def print_diagnosis(found: Diagnosis) -> None:
     for line in dict.fromkeys([exactness.reason, *exactness.obstacles]):
         if line:
             typer.echo(f"  {line}")
+
     typer.echo("\nDrafters")
     print_table(["drafter", "fits", ""], [[n, "yes" if f.fits else "no", f.reason] for n, f in found.drafters.items()])
     if found.memory is not None:
         print_memory(found)
+
     typer.echo("\n" + ", ".join(f"{name} {version}" for name, version in found.versions.items()))
     for problem in found.problems:
         typer.echo(f"NOT SERVED: {problem}")
@@ -136,6 +141,6 @@ def print_memory(found: Diagnosis) -> None:
     print_table(["model", "weights MiB", "packed MiB", "cache KiB per token", "cache MiB"], rows)
     typer.echo(
         f"{memory.batch_size} rows of {memory.length} tokens: {memory.total / MIB:.0f} MiB with weights and a step's "
-        f"logits, without activations; {memory.still_needed / MIB:.0f} MiB of it beside the weights, where "
+        f"logits, without activations; {memory.still_needed / MIB:.0f} MiB of it besides the weights, where "
         f"{memory.available / MIB:.0f} are free; {memory.max_rows} rows fit"
     )

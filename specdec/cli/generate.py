@@ -1,4 +1,4 @@
-"""`specdec generate`: text to stdout, one prompt as it is written or many as they finish."""
+"""`specdec generate`: text to stdout; a single prompt streams, several are printed as they finish."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def generate(
     drafter: DrafterOption = None,
     look_ahead: LookAheadOption = None,
     max_new_tokens: Annotated[
-        int | None, Count(help="Tokens to generate per prompt, by default 128, or as --generation-config says.")
+        int | None, Count(help="Tokens to generate per prompt; by default 128, or as set by --generation-config.")
     ] = None,
     num_speculative_tokens: Annotated[
         int | None,
-        DraftTokens(help="Tokens drafted per prompt and step, by default 5; other policies' most, by default 20."),
+        DraftTokens(help="Tokens drafted per prompt and step; by default 5, with other length policies at most 20."),
     ] = None,
     batch_size: BatchSizeOption = 8,
     as_json: Annotated[
@@ -49,25 +49,29 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            help="Write rows to this file as they finish; the same command goes on where it was interrupted.",
+            help="Write rows to this file as they finish; the same command resumes an interrupted run.",
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are a user's messages: apply the tokenizer's chat template.")
+        bool, typer.Option("--chat", help="Treat prompts as a user's messages: apply the tokenizer's chat template.")
     ] = False,
     generation_config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A generation_config.json; what it asks for is served or refused."),
+        typer.Option(metavar="FILE", help="A generation_config.json; each of its settings is served or refused."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="T", help="Sample, at this temperature.")] = None,
-    top_k: Annotated[int | None, Count(help="Sample, among the N likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="P", help="Sample, among the likeliest of this mass.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of sampling: prompt i uses the stream (N, i).")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="Sample at this temperature.")] = None,
+    top_k: Annotated[int | None, Count(help="Sample among the N most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Sample among the most likely tokens of this total probability.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Sampling seed: prompt i uses the stream (N, i).")
+    ] = None,
     verification: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="token, or of samples block; lossy: lenient:L, typical:EPSILON:DELTA, top_beta:BETA:TAU.",
+            help="token, or block when sampling; lossy: lenient:L, typical:EPSILON:DELTA, top_beta:BETA:TAU.",
         ),
     ] = "token",
     layout: Annotated[str, typer.Option(metavar="NAME", help="ragged, repad or grouped; the text is the same.")] = (
@@ -75,7 +79,7 @@ def generate(
     ),
     length_policy: LengthPolicyOption = "fixed",
     kv_tokens: Annotated[
-        int | None, Count(help="With --out: the most tokens that the target's cache may have room for.")
+        int | None, Count(help="With --out: the most tokens that the target's cache may hold.")
     ] = None,
     order: Annotated[
         str,
@@ -90,7 +94,7 @@ def generate(
     """Continue a prompt, or a file of prompts in batches.
 
     One prompt streams, several are printed as they finish. Decodes greedily whatever the checkpoint's own generation
-    config says, unless sampling is asked for. Without a drafter it is plain decoding.
+    config says, unless sampling is requested. Without a drafter it decodes plainly.
     """
     from specdec.cli.completions import DEFAULT_NEW_TOKENS, Decoding, print_completions
     from specdec.drafters.registry import only_one
@@ -105,13 +109,13 @@ def generate(
     if out is None:
         given = {"--kv-tokens": kv_tokens is not None, "--order": order != "arrival"}
         for name in (name for name, is_given in given.items() if is_given):
-            raise ConfigError(f"{name} is for prompts that are written to a file; pass --out FILE.jsonl with it")
+            raise ConfigError(f"{name} applies only when rows are written to a file; add --out FILE.jsonl")
     elif as_json:
         raise ConfigError("--json prints rows, --out writes them to a file; pass one of them")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     decoding = Decoding.of(generation_config, sampling, seed, verification)
     if out is not None and decoding != Decoding():
-        raise ConfigError("--out writes greedy rows; leave the generation config and options of sampling out")
+        raise ConfigError("--out writes greedy rows; remove the generation config and the sampling options")
     chosen = only_one(drafter) if drafter else None
     models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat)
     if out is not None:

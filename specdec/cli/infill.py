@@ -27,22 +27,26 @@ def infill(
     file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Or a file with such text.")] = None,
     lines: Annotated[
         list[str] | None,
-        typer.Option(metavar="A-B", help="Of --file, lines to fill anew, in as many tokens (may be repeated)."),
+        typer.Option(metavar="A-B", help="Lines of --file to rewrite, in the same number of tokens (may be repeated)."),
     ] = None,
     model: Annotated[
         str | None, Folder(help="An XLNet checkpoint with its tokenizer; by default the small one for Python.")
     ] = None,
     drafter: Annotated[
-        str, typer.Option(metavar="NAME", help="self, ahead, ngram, or none for one token a call.")
+        str, typer.Option(metavar="NAME", help="self, ahead, ngram, or none for one token per call.")
     ] = "self",
     num_speculative_tokens: Annotated[int, DraftTokens(help="Tokens drafted per step, 1 to 32.")] = 5,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample instead of filling greedily.")] = False,
-    temperature: Annotated[float | None, typer.Option(metavar="T", help="Of samples, by default 1.")] = None,
-    top_k: Annotated[int | None, Count(help="Of samples: among the N likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="P", help="Of samples.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of samples; by default a new one each time.")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="Sampling temperature, by default 1.")] = None,
+    top_k: Annotated[int | None, Count(help="Sample among the N most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Sample among the most likely tokens of this total probability.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Sampling seed; by default a new one each time.")
+    ] = None,
     mask_token_id: Annotated[
-        int | None, Count(help="The mask token, where neither tokenizer nor config names one.")
+        int | None, Count(help="The mask token, if neither tokenizer nor config names one.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, calls and tokens as a line of JSON.")] = False,
     dtype: DtypeOption = None,
@@ -50,9 +54,9 @@ def infill(
 ) -> None:
     """Fill in masked places of a text.
 
-    Exactly as the model would one token a call, in fewer calls.
+    Exactly as the model would at one token per call, in fewer calls.
 
-    Around the masks as much text is read as the model has positions for.
+    Reads as much text around the masks as the model has positions for.
     """
     import specdec
     from specdec.errors import ConfigError, DrafterError, InputError
@@ -71,7 +75,7 @@ def infill(
     of_samples = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
     for name, value in of_samples.items():
         if value is not None and not do_sample:
-            raise ConfigError(f"{name} {value} is of samples; pass --do-sample with it")
+            raise ConfigError(f"{name} {value} applies only to sampling; add --do-sample")
     place = resolve_device(device)
     folder = find_checkpoint(str(model or shipped_model()), "model")
     quiet_transformers()
@@ -79,7 +83,7 @@ def infill(
     source = read_text(file) if file is not None else str(text)
     masked = mask_lines(source, lines, tokenizer) if lines else parse_masks(source, tokenizer)
     network = load_model(folder, "model", place, dtype)
-    network.to(network.get_input_embeddings().weight.dtype)  # transformers leaves some of XLNet's in float32
+    network.to(network.get_input_embeddings().weight.dtype)  # transformers leaves some of XLNet's tensors in float32
     mask_token = next(
         (
             token

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from specdec.api.generate_many import Completion, generate_many
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.cli.common import Models, say_ignored
 from specdec.cli.completions import print_summary
 from specdec.drafters.either import leaves
@@ -37,9 +37,10 @@ def write_completions(
     kv_tokens: int | None,
     order: str,
 ) -> None:
-    """Rows are written as they finish, each once; a bar and tokens/s on stderr."""
+    """Write each row once, as it finishes; show a bar and tokens/s on stderr."""
     token_ids = models.encode(list(prompts))
-    # Neither batch nor layout, order or length policy change a row; they may differ when a run is continued.
+
+    # Batch, layout, order and length policy do not change a row; they may differ when a run is resumed.
     settings = {
         "target": fingerprint(models.target),
         "draft": drafter_name(models),
@@ -47,9 +48,11 @@ def write_completions(
         "max_new_tokens": max_new_tokens,
         "dtype": str(models.target.dtype),
     }
+
     with greedy_settings(models.target) as ignored:
         say_ignored(ignored)
-        # The run checks all prompts, also those that are done, before the file is begun.
+
+        # This checks all prompts, including those already done, before the file is created.
         options: dict[str, Any] = dict(
             drafter=models.drafter,
             num_speculative_tokens=num_speculative_tokens,
@@ -58,11 +61,14 @@ def write_completions(
         )
         options |= dict(max_rows=max_rows, kv_tokens=kv_tokens, order=order, max_new_tokens=max_new_tokens)
         generate_many(models.target, token_ids, **options).close()
+
         file = OutputFile(out, settings, [prompt.text for prompt in prompts])
+
         try:
             left = [index for index in range(len(prompts)) if index not in file.done]
             if file.done:
-                typer.echo(f"{out}: {len(file.done)} of {len(prompts)} rows are there, going on", err=True)
+                typer.echo(f"{out}: {len(file.done)} of {len(prompts)} rows are done, resuming", err=True)
+
             run = generate_many(models.target, [token_ids[index] for index in left], **options)
             begin = time.perf_counter()
             with progress() as bar:
@@ -72,6 +78,7 @@ def write_completions(
                     file.append(row_of(models, prompts[index], index, done))
                     rate = run.speculation.num_new_tokens / (time.perf_counter() - begin)
                     bar.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
+
             if left:
                 print_summary(run.speculation, time.perf_counter() - begin, models.drafter is not None)
         finally:

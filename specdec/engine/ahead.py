@@ -17,12 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from specdec.batch.rows import Rows
 from specdec.batch.slots import to_device
-from specdec.drafter import Drafter
+from specdec.engine.decoding import Decoding
 from specdec.engine.proposal import propose
-from specdec.engine.target import Forward, Target
-from specdec.policy import LengthPolicy
+from specdec.engine.target import Forward
 
 
 class Early(NamedTuple):
@@ -41,19 +39,20 @@ class Early(NamedTuple):
         return Early(self.asked, self.forward.of_rows(to_device(index.numpy(), device)))
 
 
-def launch_early(
-    target: Target, drafter: Drafter, policy: LengthPolicy, rows: Rows, draft_tokens: int, step_tokens: int
-) -> Early | None:
+def launch_early(decoding: Decoding, step_tokens: int) -> Early | None:
     """Launch the first forward of the next step while the current step's report is on its way.
 
-    rows: all of them take part in the next step. draft_tokens: the most of any step. step_tokens: the most that the
-    current step may commit per row.
+    step_tokens: the most that the current step may commit per row.
     """
-    width = policy.next_width(draft_tokens)
+    if decoding.changes_rows or decoding.caps is not None:
+        return None
+
+    target, drafter, rows = decoding.target, decoding.drafter, decoding.rows
+    width = decoding.policy.next_width(decoding.num_speculative_tokens)
     if width is None:
         return None
 
-    width, grown = min(width, draft_tokens), rows.grown(step_tokens)
+    width, grown = min(width, decoding.num_speculative_tokens), rows.grown(step_tokens)
     if grown.max_remaining <= (width > 0):  # all rows may have reached their limits, or have no room for drafts
         return None
 
@@ -62,7 +61,7 @@ def launch_early(
         return None
 
     # A policy that sees tokens would be shown those of the next step before it has learned from this one.
-    if not target.is_free or (width and policy.sees):
+    if not target.is_free or (width and decoding.policy.sees):
         return None
 
     draft = propose(drafter, grown, np.full(len(rows), width), width, target.vocab_size)

@@ -1,4 +1,4 @@
-"""What a generation did, counted per row from the steps' reports."""
+"""Statistics of a generation, counted per row from the steps' reports."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ NUM_BINS = 10
 class Speculation:
     """Statistics of one `generate` call.
 
-    A row takes part in a step of the batch from its first verify forward until it ends; steps are counted per row,
-    calls per batch. The token that prefill yields belongs to no step.
+    A row takes part in the steps of the batch from its first verify forward until it ends; steps are counted per row,
+    calls per batch. The token from the prefill does not belong to a step.
 
-    num_target_calls: batched target forwards, prefill apart. num_draft_calls: forwards of the drafter's network,
-        its prefill apart. num_new_tokens: committed tokens of all rows.
+    num_target_calls: batched target forwards, not counting prefill. num_draft_calls: forwards of the drafter's network,
+    not counting its prefill. num_new_tokens: committed tokens of all rows.
     num_spec_steps: row-steps. num_draft_tokens, num_accepted_draft_tokens: over all row-steps.
-    num_realignments: of the target calls, those before which the layout had to move keys and values; `grouping_rate`
-        is the share of the others.
+    num_realignments: target calls before which the layout had to move keys and values; `grouping_rate` is the share of
+    the other calls.
     acceptance_histogram: entry i counts the row-steps that accepted i draft tokens.
     tried_histogram: entry i counts the row-steps that drafted token i and accepted all before it.
     verification: "greedy", "token", "block", or the lossy rule with its numbers. is_lossless: whether the output is the
-        target's own, or follows its distribution; False for the lossy ones.
+    target's own, or follows its distribution; False for the lossy rules.
     drafted_histogram: entry i counts the row-steps that drafted i tokens.
-    predicted_histogram: of drafted tokens whose acceptance a length policy predicted and the target decided, those
-        predicted within NUM_BINS bins of equal width from 0 to 1; empty if nothing was predicted. predicted_sums: the
-        sum of these predictions, and predicted_accepted, how many of the tokens were accepted, per bin.
+    predicted_histogram: drafted tokens whose acceptance a length policy predicted and the target decided, counted by
+    prediction in NUM_BINS bins of equal width from 0 to 1; empty if nothing was predicted. predicted_sums: the sum of
+    these predictions, and predicted_accepted, the number of accepted tokens, per bin.
     """
 
     num_target_calls: int = 0
@@ -56,7 +56,7 @@ class Speculation:
 
     @property
     def grouping_rate(self) -> float:
-        """Steps whose rows ended together already / steps; 1.0 in the ragged layout, which never moves a row."""
+        """Steps whose rows already ended together / steps; 1.0 in the ragged layout, which never moves a row."""
         return 1.0 - self.num_realignments / max(self.num_target_calls, 1)
 
     @property
@@ -91,7 +91,7 @@ class Speculation:
     def add(self, report: StepReport) -> None:
         """Count one report; prefill's token counts, its call does not.
 
-        In Python's own numbers: a device waits for this, and on so few entries every call into numpy takes longer.
+        Uses Python numbers: a device waits for this, and with so few entries every call into numpy takes longer.
         """
         self.num_new_tokens += sum(report.num_committed.tolist())
         if report.is_prefill:
@@ -103,7 +103,7 @@ class Speculation:
             self._add_predictions(report.predicted, *decided(report, report.predicted.shape[1]))
 
     def _add_drafts(self, accepted: list[int], drafted: list[int], width: int) -> None:
-        """Of each row; width is k + 1."""
+        """Count each row's draft; width is k + 1."""
         self.num_draft_tokens += sum(drafted)
         self.num_accepted_draft_tokens += sum(accepted)
         self.acceptance_histogram = _counted(self.acceptance_histogram, accepted, width)

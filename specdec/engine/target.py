@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch.layout import Layout, Ragged
+from specdec.batch.layout import Layout
 from specdec.batch.report import StepReport
 from specdec.batch.rows import Rows
 from specdec.draft import Draft, Verified
-from specdec.engine.emitted import Emitted, committed
+from specdec.drafter import Drafter
+from specdec.engine.hooks import Hooks
 from specdec.errors import DrafterError, NumericalError
 from specdec.network.base import NetworkOutput, vocab_size_of
 from specdec.network.choose import build_network
 from specdec.verify.processors import Processors
-from specdec.verify.verification import BAD_SCORES, Verification
+from specdec.verify.verification import BAD_DRAFT, Verification
 
 
 class Forward(NamedTuple):
@@ -41,31 +42,35 @@ class Target:
     def __init__(
         self,
         model: PreTrainedModel,
-        processors: Processors,
-        verification: Verification,
-        eos_token_ids: Sequence[int],
+        *,
+        layout: Layout,
+        layers: tuple[int, ...],
         max_rows: int,
         num_slots: int,
         max_length: int | None,
-        layers: tuple[int, ...] = (),
-        layout: Layout | None = None,
-        emitted_scores: Emitted | None = None,
-        emitted_logits: Emitted | None = None,
+        processors: Processors,
+        verification: Verification,
+        hooks: Hooks,
     ):
-        """eos_token_ids: any of them ends a row. layers: the hidden states that the drafter wants to observe.
-        emitted_scores, emitted_logits: where to keep processed scores and raw logits of the emitted tokens.
-        """
-        self.layout = layout or Ragged()
-        self.network = build_network(model, max_rows, num_slots, max_length, self.layout)
-        self.processors, self.verification, self.layers = processors, verification, layers
-        self.emitted_scores, self.emitted_logits = emitted_scores, emitted_logits
+        """layers: the hidden states that the drafter wants to see. max_rows, num_slots: of the cache, and the tokens of
+        each row. max_length: no row grows longer; None if that is not known."""
+        self.layout, self.layers = layout, layers
+        self.network = build_network(model, max_rows, num_slots, max_length, layout)
+        self.processors, self.verification, self.hooks = processors, verification, hooks
         self.vocab_size = vocab_size_of(model)
-        self.eos_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=model.device)
         self.is_free = False  # whether nobody looks at the outputs of the newest forward any more
 
-    def prefill(self, rows: Rows) -> StepReport:
+    def prefill(self, rows: Rows, drafter: Drafter) -> StepReport:
         """Cache the prompts and commit each row's first token."""
-        return self.first_tokens(rows, self.network.prefill(rows))
+        read = drafter.read if self.layers else None
+        return self.first_tokens(rows, self.network.prefill(rows, layers=self.layers, read=read))
+
+    def prefill_columns(self, rows: Rows, begin: int, end: int, drafter: Drafter) -> Tensor:
+        """Cache columns begin .. end - 1 of newcomers. Returns [rows, vocab] logits after the last token of each."""
+        output = self.network.prefill_columns(rows.token_ids, rows.lengths, rows.first, begin, end, self.layers)
+        if self.layers:
+            drafter.read(rows, begin, end, output.hidden_states)
+        return output.logits[:, 0]
 
     def first_tokens(self, rows: Rows, logits: Tensor) -> StepReport:
         """Commit the token after each prompt. logits: [rows, vocab]"""
@@ -103,51 +108,49 @@ class Target:
     ) -> Reading:
         """logits: [rows, k + 1, vocab]"""
         scores = self.processors(rows, draft.token_ids, logits)
-        done = self.verification(rows, draft, scores, self.eos_ids)
+        done = self.verification(rows, draft, scores, self.processors.eos_ids(rows))
+
         # The next forward overwrites logits and hidden states. Logits at extra queries are computed when they are asked
         # for, and may write where the next forward has written keys.
-        keeps_logits = self.emitted_scores is not None or self.emitted_logits is not None or scores is not logits
-        is_looked_at = keeps_logits or bool(self.layers) or draft.extra_queries is not None
+        keeps_logits = self.hooks.keeps_logits(rows)
+        is_looked_at = keeps_logits or scores is not logits or bool(self.layers) or draft.extra_queries is not None
         self.is_free = self.network.runs_ahead and not is_looked_at
         reading = rows.reading(done, is_prefill)
 
         def read() -> tuple[StepReport, Verified]:
             report = reading()
             if report.fault.any():
-                raise_fault(report, logits, scores)
-            self._keep_emitted(rows, report, logits, scores)
+                self._note_faults(report, logits, scores)
+            if keeps_logits:
+                self.hooks.keep(rows, report, logits, scores)
             lengths = rows.host_lengths.copy()
             return report, Verified(draft, done.num_accepted, done.num_committed, lengths, hidden_states, extra_logits)
 
         return read
 
-    def _keep_emitted(self, rows: Rows, report: StepReport, logits: Tensor, scores: Tensor) -> None:
-        if self.emitted_scores is None and self.emitted_logits is None:
-            return
-        slots, columns, places = committed(rows, report)
-        index = torch.from_numpy(slots).to(rows.device), torch.from_numpy(columns).to(rows.device)
-        if self.emitted_logits is not None:
-            self.emitted_logits.add(report.row_ids[slots], places, logits[index])
-        if self.emitted_scores is not None:
-            self.emitted_scores.add(report.row_ids[slots], places, self.processors.warped(scores[index]))
+    def _note_faults(self, report: StepReport, logits: Tensor, scores: Tensor) -> None:
+        """A row with unusable scores ends with an error. A drafter that breaks its contract ends the generation.
+
+        logits, scores: [rows, k + 1, vocab]; the same tensor where nothing was processed.
+        """
+        for slot in report.fault.nonzero()[0].tolist():
+            row = int(report.row_ids[slot])
+            if report.fault[slot] == BAD_DRAFT:
+                raise DrafterError(
+                    f"the drafter's probabilities in row {row} are not a distribution: each must be finite and sum to 1"
+                )
+            if row not in self.processors.failed:
+                self.processors.failed[row] = bad_scores(row, logits[slot], scores[slot], scores is not logits)
 
 
-def raise_fault(report: StepReport, logits: Tensor, scores: Tensor) -> None:
-    """logits, scores: [rows, k + 1, vocab]; the same tensor where nothing was processed."""
-    slot = int((report.fault > 0).argmax())
-    row = int(report.row_ids[slot])
-    if not report.fault[slot] & BAD_SCORES:
-        raise DrafterError(
-            f"the drafter's probabilities in row {row} are not a distribution: each must be finite and sum to 1"
-        )
-
-    own = logits[slot]
-    if scores is not logits and not own.isnan().any() and (own > float("-inf")).any(-1).all():
-        raise NumericalError(
+def bad_scores(row: int, logits: Tensor, scores: Tensor, is_processed: bool) -> NumericalError:
+    """What to say of a row's scores that hold a NaN or nothing but -inf. logits, scores: [k + 1, vocab]."""
+    if is_processed and not logits.isnan().any() and (logits > float("-inf")).any(-1).all():
+        return NumericalError(
             f"the processed scores are NaN in row {row} where the target's logits are not; a logits "
             "processor returned NaN or left no token possible (remove_invalid_values=True replaces NaN)"
         )
-    raise NumericalError(
+    return NumericalError(
         f"the target's logits are NaN in row {row}; check the weights and the dtype "
         "(float16 overflows where bfloat16 or float32 do not)"
     )

@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made: versions, machine, revision, command. Names no path of the machine."""
+"""The conditions of a measurement: versions, machine, revision, command. Contains no path of the machine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def processor() -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """git's answer in the checkout that this package runs from; None if it is installed otherwise."""
+    """git's output in the checkout that this package runs from; None if it is not run from a checkout."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Which model something was trained for: enough of its shape and weights to tell it from another."""
+"""Which model something was trained for: enough of its shape and weights to distinguish it from others."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-SAMPLES = 8  # weights looked at per parameter
-HALF_PRECISION = 2.0**-7  # relative: the rounding of a bfloat16, and room for one more
+SAMPLES = 8  # weights read per parameter
+HALF_PRECISION = 2.0**-7  # relative: twice the rounding of a bfloat16
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A model as a head remembers it.
+    """A model as recorded in a head.
 
-    dtype: of the weights when they were looked at. weights: parameter name -> a few of its values, evenly spaced.
+    dtype: of the weights when they were read. weights: parameter name -> a few of its values, evenly spaced.
     In the same dtype these must be equal; a copy in another dtype is the same model within rounding.
     """
 
@@ -44,7 +44,7 @@ class Fingerprint:
         )
 
     def difference(self, other: Fingerprint) -> str | None:
-        """What tells `other` from this model, in words; None if it is the same."""
+        """The difference between `other` and this model, in words; None if it is the same."""
         for name in ("model_type", "vocab_size", "hidden_size", "num_layers", "num_parameters"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
@@ -72,5 +72,5 @@ class Fingerprint:
 def sample(weight: torch.Tensor) -> list[float]:
     flat = weight.flatten()
     place = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device).long()
-    place = place.clamp(max=len(flat) - 1)  # of a large weight float32 rounds it up
+    place = place.clamp(max=len(flat) - 1)  # for a large weight float32 rounds it up
     return flat[place].double().tolist()

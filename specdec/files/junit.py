@@ -38,5 +38,5 @@ def write_junit(path: Path, suite: str, cases: Sequence[Case]) -> None:
 
 
 def printable(text: str) -> str:
-    """Tokens decode to anything; XML holds no control characters."""
+    """Remove control characters: tokens may decode to them, and XML cannot hold them."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

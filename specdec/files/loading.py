@@ -1,4 +1,4 @@
-"""Checkpoints and prompt files from disk, for the command line: whatever is wrong with them is said by name."""
+"""Checkpoints and prompt files from disk, for the command line. Errors name the file and the problem."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from specdec.errors import ConfigError, DrafterError, InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-IGNORED_IN_FILES = ("_from_model_config", "_commit_hash", "transformers_version")  # where a file comes from
-# What transformers raises for missing, damaged, foreign and mismatched files.
+IGNORED_IN_FILES = ("_from_model_config", "_commit_hash", "transformers_version")  # only say where a file comes from
+# The errors transformers raises for missing, damaged, foreign and mismatched files.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """place: where in its file the text stands, for messages. id: what the file calls it, if anything."""
+    """place: where the text is in its file, for messages. id: the file's name for it, if any."""
 
     text: str
     place: str
@@ -39,7 +39,7 @@ class Prompt:
 
 
 def find_checkpoint(name: str, role: str) -> Path:
-    """The folder of a checkpoint: `name` itself, or what the Hugging Face cache holds of the repository `name`.
+    """The folder of a checkpoint: `name` itself, or the cached snapshot of the Hugging Face repository `name`.
 
     Nothing is downloaded. Raises InputError if there is no such folder or it holds no checkpoint.
     """
@@ -47,15 +47,15 @@ def find_checkpoint(name: str, role: str) -> Path:
     if not folder.exists():
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
-        except (OSError, HFValidationError):  # not in the cache; not even the form of a repository's name
+        except (OSError, HFValidationError):  # not in the cache, or not a valid repository name
             raise InputError(
-                f"{role} {name!r} is no folder, nor a repository in the Hugging Face cache; pass the folder of a "
+                f"{role} {name!r} is neither a folder nor a repository in the Hugging Face cache; pass the folder of a "
                 "checkpoint, or run `hf download` on the repository first"
             ) from None
     if not folder.is_dir():
         raise InputError(f"{role} {name!r} is a file; pass the folder of a checkpoint, the one with config.json")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{role} {name!r} is no checkpoint: the folder has no config.json")
+        raise InputError(f"{role} {name!r} is not a checkpoint: the folder has no config.json")
     return folder
 
 
@@ -73,8 +73,8 @@ def resolve_device(name: str) -> torch.device:
 def load_model(folder: Path, role: str, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
-    dtype: one of `DTYPES`; None means float32 on a CPU, whatever is stored, and what is stored elsewhere.
-    Raises InputError for a checkpoint that does not load, or from which weights are missing.
+    dtype: one of `DTYPES`; None means float32 on a CPU, and the stored dtype on other devices.
+    Raises InputError for a checkpoint that does not load or lacks weights.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -89,7 +89,7 @@ def load_model(folder: Path, role: str, device: torch.device, dtype: str | None 
     if info["missing_keys"]:
         example = min(info["missing_keys"])
         raise InputError(
-            f"{role} {str(folder)!r} lacks {len(info['missing_keys'])} weights, {example} among them; "
+            f"{role} {str(folder)!r} lacks {len(info['missing_keys'])} weights, for example {example}; "
             "they would be random, so download the checkpoint again"
         )
     return model.to(device).eval()
@@ -105,7 +105,7 @@ def load_tokenizer(folder: Path, role: str) -> PreTrainedTokenizerBase:
 def check_same_tokenizer(target: PreTrainedTokenizerBase, draft_folder: Path) -> None:
     """Raise DrafterError if the draft model's folder has a tokenizer with other tokens or other ids.
 
-    A folder without a tokenizer passes, and so does another padding token.
+    A folder without a tokenizer passes, and so does a different padding token.
     """
     if not any((draft_folder / name).is_file() for name in TOKENIZER_FILES):
         return
@@ -117,21 +117,21 @@ def check_same_tokenizer(target: PreTrainedTokenizerBase, draft_folder: Path) ->
         return
     token = min(differing, key=lambda token: (ours.get(token, len(ours)), theirs.get(token, 0)))
     raise DrafterError(
-        f"the draft model's tokenizer is another one: {len(differing)} tokens differ, {token!r} for one is "
+        f"the draft model's tokenizer is different: {len(differing)} tokens differ; for example, {token!r} is "
         f"{ours.get(token, 'missing')} in the target's and {theirs.get(token, 'missing')} in the draft's; "
         "pass a draft model that was trained with the target's tokenizer, or --drafter prompt_lookup"
     )
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a .txt (one a line), .json (list of strings) or .jsonl file (`prompt`, or the first of `turns`).
+    """The prompts of a .txt (one per line), .json (list of strings) or .jsonl file (`prompt`, or the first of `turns`).
 
-    limit: only the first so many. Raises InputError that names the file and the line or item.
+    limit: read only the first `limit` prompts. Raises InputError that names the file and the line or item.
     """
     readers = {".txt": _read_txt, ".json": _read_json, ".jsonl": _read_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"prompt file {str(path)!r} is none of {', '.join(readers)}; convert it to one of them")
+        raise InputError(f"prompt file {str(path)!r} is not one of {', '.join(readers)}; convert it to one of them")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -151,7 +151,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) ->
     for prompt in prompts:
         ids = tokenizer(prompt.text, truncation=False)["input_ids"]
         if not ids:
-            raise InputError(f"{prompt.place} has no tokens ({prompt.text[:40]!r}); remove it or write more")
+            raise InputError(f"{prompt.place} has no tokens ({prompt.text[:40]!r}); remove it or add text")
         encoded.append(torch.tensor(ids, dtype=torch.long))
     return encoded
 
@@ -174,14 +174,14 @@ def encode_chats(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> l
 
 
 def read_generation_config(path: Path) -> GenerationConfig:
-    """A generation_config.json. Raises InputError for a file that is none, or that names what is no option."""
+    """Read a generation_config.json. Raises InputError for another kind of file, or for unknown options."""
     items = read_json(path, "generation config")
     if not isinstance(items, dict):
         raise InputError(f"generation config {str(path)!r} holds a JSON {_kind(items)}; it must be an object")
     known = vars(GenerationConfig())
     unknown = [name for name in items if name not in known and name not in IGNORED_IN_FILES]
     if unknown:
-        raise InputError(f"generation config {str(path)!r}: {unknown[0]!r} is no option of transformers; remove it")
+        raise InputError(f"generation config {str(path)!r}: {unknown[0]!r} is not an option of transformers; remove it")
     try:
         return GenerationConfig.from_dict(items)
     except LOADING_ERRORS as error:
@@ -189,7 +189,7 @@ def read_generation_config(path: Path) -> GenerationConfig:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds. Raises InputError that names the file."""
+    """The content of a JSON file. Raises InputError that names the file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -199,7 +199,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_json_lines(path: Path, what: str) -> list[tuple[Any, str]]:
-    """Each line's JSON and its place for messages. what: what the file is, for the same messages.
+    """Each line's JSON and its place, for messages. what: the kind of file, for the same messages.
 
     Raises InputError that names the line, or for a file that cannot be read or holds nothing.
     """
@@ -253,7 +253,7 @@ def _prompt_of(item: Any, place: str) -> str:
 
 
 def _lines(path: Path, content: bytes, what: str = "prompt file") -> list[tuple[str, str]]:
-    """Each line and its place. Only line feeds end lines, and blank ones at the end of the file are none."""
+    """Each line and its place. Only line feeds end lines, and blank lines at the end of the file do not count."""
     lines = content.rstrip(b"\r\n").split(b"\n") if content.strip(b"\r\n") else []
     places = [f"{what} {str(path)!r}, line {number}" for number in range(1, len(lines) + 1)]
     return [(_decode(line.removesuffix(b"\r"), place), place) for line, place in zip(lines, places, strict=True)]
@@ -282,5 +282,5 @@ def _kind(value: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for one line; some say the main thing on the second."""
+    """The message of an error, short enough for one line; some errors say the main thing on the second line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,7 +1,7 @@
-"""What small trained parts have in common: their files, and the models that they belong to.
+"""Common base of small trained parts: their files, and the models that they belong to.
 
-A part lies in a folder as `<kind>.safetensors` with `<kind>.json`. The latter holds its shape, the fingerprints of the
-models that it was trained for, and what its trainer wants to remember.
+A part is stored in a folder as `<kind>.safetensors` with `<kind>.json`. The latter holds its shape, the fingerprints of
+the models that it was trained for, and notes of its trainer.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ import json
 from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.errors import ConfigError, InputError
 from specdec.files.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Trained(nn.Module, ABC):
     """A subclass stores its constructor's arguments in `shape`, so that `load` can build it again."""
 
     kind: ClassVar[str]  # the name of its files
-    format: ClassVar[int] = 1  # of its files; raised where what the weights read changes
+    format: ClassVar[int] = 1  # of its files; increased when the meaning of the weights' inputs changes
     roles: ClassVar[tuple[str, ...]]  # the models it belongs to, by their part in decoding; each an attribute
     alternative: ClassVar[str]  # what to do without it, for messages
     shape: dict[str, Any]
@@ -39,7 +41,7 @@ class Trained(nn.Module, ABC):
         self.recipe: dict[str, Any] = {}
 
     def mark(self, models: Mapping[str, PreTrainedModel], recipe: Mapping[str, Any]) -> Self:
-        """Mark this part as trained for these models, by role. recipe: how, and what it reached; any JSON."""
+        """Mark this part as trained for these models, by role. recipe: how it was trained and its results; any JSON."""
         for role in self.roles:
             setattr(self, role, Fingerprint.of(models[role]))
         self.recipe = dict(recipe)
@@ -51,7 +53,7 @@ class Trained(nn.Module, ABC):
             known: Fingerprint | None = getattr(self, role)
             if known is None:
                 raise ConfigError(
-                    f"this {self.kind} does not say which {role} it is for; train it, or load a saved one"
+                    f"this {self.kind} does not record which {role} it is for; train it, or load a saved one"
                 )
             difference = known.difference(Fingerprint.of(models[role]))
             if difference is not None:
@@ -63,19 +65,21 @@ class Trained(nn.Module, ABC):
 
     @classmethod
     def command(cls) -> str:
-        """What trains one."""
+        """The command that trains one."""
         return f"specdec train {cls.kind.replace('_', '-')}"
 
     def save(self, folder: str | Path) -> None:
-        """Write both files, each in one piece: a reader finds the old ones or the new ones."""
+        """Write both files, each atomically: a reader finds the old ones or the new ones."""
         fingerprints = {role: getattr(self, role) for role in self.roles}
         if None in fingerprints.values():
             raise ConfigError(
                 f"a {self.kind} is saved with the {'pair' if len(self.roles) > 1 else 'model'} it belongs to; "
                 "call trained_for() first"
             )
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+
         config = {
             "format": self.format,
             "kind": self.kind,
@@ -83,10 +87,12 @@ class Trained(nn.Module, ABC):
             **{role: fingerprint.to_dict() for role, fingerprint in fingerprints.items()},
             "recipe": self.recipe,
         }
+
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         unfinished = folder / f"{self.kind}.safetensors.part"
         save_file(weights, unfinished)
         unfinished.replace(folder / f"{self.kind}.safetensors")
+
         unfinished = folder / f"{self.kind}.json.part"
         unfinished.write_text(json.dumps(config, indent=1) + "\n")
         unfinished.replace(folder / f"{self.kind}.json")
@@ -95,7 +101,7 @@ class Trained(nn.Module, ABC):
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
         """The part in `folder`, in float32 and evaluation mode.
 
-        Raises InputError if there is none, or if its files are damaged or of another kind.
+        Raises InputError if there is none, or if its files are damaged or of a different kind.
         """
         place = Path(folder) / cls.kind
         files = place.with_suffix(".json"), place.with_suffix(".safetensors")
@@ -104,6 +110,7 @@ class Trained(nn.Module, ABC):
                 raise InputError(
                     f"{str(folder)!r} holds no {path.name}; train one with `{cls.command()}`, or {cls.alternative}"
                 )
+
         try:
             config = json.loads(files[0].read_text())
             if config["kind"] == cls.kind and config["format"] in range(cls.format):
@@ -112,6 +119,7 @@ class Trained(nn.Module, ABC):
                 raise InputError(
                     f"{files[0]} is a {config['kind']} of format {config['format']}; needed is {cls.kind}, {cls.format}"
                 )
+
             part = cls(**config["shape"])
             for role in cls.roles:
                 setattr(part, role, Fingerprint.from_dict(config[role]))
@@ -123,4 +131,5 @@ class Trained(nn.Module, ABC):
             raise InputError(
                 f"the {cls.kind} in {str(folder)!r} does not load: {error}; train or copy it again"
             ) from error
+
         return part.to(device, torch.float32).eval()

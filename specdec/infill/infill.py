@@ -1,7 +1,7 @@
-"""Filling in any places of a text with an any-subset model, exactly and with fewer network calls than tokens (ASSD).
+"""Filling in any positions of a text with an any-subset model, exactly and with fewer network calls than tokens (ASSD).
 
 The loop of `decode.py` in rank order: a drafter proposes the tokens of the next ranks, one call gives the joint density
-of all of them, and the shared verification keeps what the model itself would have written one by one.
+of all of them, and the shared verification keeps the tokens that the model itself would have written one by one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.api.generate import SpeculativeOutput
 from specdec.batch.report import StepReport
 from specdec.batch.rows import Rows
 from specdec.draft import Draft
 from specdec.engine.metrics import Speculation
+from specdec.engine.output import SpeculativeOutput
 from specdec.errors import ConfigError, DrafterError, InputError, NumericalError
 from specdec.kernels.commit.truncation import Truncation
 from specdec.limits import MAX_DRAFT_TOKENS
@@ -58,26 +58,26 @@ def infill(
     mask_token_id: int | None = None,
     return_dict_in_generate: bool = False,
 ) -> Tensor | SpeculativeOutput:
-    """Fill in the masked places of every row: greedily, token for token what the model writes one by one in ascending
-    order, or with `do_sample=True` by exact samples of its joint distribution.
+    """Fill in the masked positions of every row: greedily, token for token as the model writes them one by one in
+    ascending order, or with `do_sample=True` by exact samples of its joint distribution.
 
-    model: an XLNetLMHeadModel, or an AnySubsetModel of yours.
-    input_ids: [rows, columns] integers; what stands at masked places is not read. mask: the same shape, bool, True at
-        the places to fill, which may differ from row to row in number and place. attention_mask: the same shape, 0 for
-        padding on either side.
-    drafter: "self" drafts by the model's own marginals, in a call of their own; "ahead" by marginals asked for in the
-        call that verifies the draft before; "ngram" by bigrams of the row; None fills in one token a call.
+    model: an XLNetLMHeadModel, or your own AnySubsetModel.
+    input_ids: [rows, columns] integers; values at masked positions are not read. mask: the same shape, bool, True at
+    the positions to fill, which may differ from row to row in number and place. attention_mask: the same shape, 0 for
+    padding on either side.
+    drafter: "self" drafts by the model's own marginals, in a separate call; "ahead" by marginals requested in the
+    call that verifies the previous draft; "ngram" by bigrams of the row; None fills in one token per call.
     num_speculative_tokens: tokens drafted per row and step, 1 to 32.
-    bonus_token: behind a draft accepted in full, commit one more token of the same call. Without it, as in the paper,
-        drafts of one token gain nothing and are not made. Either way there are never more calls than tokens.
-    temperature, top_k, top_p: of sampling, applied to the model's conditionals.
-    seed: an int, or one per row; with the same seed a row's sample does not depend on its batch. generator: where a
-        seed is drawn from otherwise, by default torch's global generator.
+    bonus_token: after a fully accepted draft, commit one more token of the same call. Without it, as in the paper,
+    drafts of one token gain nothing and are not made. Either way there are never more calls than tokens. temperature,
+    top_k, top_p: for sampling, applied to the model's conditionals.
+    seed: an int, or one per row; with the same seed a row's sample does not depend on its batch. generator: the source
+    of a seed if none is given, by default torch's global generator.
     verification: of sampled drafts, "token" or "block".
     mask_token_id: the token that must never be written, by default `config.mask_token_id`.
 
     Returns [rows, columns] int64; with `return_dict_in_generate=True` a `SpeculativeOutput` with `.sequences` and
-    `.speculation`, where `num_target_calls + num_draft_calls` are all network calls.
+    `.speculation`, where `num_target_calls + num_draft_calls` is the number of all network calls.
 
     Raises SpecDecError (a ValueError) before any call of the network if something cannot be served, and NumericalError
     if the model's logits become NaN.
@@ -112,7 +112,7 @@ def infill(
 
 @dataclass(frozen=True)
 class Filling:
-    """What one `fill` works with."""
+    """The state of one `fill`."""
 
     conditionals: Conditionals
     drafter: InfillDrafter | None
@@ -131,7 +131,7 @@ def fill(rows: Rows, filling: Filling) -> Speculation:
         num_ahead = drafter.num_ahead if drafter is not None else 0
         scores = filling.conditionals.logits(rows, draft.token_ids, 1 + num_ahead)
         density = scores[:, :, 0]
-        if first is not None:  # the same to the last bit: then the first draft token is certain to be accepted
+        if first is not None:  # equal to the last bit: then the first draft token is certain to be accepted
             density[:, 0] = first
         done = filling.verification(within_step(rows, draft, filling.bonus_token), draft, density, no_ends)
         report = rows.reading(done)()
@@ -150,8 +150,8 @@ def fill(rows: Rows, filling: Filling) -> Speculation:
 
 
 def proposal(rows: Rows, filling: Filling) -> tuple[Draft, Tensor | None]:
-    """The step's draft, and the scores of its first place if drafting has computed them ([rows, vocab])."""
-    # A verifying call writes one token more than it accepts, or no more than were drafted.
+    """The step's draft, and the scores of its first position if drafting has computed them ([rows, vocab])."""
+    # A verifying call writes one token more than it accepts, or at most as many as were drafted.
     least = 1 if filling.bonus_token else 2
     remaining = rows.limits - rows.lengths
     room = remaining - 1 if filling.bonus_token else remaining.masked_fill(remaining < 2, 0)
@@ -162,7 +162,7 @@ def proposal(rows: Rows, filling: Filling) -> tuple[Draft, Tensor | None]:
 
 
 def within_step(rows: Rows, draft: Draft, bonus_token: bool) -> Rows:
-    """The same rows, with limits that leave no room for a bonus token unless it is wanted."""
+    """The same rows, with limits that leave no room for a bonus token unless it is enabled."""
     if bonus_token:
         return rows
     num_drafted = (draft.token_ids >= 0).sum(1)
@@ -185,12 +185,12 @@ def rows_of(input_ids: Tensor, order: Order, spare: int) -> Rows:
     num_visible, lengths = order.num_visible.tolist(), order.lengths.tolist()
     prompts = [row[:count].cpu() for row, count in zip(tokens, num_visible, strict=True)]
     missing = [length - count for length, count in zip(lengths, num_visible, strict=True)]
-    # All columns have a slot, padding too, so that rows and their order are of one width.
+    # All columns have a slot, padding too, so that rows and their order have one width.
     return Rows(prompts, missing, spare + 1 + tokens.shape[1] - max(lengths), input_ids.device)
 
 
 def sequences_of(rows: Rows, order: Order, input_ids: Tensor) -> Tensor:
-    """The filled texts in the places of `input_ids`, [rows, columns] int64; padding stays as it came in."""
+    """The filled texts in the positions of `input_ids`, [rows, columns] int64; padding stays unchanged."""
     rank = torch.arange(input_ids.shape[1], device=rows.device)
     assert rows.output_ids is not None
     filled = rows.output_ids[:, : input_ids.shape[1]]
@@ -200,8 +200,8 @@ def sequences_of(rows: Rows, order: Order, input_ids: Tensor) -> Tensor:
 
 
 class Forbidding:
-    """Conditionals without the mask token, which is ruled out before anything is normalised: were its probability taken
-    away afterwards, p and q would sum to different things and samples be biased."""
+    """Conditionals without the mask token, which is excluded before normalising: if its probability were removed
+    afterwards, p and q would not sum to the same value and samples would be biased."""
 
     def __init__(self, conditionals: Conditionals, mask_token_id: int):
         self.conditionals, self.mask_token_id = conditionals, mask_token_id
@@ -219,13 +219,13 @@ def checked_truncation(do_sample: bool, temperature: float, top_k: int | None, t
     top_k, top_p = top_k or 0, 1.0 if top_p is None else top_p
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{name}={value!r} is no finite number; pass one, or leave it out")
+            raise ConfigError(f"{name}={value!r} is not a finite number; pass one, or leave it out")
     if not do_sample and (temperature != 1.0 or top_k or top_p != 1.0):
         raise ConfigError("temperature, top_k and top_p shape samples; pass do_sample=True with them")
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature!r} is not positive; for greedy filling leave do_sample out")
     if not is_whole(top_k) or top_k < 0:
-        raise ConfigError(f"top_k={top_k!r} is no number of tokens; use 1 or more, or leave it out")
+        raise ConfigError(f"top_k={top_k!r} is not a number of tokens; use 1 or more, or leave it out")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p!r} is outside (0, 1]; leave it out to keep all tokens")
     return Truncation(float(temperature), int(top_k), float(top_p))
@@ -260,8 +260,8 @@ def check_drafting(drafter: str | None, num_speculative_tokens: int) -> None:
     k = num_speculative_tokens
     if not is_whole(k) or not 1 <= k <= MAX_DRAFT_TOKENS:
         raise ConfigError(
-            f"num_speculative_tokens={k!r} must be a whole number from 1 to {MAX_DRAFT_TOKENS}; for one token a "
-            "call pass drafter=None"
+            f"num_speculative_tokens={k!r} must be a whole number from 1 to {MAX_DRAFT_TOKENS}; for one token "
+            "per call pass drafter=None"
         )
 
 
@@ -273,29 +273,31 @@ def checked_mask_token(model: AnySubsetModel, mask_token_id: int | None) -> int:
             "pass mask_token_id=tokenizer.mask_token_id"
         )
     if not is_whole(token) or not 0 <= token < model.vocab_size:
-        raise ConfigError(f"mask_token_id={token!r} is no token of the vocabulary 0..{model.vocab_size - 1}")
+        raise ConfigError(f"mask_token_id={token!r} is not a token of the vocabulary 0..{model.vocab_size - 1}")
     return int(token)
 
 
 def checked_order(model: AnySubsetModel, input_ids: Tensor, mask: Tensor, attention_mask: Tensor | None) -> Order:
     """The lattice order of the rows.
 
-    Raises InputError for masks of another shape or kind, that lie over padding, or that leave a row nothing to fill or
-    nothing to go by, and for texts longer than the model's positions.
+    Raises InputError for masks of a different shape or kind, masks that overlap padding or leave a row without masked
+    or without visible tokens, and texts longer than the model's positions.
     """
     if isinstance(input_ids, Tensor) and isinstance(mask, Tensor) and mask.shape == input_ids.shape:
         input_ids = input_ids.masked_fill(mask.to(input_ids.device).bool(), 0)  # not read, so not checked
     check_input_ids(input_ids, model.vocab_size)
-    mask = bool_of(mask, input_ids, "mask", "True at the places to fill, False elsewhere")
+
+    mask = bool_of(mask, input_ids, "mask", "True at the positions to fill, False elsewhere")
     present = torch.ones_like(mask)
     if attention_mask is not None:
         present = bool_of(attention_mask, input_ids, "attention_mask", "1 for tokens and 0 for padding")
+
     for row, (fills, there) in enumerate(zip(mask.cpu().numpy(), present.cpu().numpy(), strict=True)):
         places = np.flatnonzero(there)
         if (fills & ~there).any():
             raise InputError(
-                f"mask and padding overlap in row {row}: column {int((fills & ~there).argmax())} is to be filled and "
-                "has attention_mask 0; set one of them right"
+                f"mask and padding overlap in row {row}: column {int((fills & ~there).argmax())} is to be filled but "
+                "has attention_mask 0; correct one of them"
             )
         if not fills.any():
             raise InputError(
@@ -311,8 +313,9 @@ def checked_order(model: AnySubsetModel, input_ids: Tensor, mask: Tensor, attent
         if model.max_positions is not None and len(places) > model.max_positions:
             raise InputError(
                 f"row {row} has {len(places)} tokens, but the model has {model.max_positions} positions; cut the text "
-                "around the places to fill"
+                "around the masks"
             )
+
     return Order.lattice(mask, present)
 
 
@@ -326,7 +329,7 @@ def bool_of(values: Tensor, input_ids: Tensor, name: str, meaning: str) -> Tenso
 
 
 def check_visible_tokens(input_ids: Tensor, order: Order, mask_token_id: int) -> None:
-    """Raise InputError if a visible token is the mask token: it is no text, and mask= has forgotten it."""
+    """Raise InputError if a visible token is the mask token: it is not text, and mask= does not cover it."""
     tokens = input_ids.gather(1, order.positions.to(input_ids.device)).cpu()
     visible = torch.arange(tokens.shape[1]) < order.num_visible.cpu()[:, None]
     forgotten = (tokens == mask_token_id) & visible

@@ -1,9 +1,9 @@
 """Attention and masks that let a transformers model run its own modules over a `RaggedCache`.
 
-Models that go through transformers' attention interface are switched to the implementation "specdec_ragged", or to
-"specdec_ragged_sdpa" where their own is "sdpa".
-The others choose their attention class by name, so there the stock "eager" and "sdpa" mask functions are wrapped to
-understand one query offset per row; for any other cache the wrapped functions are the stock ones.
+Models that use transformers' attention interface are switched to the implementation "specdec_ragged", or to
+"specdec_ragged_sdpa" if their own is "sdpa". The others choose their attention class by name, so there the stock
+"eager" and "sdpa" mask functions are wrapped to understand one query offset per row; for any other cache the wrapped
+functions are the stock ones.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from specdec.batch.branches import Branches
+from specdec.batch.columns import Columns
 
 RAGGED = "specdec_ragged"
 RAGGED_SDPA = "specdec_ragged_sdpa"
 
-# transformers hands a mask function one offset per row; what else the running forward needs is found here.
-_branches: ContextVar[Branches | None] = ContextVar("branches", default=None)
+# transformers hands a mask function one offset per row, which is all that plain text needs; trees are found here.
+_columns: ContextVar[Columns | None] = ContextVar("columns", default=None)
 
 
 @contextmanager
-def masks_of(branches: Branches) -> Iterator[None]:
-    """Masks that are made inside are those of a forward over a ragged cache with these branches."""
-    token = _branches.set(branches)
+def masks_of(columns: Columns) -> Iterator[None]:
+    """Masks that are made inside are those of a forward over a ragged cache with these columns."""
+    token = _columns.set(None if columns.is_chain else columns)
     try:
         yield
     finally:
-        _branches.reset(token)
+        _columns.reset(token)
 
 
-def branches_of_forward() -> Branches | None:
-    """Those of the forward that is running, if it has any."""
-    return _branches.get()
+def tree_of_forward() -> Columns | None:
+    """The columns of the forward that is running, None where they are plain text."""
+    return _columns.get()
 
 
 def visible_slots(
@@ -62,19 +62,14 @@ def visible_slots(
     """Which slots each query sees, [rows, 1, q_length, kv_length] bool.
 
     q_offset: [rows] int64, the position of each row's first query. `mask_function(row, head, query, key)` is
-    transformers' own (causal, sliding, chunked ...); its index arguments broadcast. Within `masks_of`, queries and keys
-    count by their places.
+    transformers' own (causal, sliding, chunked ...); its index arguments broadcast.
     """
-    if not isinstance(q_offset, Tensor):
-        q_offset = torch.tensor(q_offset, device=device)
-    row = torch.arange(batch_size, device=device)[:, None, None, None]
-    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    query = (q_offset.reshape(-1, 1) + torch.arange(q_length, device=device))[:, None, :, None]
-    key = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
-    if (branches := branches_of_forward()) is not None:
-        query, key = branches.places[:, None, :, None], branches.key_places(kv_length)[:, None, None]
-        return mask_function(row, head, query, key) & branches.visible(kv_length)[:, None]
-    return mask_function(row, head, query, key).expand(batch_size, 1, q_length, kv_length)
+    columns = tree_of_forward()
+    if columns is None:
+        if not isinstance(q_offset, Tensor):
+            q_offset = torch.tensor(q_offset, device=device)
+        columns = Columns.chain(q_offset.reshape(-1).expand(batch_size), q_length)
+    return columns.mask_by(mask_function, kv_length, kv_offset)
 
 
 def ragged_mask(
@@ -88,7 +83,7 @@ def ragged_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
-    """The mask of a forward over a ragged cache; of any other, a call of the user's meanwhile, the stock one."""
+    """The mask of a forward over a ragged cache; for any other (a concurrent call by the user) the stock mask."""
     if isinstance(q_offset, Tensor) and q_offset.dim() == 1:
         visible = visible_slots(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)
         if attention_mask is None:
@@ -131,7 +126,7 @@ def ragged_attention(
     if attention_mask is None and is_plain:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **kwargs)
     rows, num_heads, width, _ = query.shape
-    if attention_mask is None:  # a call of the user's meanwhile, without a ragged cache
+    if attention_mask is None:  # a concurrent call by the user, without a ragged cache
         attention_mask = query.new_ones(1, 1, width, key.shape[2], dtype=torch.bool)
         if kwargs.get("is_causal", getattr(module, "is_causal", True)):
             attention_mask = attention_mask.tril(key.shape[2] - width)
@@ -139,7 +134,7 @@ def ragged_attention(
     group = num_heads // num_kv_heads
     packed = query.reshape(rows, num_kv_heads, group * width, query.shape[-1])
     if is_plain:
-        # One mask for all heads, or, where the model adds something of its own, one for each.
+        # One mask for all heads, or one per head if the model adds its own terms.
         mask_heads = 1 if attention_mask.shape[1] == 1 else num_kv_heads
         mask = attention_mask.expand(rows, mask_heads * group, width, -1).reshape(rows, mask_heads, group * width, -1)
         out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
@@ -163,7 +158,7 @@ def ragged_attention(
 def ragged_sdpa_attention(
     *args, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs
 ) -> tuple[Tensor, None]:
-    """`ragged_attention` without what transformers' own "sdpa" leaves out, as Gemma 2 runs in transformers 5.17."""
+    """`ragged_attention` without the terms that transformers' own "sdpa" omits, as in Gemma 2 in transformers 5.17."""
     return ragged_attention(*args, **kwargs)
 
 
@@ -190,7 +185,7 @@ def _understand_row_offsets(stock: Callable, additive: bool) -> Callable:
 
 @cache
 def register() -> None:
-    """Make transformers know the above; once a process."""
+    """Register the above with transformers, once per process."""
     # The classmethods write the global mapping; assigning into ALL_* would only change the instance's local one.
     for name, function in ((RAGGED, ragged_attention), (RAGGED_SDPA, ragged_sdpa_attention)):
         AttentionInterface.register(name, function)
@@ -230,8 +225,8 @@ _switched: dict[int, tuple[int, str | None]] = {}  # id of a config in use -> ca
 
 
 def configs_of(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config that some part of the model reads its attention implementation from."""
-    # Of all modules, because some give their layers a copy of the model's config.
+    """Every config from which some part of the model reads its attention implementation."""
+    # The configs of all modules, because some models give their layers a copy of the model's config.
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     for config in list(configs.values()):

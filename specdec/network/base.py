@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.batch.columns import Columns
 from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
 from specdec.draft import ExtraQueries
@@ -29,8 +30,8 @@ def prefill_budget(device: torch.device) -> int:
 class NetworkOutput(NamedTuple):
     """logits: [rows, width or 1, vocab] in the model's dtype. hidden_states: [rows, width, hidden] per asked layer.
 
-    extra_logits: of a forward with extra queries, from the columns that they are wanted behind, [rows] int64, to
-    [rows, extra, vocab]; those behind other columns are not computed where the network can help it.
+    extra_logits: of a forward with extra queries; takes the column of each row whose branch is wanted, [rows] int64,
+    and returns [rows, extra, vocab]. A network may compute these branches alone.
     """
 
     logits: Tensor
@@ -43,7 +44,7 @@ class NetworkOutput(NamedTuple):
 
 
 class CachePlan(NamedTuple):
-    """What running a network allocates: a cache of so many rows and slots, for which `freed` bytes are given back."""
+    """What running a network allocates: a cache of that size, for which `freed` bytes are given back."""
 
     max_rows: int
     num_slots: int
@@ -94,25 +95,39 @@ class Network(ABC):
         layers: tuple[int, ...] = (),
         host_starts: np.ndarray | None = None,
         extra_queries: ExtraQueries | None = None,
+        parents: Tensor | None = None,
     ) -> NetworkOutput:
         """Feed [rows, width] tokens to follow each row's first starts[b] ([rows] int64) cached ones.
 
         used_slots: an upper bound of starts + width known to the host. layers: hidden states to return, numbered as
-        in transformers (0 = embeddings, -1 = behind the final norm). host_starts: `starts` on the host; a layout that
+        in transformers (0 = embeddings, -1 = after the final norm). host_starts: `starts` on the host; a layout that
         needs them copies them there if they are not given.
-        extra_queries: stand behind every token (`specdec/batch/branches.py`) and take slots of the cache until the next
-        forward: width * extra behind the tokens, which `used_slots` counts.
+        extra_queries: a branch after every token. The branches take slots of the cache until the next forward: width *
+        extra after those of the tokens, which `used_slots` counts.
+        parents: [rows, width] int64 where the tokens form a tree: the column before each in its path, -1 for the cached
+        tokens; see `specdec/batch/columns.py`.
         """
-        width, ahead = token_ids.shape[1], None
+        width = token_ids.shape[1]
         if extra_queries is not None:
-            width, ahead = width * (1 + extra_queries.num), extra_queries.ahead
-        positions = self.cache.begin(starts, width, used_slots, host_starts=host_starts, ahead=ahead)
+            assert parents is None, "extra queries stand after text alone"
+            each = torch.arange(width, device=starts.device)[None]
+            columns = Columns.branches(starts, width, each, extra_queries.ahead)
+        else:
+            columns = Columns.chain(starts, width) if parents is None else Columns.tree(starts, parents)
+        positions = self.cache.begin(columns, used_slots, host_starts=host_starts)
         return self._run(token_ids, positions, None, layers, extra_queries)
 
-    def prefill(self, rows: Rows, token_ids: Tensor | None = None) -> Tensor:
-        """Cache all committed tokens of every row; returns the logits behind each row's last one, [rows, vocab].
+    def prefill(
+        self,
+        rows: Rows,
+        token_ids: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        read: Callable[[Rows, int, int, tuple[Tensor, ...]], None] | None = None,
+    ) -> Tensor:
+        """Cache all committed tokens of every row; returns the logits after each row's last one, [rows, vocab].
 
         token_ids: in place of `rows.token_ids`, where this network knows fewer tokens.
+        layers, read: of each piece, read(its rows, begin, end, the hidden states of its columns).
         """
         token_ids = rows.token_ids if token_ids is None else token_ids
         budget = prefill_budget(rows.device)
@@ -121,36 +136,46 @@ class Network(ABC):
             # Rows are sorted by falling length, so neighbours waste little on each other's padding.
             longest = int(rows.host_lengths[first])
             last = min(first + max(budget // longest, 1), len(rows))
-            logits.append(self._prefill_rows(token_ids[first:last], rows.lengths[first:last], first, longest, budget))
+
+            part, width = slice(first, last), max(budget // (last - first), 1)
+            lengths, found = rows.lengths[part], rows.token_ids.new_empty(last - first, 0)
+            for begin in range(0, longest, width):
+                end = min(begin + width, longest)
+                output = self.prefill_columns(token_ids[part], lengths, first, begin, end, layers)
+                new = output.logits[:, 0]
+                found = new if begin == 0 else torch.where((lengths > begin)[:, None], new, found)
+                if read is not None:
+                    read(Rows.of(rows.slots, rows.first + first, last - first), begin, end, output.hidden_states)
+            logits.append(found)
             first = last
         return torch.cat(logits)
 
-    def _prefill_rows(self, token_ids: Tensor, lengths: Tensor, first_row: int, longest: int, budget: int) -> Tensor:
-        """Cache [rows, columns] tokens from the cache's row `first_row` on; [rows, vocab] behind the last of each."""
-        num_rows = len(token_ids)
-        width = max(budget // num_rows, 1)
-        out = token_ids.new_empty(num_rows, 0)
-        for begin in range(0, longest, width):
-            end = min(begin + width, longest)
-            logits = self.prefill_columns(token_ids, lengths, first_row, begin, end)
-            out = logits if begin == 0 else torch.where((lengths > begin)[:, None], logits, out)
-        return out
-
-    def prefill_columns(self, token_ids: Tensor, lengths: Tensor, first_row: int, begin: int, end: int) -> Tensor:
+    def prefill_columns(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        first_row: int,
+        begin: int,
+        end: int,
+        layers: tuple[int, ...] = (),
+    ) -> NetworkOutput:
         """Cache columns begin .. end - 1 of [rows, columns] tokens, in the cache's rows from `first_row` on.
 
-        Returns [rows, vocab] logits: behind a row's last token if it is among the columns. Of a row that ended before
-        them they mean nothing, and what is cached for it here is overwritten later.
+        Returns logits, [rows, 1, vocab], after each row's last token if it is among the columns, and the hidden states
+        of all columns. Neither has a meaning after the end of a row; what is cached there is overwritten later.
+
+        layers: as in `forward`.
         """
         starts = torch.full((len(token_ids),), begin, device=token_ids.device)
         host_starts = np.full(len(token_ids), begin)
-        positions = self.cache.begin(starts, end - begin, end, first_row, host_starts)
+        positions = self.cache.begin(Columns.chain(starts, end - begin), end, first_row, host_starts)
         last = (lengths - 1 - begin).clamp(0, end - begin - 1)
-        return self._run(token_ids[:, begin:end], positions, last, ()).logits[:, 0]
+        return self._run(token_ids[:, begin:end], positions, last, layers)
 
     def fill(self, token_ids: Tensor, starts: Tensor, used_slots: int, host_starts: np.ndarray) -> None:
         """Cache tokens as `forward` does, with little else: it looks at no logits."""
-        positions = self.cache.begin(starts, token_ids.shape[1], used_slots, host_starts=host_starts)
+        columns = Columns.chain(starts, token_ids.shape[1])
+        positions = self.cache.begin(columns, used_slots, host_starts=host_starts)
         self._run(token_ids, positions, torch.zeros_like(starts), ())
 
     def keep_rows(self, index: Tensor) -> None:
@@ -159,6 +184,16 @@ class Network(ABC):
     def resize(self, max_rows: int, num_slots: int) -> None:
         """Room for other numbers of rows and tokens; what still fits stays cached."""
         self.cache.resize(max_rows, num_slots)
+
+
+def layer_numbers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The same layers counted from 0, the embeddings, to num_layers, the output of the final norm.
+
+    >>> layer_numbers((0, 2, -1), 12)
+    (0, 2, 12)
+    """
+    numbers = range(num_layers + 1)
+    return tuple(numbers[layer] for layer in layers)
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:

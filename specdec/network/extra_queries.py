@@ -1,4 +1,4 @@
-"""Whether a model takes queries beside its text (`specdec/batch/branches.py`), found out before the first token.
+"""Whether a model takes queries beside its text (`specdec/batch/columns.py`), found out before the first token.
 
 Behind every place of the text such a query is to see what it would see if it and those before it were the text. So the
 model's own uncached forward over the text up to there and the queries behind it says what is right, and masks,
@@ -7,8 +7,6 @@ positions or embeddings that a model treats in ways of its own show as a differe
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import torch
 from transformers import PreTrainedModel
 
@@ -16,6 +14,7 @@ from specdec.batch.layout import Layout, Ragged
 from specdec.batch.rows import Rows
 from specdec.draft import ExtraQueries
 from specdec.errors import UnsupportedModelError
+from specdec.kept import kept_with
 from specdec.network.base import Network, evaluating
 from specdec.network.choose import build_network
 from specdec.network.probe import (
@@ -28,18 +27,20 @@ from specdec.network.probe import (
 )
 
 WIDTH, NUM_EXTRA, PROMPT_LENGTHS = 3, 2, (4, 2)
-_probed: WeakKeyDictionary[PreTrainedModel, set[tuple]] = WeakKeyDictionary()
 
 
 def check_extra_queries(model: PreTrainedModel, layout: Layout | None = None) -> None:
     """Raise UnsupportedModelError unless steps with extra queries give what the model's own forward gives."""
     layout = layout or Ragged()
-    key, known = probe_key(model, layout), _probed.setdefault(model, set())
-    if key in known:
-        return
+    kept_with(model, ("extra queries", *probe_key(model, layout)), lambda: _sound_difference(model, layout))
+
+
+def _sound_difference(model: PreTrainedModel, layout: Layout) -> float:
+    """The first difference within the tolerance; raises UnsupportedModelError if all attempts exceed it."""
     name, tolerance, difference = type(model).__name__, probe_tolerance(model), 0.0
     num_slots = max(PROMPT_LENGTHS) + WIDTH * (1 + NUM_EXTRA)
     network = build_network(model, len(PROMPT_LENGTHS), num_slots, layout=layout)
+
     for attempt in range(PROBE_ATTEMPTS):
         try:
             difference = probe(model, network, attempt)
@@ -49,8 +50,8 @@ def check_extra_queries(model: PreTrainedModel, layout: Layout | None = None) ->
                 "another drafter for it"
             ) from error
         if difference <= tolerance:
-            known.add(key)
-            return
+            return difference
+
     raise UnsupportedModelError(
         f"{name} gives other logits for queries beside its text than for the same in its place (relative difference "
         f"{difference:.1e}, limit {tolerance:.0e} in {model.dtype}); use another drafter for it"

@@ -1,8 +1,8 @@
-"""A short forward for llama-, qwen2-, qwen3- and mistral-type models: few calls a layer, weights merged.
+"""A short forward for llama-, qwen2-, qwen3- and mistral-type models: few calls per layer, weights merged.
 
-The stock modules spend most of a small decode step in Python and in dispatching some forty small operations a layer.
+The stock modules spend most of a small decode step in Python and in dispatching some forty small operations per layer.
 Here a layer is: norm, one qkv product, rotation, cache write, SDPA, one product with the residual, norm, one gate-up
-product, SiLU, one product with the residual. Masks are made once a step and shared by all layers; single rows and
+product, SiLU, one product with the residual. Masks are made once per step and shared by all layers; single rows and
 first prefill chunks need none.
 """
 
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.batch.cache import RaggedLayer
+from specdec.batch.columns import Columns
 from specdec.batch.layout import Layout
 from specdec.draft import ExtraQueries
-from specdec.network.base import Network, NetworkOutput
+from specdec.network.base import Network, NetworkOutput, layer_numbers
 from specdec.network.known_classes import LLAMA_LIKE, head_norm_eps, is_known_class, is_plain, windows
 from specdec.network.packed_linear import MergedLinear, can_pack
 
 
 def can_fuse(model: PreTrainedModel) -> bool:
-    """Whether `model` is exactly one of the known classes, with nothing attached that its own forward would honour."""
+    """Whether `model` is exactly one of the known classes, without attachments that its own forward would respect."""
     if not is_known_class(model, LLAMA_LIKE):
         return False
     if len({parameter.device for parameter in model.parameters()}) != 1:
@@ -36,7 +37,7 @@ def can_fuse(model: PreTrainedModel) -> bool:
 
 
 class Attend(NamedTuple):
-    """What all layers of one forward share.
+    """Inputs shared by all layers of one forward.
 
     cos, sin: [rows * width, 1, head_dim], sin signed for the rotation of halves. masks: additive, per sliding window
     (None = full attention), [rows, 1, width * group, slots] in the model's dtype; empty if none is needed.
@@ -121,8 +122,8 @@ class FusedWeights:
 
 
 def fingerprint(model: PreTrainedModel) -> list[tuple]:
-    """Changes when any weight is replaced or written to, also through `.data`, which bumps no version, and when an
-    attribute that the layers were built from is edited."""
+    """Changes when any weight is replaced or written to (even through `.data`, which does not change the version), and
+    when an attribute that the layers were built from is edited."""
     layers = model.model.layers[: model.config.num_hidden_layers]
     settings = []
     for window, layer in zip(windows(model), layers, strict=True):
@@ -171,6 +172,7 @@ class FusedNetwork(Network):
         super().__init__(model, model.config.num_hidden_layers, max_rows, num_slots, layout)
         self.weights = fused_weights(model)
         self.embedding, self.norm = model.model.embed_tokens, model.model.norm
+        self.zero, self.minus_infinity = (self.norm.weight.new_tensor(value) for value in (0.0, float("-inf")))
         self._make_rotation(num_slots)
 
     def resize(self, max_rows: int, num_slots: int) -> None:
@@ -201,26 +203,36 @@ class FusedNetwork(Network):
             text = hidden.view(rows, token_ids.shape[1], -1)
             branches = extra_queries.embeddings.repeat(token_ids.shape[1], 1).expand(rows, -1, -1)
             hidden = torch.cat([text, branches], 1).flatten(0, 1)
-        states = [hidden]
-        for layer, cache in zip(self.weights.layers, self.cache.layers, strict=True):
+
+        last = len(self.weights.layers)
+        asked = layer_numbers(layers, last)
+        states = {0: hidden}
+        for number, (layer, cache) in enumerate(zip(self.weights.layers, self.cache.layers, strict=True), 1):
             hidden = layer(hidden, cache, shared)
-            if layers:
-                states.append(hidden)
+            if number in asked:
+                states[number] = hidden
+
+        # A prefill needs the logits of each row's last column alone.
+        at_logits = hidden
         if logits_at is not None:
-            hidden = hidden.view(rows, width, -1)[torch.arange(rows, device=hidden.device), logits_at]
-        hidden = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
-        states[-1] = hidden
+            at_logits = hidden.view(rows, width, -1)[torch.arange(rows, device=hidden.device), logits_at]
+        normed = self._normed(at_logits)
+        if last in asked:
+            states[last] = normed if logits_at is None else self._normed(hidden)
+
+        kept = tuple(states[number].view(rows, width, -1) for number in asked)
         if extra_queries is not None:
-            return self._with_extra(hidden.view(rows, width, -1), states, layers, token_ids.shape[1])
-        return NetworkOutput(self._logits(hidden, rows), tuple(states[i].view(rows, width, -1) for i in layers))
+            return self._with_extra(normed.view(rows, width, -1), kept, token_ids.shape[1])
+        return NetworkOutput(self._logits(normed, rows), kept)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
 
     def _logits(self, hidden: Tensor, rows: int) -> Tensor:
         return self.weights.head(hidden).view(rows, -1, self.model.lm_head.out_features)
 
-    def _with_extra(
-        self, hidden: Tensor, states: list[Tensor], layers: tuple[int, ...], num_tokens: int
-    ) -> NetworkOutput:
-        """hidden: [rows, width, hidden], the first columns of text."""
+    def _with_extra(self, hidden: Tensor, states: tuple[Tensor, ...], num_tokens: int) -> NetworkOutput:
+        """hidden, states: [rows, width, hidden], the first columns of text."""
         rows = len(hidden)
         branches = hidden[:, num_tokens:].unflatten(1, (num_tokens, -1))
 
@@ -230,39 +242,28 @@ class FusedNetwork(Network):
             return self._logits(chosen.flatten(0, 1), rows)
 
         logits = self._logits(hidden[:, :num_tokens].flatten(0, 1), rows)
-        kept = tuple(states[i].view(rows, hidden.shape[1], -1)[:, :num_tokens] for i in layers)
-        return NetworkOutput(logits, kept, extra_logits)
+        return NetworkOutput(logits, tuple(state[:, :num_tokens] for state in states), extra_logits)
 
     def _shared(self, positions: Tensor) -> Attend:
         rows, width = positions.shape
         used = self.cache.used_slots
         flat = positions.flatten()
         windowed = any(layer.window is not None and layer.window < used for layer in self.weights.layers)
-        slots, pads = self.cache.query_slots, self.cache.pads
+        columns, pads = self.cache.columns, self.cache.pads
         # used == starts + width for the longest row, so used == width says that every row starts at slot 0.
-        is_causal = used == width and not windowed and self.cache.branches is None
+        is_causal = used == width and not windowed and columns.is_chain
         masks = {}
         if not is_causal and (rows > 1 or width > 1 or windowed or pads is not None):
             for layer in self.weights.layers:
                 if layer.window not in masks:
-                    masks[layer.window] = self._mask(slots, pads, layer)
+                    masks[layer.window] = self._mask(columns, pads, layer)
         return Attend(rows, width, self.cos[flat, None], self.sin[flat, None], masks, is_causal)
 
-    def _mask(self, slots: Tensor, pads: Tensor | None, layer: FusedLayer) -> Tensor:
-        key = torch.arange(self.cache.used_slots, device=slots.device)
-        branches = self.cache.branches
-        if branches is None:
-            hidden = key > slots[..., None]  # [rows, width, slots]
-        else:
-            hidden = ~branches.visible(len(key))
-            slots = branches.places  # a window counts places, which for text are its slots
-            key = branches.key_places(len(key))[:, None]
-        if layer.window is not None:
-            hidden |= key <= slots[..., None] - layer.window
+    def _mask(self, columns: Columns, pads: Tensor | None, layer: FusedLayer) -> Tensor:
+        visible = columns.mask(self.cache.used_slots, layer.window)  # [rows, width, slots]
         if pads is not None:
-            hidden |= key < pads[:, None, None]
-        mask = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=hidden.device)
-        mask = mask.masked_fill(hidden, float("-inf"))
+            visible &= torch.arange(self.cache.used_slots, device=pads.device) >= pads[:, None, None]
+        mask = torch.where(visible, self.zero, self.minus_infinity)
         return mask.repeat_interleave(layer.num_heads // layer.num_kv_heads, 1)[:, None]
 
 
@@ -278,5 +279,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x cos + rotate_half(x) sin, the half's sign being folded into `sin`. x: [tokens, heads, dim]"""
+    """Rotary positions: x cos + rotate_half(x) sin, with the half's sign folded into `sin`. x: [tokens, heads, dim]"""
     return torch.addcmul(x * cos, x.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin)

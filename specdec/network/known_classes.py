@@ -1,5 +1,5 @@
-"""The classes of transformers whose forward is written out here a second time, and how an instance shows that it is one
-of them: by its type and the types of its parts, with nothing replaced, hooked or attached.
+"""The transformers classes whose forward is reimplemented here, and the check that an instance is one of them: by its
+type and the types of its parts, with nothing replaced, hooked or attached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-# Rotations that depend on the position alone; "dynamic" and "longrope" also depend on the longest sequence.
+# Rotations that depend only on the position; "dynamic" and "longrope" also depend on the longest sequence.
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
 SILU, GELU_TANH = (nn.SiLU, SiLUActivation), (GELUTanh,)
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -36,11 +36,11 @@ SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_lay
 
 
 class Family(NamedTuple):
-    """What the models of a class are made of.
+    """The parts of a class's models.
 
-    modeling, prefix: the file of its parts and how their names begin. activations: of the gated MLP. norms: of a
-    layer, apart from those of the heads; four of them normalise what attention and MLP add, too. caps_scores,
-    caps_logits: whether the class heeds the config's soft-caps of attention scores and logits, where these are set.
+    modeling, prefix: the module file of its parts and the prefix of their names. activations: of the gated MLP. norms:
+    of a layer, not counting those of the heads; with four, the outputs of attention and MLP are normalised too.
+    caps_scores, caps_logits: whether the class applies the config's soft-caps of attention scores and logits, if set.
     """
 
     modeling: ModuleType
@@ -68,7 +68,7 @@ EMBEDDINGS = (
     nn.Embedding,
     *(getattr(family.modeling, f"{family.prefix}TextScaledWordEmbedding") for family in GEMMA_LIKE.values()),
 )
-# What the modules computed when this was imported: a class whose forward is patched later is known no more.
+# The forwards at import time: a class whose forward is patched later is no longer known.
 FORWARDS = {
     kind: kind.forward
     for kind in (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, GELUTanh, *(
@@ -80,7 +80,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def is_known_class(model: PreTrainedModel, families: dict[type, Family]) -> bool:
-    """Whether `model` is of one of these and has the parts that its class gives it."""
+    """Whether `model` is of one of these classes and has the parts that its class gives it."""
     if type(model) not in families or getattr(model.config, "use_bidirectional_attention", False):
         return False
     rope_type = model.model.rotary_emb.rope_type
@@ -106,14 +106,14 @@ def is_known_layer(model: PreTrainedModel, layer: Any) -> bool:
 
 
 def head_norm_eps(block: Any) -> list[float]:
-    """Of the norms of queries and keys, where there are such."""
+    """The eps of the norms of queries and keys, if there are any."""
     norms = [block.q_norm, block.k_norm] if hasattr(block, "q_norm") else []
     return [norm.eps if hasattr(norm, "eps") else norm.variance_epsilon for norm in norms]
 
 
 def is_plain(module: nn.Module, may_be_replaced: bool = False) -> bool:
-    """No hooks, its own or all modules', no replaced forward (accelerate, PEFT, compile; patched classes), no
-    parametrisation, no Linear of another kind."""
+    """Whether there are no hooks (its own or global ones), no replaced forward (accelerate, PEFT, compile, patched
+    classes), no parametrisation and no other kind of Linear."""
     if any(getattr(module, hooks) or getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS):
         return False
     if FORWARDS.get(type(module), type(module).forward) is not type(module).forward or (
@@ -123,9 +123,9 @@ def is_plain(module: nn.Module, may_be_replaced: bool = False) -> bool:
     if module._compiled_call_impl is not None or hasattr(module, "parametrizations"):
         return False
     if isinstance(module, nn.Linear | nn.Embedding):
-        # Quantisers replace the module by a subclass (bitsandbytes) or its weight by one of Tensor (torchao).
+        # Quantisers replace the module by a subclass (bitsandbytes) or its weight by a subclass of Tensor (torchao).
         return type(module) in (nn.Linear, *EMBEDDINGS) and type(module.weight) is nn.Parameter
-    # Anything that is not transformers' or torch's own may do what this forward does not.
+    # Anything that is not transformers' or torch's own may do things that this forward does not.
     return type(module).__module__.startswith(("transformers.models.", "transformers.activations", "torch.nn."))
 
 

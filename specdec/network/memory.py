@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec.batch.layout import Layout, Ragged
 from specdec.errors import ConfigError
+from specdec.kept import kept_with
 from specdec.network.base import Network, vocab_size_of
 from specdec.network.choose import build_network, choose_network
 from specdec.network.free_memory import free_bytes
@@ -24,8 +24,6 @@ GIB = 2**30
 PROBE_SLOTS = 8  # tokens of the cache whose size is measured
 # A host swaps and overcommits: a cache that is larger than its free memory may still be served.
 LIMITED_DEVICES = ("cuda",)
-
-_measured: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,10 @@ def kv_bytes_per_token(network_type: NetworkType, model: PreTrainedModel, layout
         return 2 * len(model.model.layers) * heads * head_dim * model.dtype.itemsize
 
     # Other families cache in shapes of their own, so the size is measured once, in a forward over one token.
-    known, key = _measured.setdefault(model, {}), probe_key(model, network_type, layout)
-    if key not in known:
-        known[key] = measured_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)) / PROBE_SLOTS
-    return known[key]
+    key = ("bytes of a token", *probe_key(model, network_type, layout))
+    return kept_with(
+        model, key, lambda: measured_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)) / PROBE_SLOTS
+    )
 
 
 @torch.no_grad()

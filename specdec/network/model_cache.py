@@ -14,10 +14,10 @@ NAME = "cache" if any(field.name == "cache" for field in dataclasses.fields(Caus
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache | None) -> dict[str, Cache | None]:
-    """`cache` under the name that the model's forward gives it; a model's own code may keep the old one."""
+    """`cache` under the name that the model's forward uses; a model's custom code may keep the old name."""
     return {OLD if OLD in inspect.signature(type(model).forward).parameters else NAME: cache}
 
 
 def returned_cache(output: Any) -> Cache:
-    """The cache that a model's output holds."""
+    """The cache in a model's output."""
     return output.cache if hasattr(output, "cache") else output.past_key_values

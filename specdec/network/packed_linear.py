@@ -1,9 +1,9 @@
-"""Linear layers in the weight layout that oneDNN's GEMM likes best on a CPU.
+"""Linear layers in the weight layout that is fastest for oneDNN's GEMM on a CPU.
 
-`torch.nn.functional.linear` hands few-row products (decoding one token, verifying several) to a general GEMM that
-reads the weights far below the memory bandwidth. oneDNN's kernel over pre-packed weights, the one that
-torch.compile's CPU backend uses, measured 2 to 5 times faster at 1 to 48 rows. Packing costs a copy of the weights,
-so it is done where that copy fits easily into free memory; elsewhere the module's own weights are used as they are.
+`torch.nn.functional.linear` passes few-row products (decoding one token, verifying several) to a general GEMM that
+reads the weights far below the memory bandwidth. oneDNN's kernel over pre-packed weights, which torch.compile's CPU
+backend uses, measured 2 to 5 times faster at 1 to 48 rows. Packing costs a copy of the weights, so it is done only if
+that copy easily fits into free memory; otherwise the module's own weights are used directly.
 """
 
 from __future__ import annotations

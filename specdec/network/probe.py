@@ -7,8 +7,6 @@ wrongly.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 from specdec.batch.layout import Layout, Repad
 from specdec.batch.rows import Rows
 from specdec.errors import UnsupportedModelError
+from specdec.kept import kept_with
 from specdec.network.base import evaluating
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.network import InvariantNetwork
@@ -34,16 +33,15 @@ PROBE_ERRORS = (
 
 NetworkType = type[FusedNetwork] | type[InvariantNetwork] | type[StockNetwork]
 
-_probed: WeakKeyDictionary[PreTrainedModel, dict[tuple, float]] = WeakKeyDictionary()
-
 
 def probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layout) -> None:
     """Raise UnsupportedModelError unless such a network gives the model's logits. The same question is asked once."""
-    key = probe_key(model, network_type, layout)
-    known = _probed.setdefault(model, {})
-    if key in known:
-        return
+    key = ("probe", *probe_key(model, network_type, layout))
+    kept_with(model, key, lambda: _sound_difference(model, network_type, layout))
 
+
+def _sound_difference(model: PreTrainedModel, network_type: NetworkType, layout: Layout) -> float:
+    """The first difference within the tolerance; raises UnsupportedModelError if all attempts exceed it."""
     tolerance = probe_tolerance(model)
     for attempt in range(PROBE_ATTEMPTS):
         try:
@@ -57,8 +55,7 @@ def probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layout
             ) from error
 
         if difference <= tolerance:
-            known[key] = difference
-            return
+            return difference
 
     raise UnsupportedModelError(
         f"{type(model).__name__} gives other logits over a {layout.name} cache than without a cache (relative "

@@ -1,4 +1,4 @@
-"""Any causal language model, run through its own modules over a ragged cache."""
+"""Runs any causal language model through its own modules over a ragged cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specdec.network.model_cache import cache_argument
 
 
 class StockNetwork(Network):
-    """Switches the model to ragged attention while it runs and back afterwards."""
+    """Switches the model to ragged attention while it runs, and back afterwards."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class StockNetwork(Network):
         max_length: int | None = None,
         layout: Layout | None = None,
     ):
-        """max_length: no row grows longer; slots behind it are for drafts that are never committed."""
+        """max_length: no row grows longer; slots past it are for drafts that are never committed."""
         config = model.config.get_text_config(decoder=True)
         super().__init__(model, config.num_hidden_layers, max_rows, num_slots, layout)
         attention.register()
@@ -80,11 +80,12 @@ class StockNetwork(Network):
         if logits_at is not None and self.accepts_logits_to_keep:
             # One set of columns serves all rows; each row then picks its own.
             columns, logits_at = torch.unique(logits_at, return_inverse=True)
-            # A list, because accelerate moves tensors to the first device, and the head may lie on another.
+            # A list, because accelerate moves tensors to the first device, and the head may be on another.
             options["logits_to_keep"] = columns.tolist()
         if extra_queries is not None:
             return self._run_with_extra(token_ids, extra_queries, layers, options)
-        output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)
+        with attention.masks_of(self.cache.columns):
+            output = self.model(input_ids=token_ids, **cache_argument(self.model, self.cache), **options)
         logits = output.logits
         if logits_at is not None:
             logits = logits[torch.arange(len(logits), device=logits.device), logits_at.to(logits.device)][:, None]
@@ -97,8 +98,7 @@ class StockNetwork(Network):
         text = self.model.get_input_embeddings()(token_ids)
         branches = extra_queries.embeddings.to(text.dtype).repeat(num_tokens, 1)
         inputs = torch.cat([text, branches.expand(rows, -1, -1)], 1)
-        assert self.cache.branches is not None
-        with attention.masks_of(self.cache.branches):
+        with attention.masks_of(self.cache.columns):
             output = self.model(inputs_embeds=inputs, **cache_argument(self.model, self.cache), **options)
         logits, behind = output.logits[:, :num_tokens], output.logits[:, num_tokens:].unflatten(1, (num_tokens, -1))
 

@@ -1,1 +1,1 @@
-"""What the caller chose, checked before work starts."""
+"""The caller's options, checked before work starts."""

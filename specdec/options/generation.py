@@ -1,4 +1,4 @@
-"""Which of transformers' generation options are served, and what the others must be left at.
+"""Which of transformers' generation options are served, and the values at which the others must be left.
 
 Every field of GenerationConfig is in exactly one of the tables below (a test walks them), so that no option is
 silently ignored.
@@ -57,7 +57,7 @@ SERVED = WARPER_OPTIONS | frozenset(
         "renormalize_logits",
     }
 )
-# Have no effect in transformers either: beam options without beams, options of encoder-decoder models, of draft models
+# Without effect in transformers too: beam options without beams, options of encoder-decoder models, of draft models #
 # with another tokenizer, of compilation; without its cache transformers writes the same tokens, more slowly.
 WITHOUT_EFFECT = frozenset(
     {
@@ -127,39 +127,44 @@ def merge_config(
 ) -> GenerationConfig:
     """`overrides` over `generation_config` over the model's own generation config, as in transformers.
 
-    Raises ConfigError for keywords that are no generation options.
+    Raises ConfigError for keywords that are not generation options.
     """
     unknown = [name for name in overrides if name not in vars(GenerationConfig())]
     if any(name in CACHES for name in unknown):
         raise ConfigError(
             f"{next(name for name in unknown if name in CACHES)}= cannot be continued from; {WITHOUT_CACHE}"
         )
+
     if unknown:
         raise ConfigError(
             f"unknown keyword {unknown[0]!r}; specdec.generate takes the arguments in its signature and the fields of "
             "GenerationConfig (other model inputs, token_type_ids for instance, are not served: leave them out)"
         )
+
     if not isinstance(generation_config, GenerationConfig | None):
         raise ConfigError(f"generation_config is a {type(generation_config).__name__}; pass a GenerationConfig")
+
     config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
     for name, value in model.generation_config.to_dict().items():
         if getattr(config, name, None) is None:
             setattr(config, name, value)
+
     for name, value in overrides.items():
         setattr(config, name, value)
     if config.do_sample:
-        # Who samples without saying how gets transformers' defaults (top_k=50).
+        # Sampling without further options uses transformers' defaults (top_k=50).
         for name, value in model.generation_config._get_default_generation_params().items():
             if name in WARPER_OPTIONS and getattr(config, name, None) is None:
                 setattr(config, name, value)
+
     return config
 
 
 def check_served(config: GenerationConfig, explicit: set[str] | None, defaults: dict[str, Any] | None = None) -> None:
-    """Raise ConfigError for the first option that would have to change what is generated and is not served.
+    """Raise ConfigError for the first option that is not served and would change the output.
 
-    explicit: the names that the caller set, None if nobody knows; of others the message says where they come from.
-    defaults: transformers' own defaults where they have been filled in already; nobody asked for these values.
+    explicit: the names that the caller set, None if unknown; for other names the message says where they come from.
+    defaults: transformers' own defaults if they have been filled in already; the caller did not request these values.
     """
     defaults = defaults or {}
     temperature = config.temperature
@@ -168,14 +173,17 @@ def check_served(config: GenerationConfig, explicit: set[str] | None, defaults: 
             f"temperature={temperature!r} with do_sample=True; it must be a number above 0 "
             "(pass do_sample=False for greedy decoding)"
         )
+
     if not config.do_sample and config.num_return_sequences not in (None, 1):
         raise ConfigError(
             f"num_return_sequences={config.num_return_sequences} without do_sample=True; greedy decoding has one "
             "result per prompt, pass num_return_sequences=1"
         )
+
     for name in ("output_scores", "output_logits"):
         if getattr(config, name) and not config.return_dict_in_generate:
             raise ConfigError(f"{name}=True has nowhere to go; pass return_dict_in_generate=True with it")
+
     for name, neutral in NEUTRAL.items():
         value = getattr(config, name, None)
         if value in neutral or (name in defaults and value == defaults[name]):
@@ -188,7 +196,7 @@ def check_served(config: GenerationConfig, explicit: set[str] | None, defaults: 
 def resolve_options(
     config: GenerationConfig, num_columns: int, max_positions: int | None, vocab_size: int
 ) -> GenerationOptions:
-    """Numbers out of a merged config; `num_columns` is the padded prompt length that max_length counts from."""
+    """The numbers of a merged config; `num_columns` is the padded prompt length, which max_length includes."""
     if config.max_new_tokens is not None:
         max_new_tokens, said = config.max_new_tokens, f"max_new_tokens={config.max_new_tokens!r}"
     elif config.max_length is not None:
@@ -198,34 +206,42 @@ def resolve_options(
         room = DEFAULT_NEW_TOKENS if max_positions is None else max_positions - num_columns
         max_new_tokens = min(DEFAULT_NEW_TOKENS, room)
         said = f"{num_columns} prompt tokens of {max_positions} positions"
+
     if not is_whole(max_new_tokens) or max_new_tokens <= 0:
         raise ConfigError(f"{said} leaves no whole number of tokens to generate; at least 1 is needed")
+
     if config.min_new_tokens is not None:
         min_new_tokens = whole_number("min_new_tokens", config.min_new_tokens)
     else:
         min_new_tokens = max(whole_number("min_length", config.min_length or 0) - num_columns, 0)
     if min_new_tokens < 0 or min_new_tokens > max_new_tokens:
         raise ConfigError(f"min_new_tokens={min_new_tokens} is not between 0 and max_new_tokens={max_new_tokens}")
+
     eos = config.eos_token_id
     eos = eos.tolist() if isinstance(eos, Tensor) else eos
     eos = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
-    # Ids outside the vocabulary (-1 is in use) mean that there is no such token.
+    # Ids outside the vocabulary (-1 is common) mean that there is no such token.
     eos_token_ids = tuple(token for token in eos if 0 <= whole_number("eos_token_id", token) < vocab_size)
+
     max_time = config.max_time
     if max_time is not None and (not isinstance(max_time, int | float) or max_time <= 0):
         raise ConfigError(f"max_time={max_time!r} is not a number of seconds above 0")
+
     pad = config.pad_token_id
     if pad is None:
         pad = eos_token_ids[0] if eos_token_ids else 0
+
     strings = config.stop_strings or ()
     strings = (strings,) if isinstance(strings, str) else tuple(strings)
     if not all(isinstance(string, str) and string for string in strings):
         raise ConfigError(f"stop_strings={config.stop_strings!r}; pass one or more strings that are not empty")
+
     copies = whole_number(
         "num_return_sequences", 1 if config.num_return_sequences is None else config.num_return_sequences
     )
     if copies < 1:
         raise ConfigError(f"num_return_sequences={copies} must be at least 1")
+
     return GenerationOptions(
         max_new_tokens,
         min_new_tokens,

@@ -1,4 +1,4 @@
-"""From what `generate` is given to prompts without padding, or an error that says what is wrong with it."""
+"""Turns the inputs of `generate` into prompts without padding, or raises an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from specdec.errors import InputError
 
 CACHES = ("past_key_values", "cache")  # older and newer name of the cache among transformers' model inputs
-WITHOUT_CACHE = "a row has a cache of its own here, which fills from its prompt: leave it out"
+WITHOUT_CACHE = "each row has its own cache here, which is filled from its prompt: leave it out"
 
 
 def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -20,17 +20,20 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
             f"input_ids is a {type(input_ids).__name__}; pass a [rows, columns] integer tensor, as a tokenizer "
             "returns with return_tensors='pt'"
         )
+
     if input_ids.dim() != 2:
         raise InputError(
             f"input_ids has shape {list(input_ids.shape)}; it must be two-dimensional, [rows, columns] "
             "(for one prompt: input_ids[None])"
         )
+
     if input_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise InputError(f"input_ids has dtype {input_ids.dtype}; token ids are integers (torch.long)")
     if input_ids.numel() == 0:
         raise InputError(
             f"input_ids has shape {list(input_ids.shape)}: an empty prompt; pass at least one token per row"
         )
+
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise InputError(
@@ -40,9 +43,9 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> list[Tensor]:
-    """The rows of a left-padded batch without their padding, [length] int64 each.
+    """The rows of a left-padded batch without their padding, [length] int64 each, on the host.
 
-    Only the mask says what is padding: a prompt may itself contain the pad or the end-of-sequence token. Without a
+    Only the mask decides what is padding: a prompt may itself contain the pad or the end-of-sequence token. Without a
     mask every token is part of the prompt.
     """
     if attention_mask is None:
@@ -52,7 +55,7 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
                 f"row {row} begins with pad_token_id={pad_token_id} and there is no attention_mask to tell "
                 "padding from prompt; pass the tokenizer's attention_mask (all ones if it is prompt)"
             )
-        return list(input_ids.long())
+        return list(input_ids.long().cpu())
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise InputError(f"attention_mask is {shape}; it must have the shape of input_ids, {list(input_ids.shape)}")
@@ -62,10 +65,11 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
         )
     if not ((attention_mask == 0) | (attention_mask == 1)).all():
         raise InputError("attention_mask holds values other than 0 and 1; pass 1 for prompt tokens and 0 for padding")
-    visible = attention_mask.bool()
+    input_ids, visible = input_ids.cpu(), attention_mask.bool().cpu()
     if not visible.any(1).all():
         row = int((~visible.any(1)).long().argmax())
         raise InputError(f"row {row} is all padding; remove it or give it at least one prompt token")
+
     if not visible[:, -1].all():
         row = int((~visible[:, -1]).long().argmax())
         raise InputError(
@@ -75,11 +79,12 @@ def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id
     if (visible[:, 1:] < visible[:, :-1]).any():
         row = int((visible[:, 1:] < visible[:, :-1]).any(1).long().argmax())
         raise InputError(f"row {row}'s attention_mask has a gap; only padding on the left can be masked")
+
     return [ids[mask].long() for ids, mask in zip(input_ids, visible, strict=True)]
 
 
 def refuse_model_inputs(model_kwargs: dict[str, Any], attention_mask: Tensor) -> None:
-    """Raise InputError for model inputs that are not text, a cache that is filled, and positions of the user's own."""
+    """Raise InputError for model inputs other than text, for a filled cache, and for custom positions."""
     for name in CACHES:
         cache = model_kwargs.get(name)
         if cache is not None and int(cache.get_seq_length()) > 0:

@@ -1,4 +1,4 @@
-"""How a caller configures the speculation: which drafter, how many tokens, where random numbers come from."""
+"""How a caller configures the speculation: the drafter, the number of tokens, the source of random numbers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ from specdec.policy import LengthPolicy
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
 from specdec.verify.random_streams import RowStreams
 
+# Options of a generation config that choose a drafter or a policy: an engine has one of each, for all rows.
+ENGINE_OPTIONS = (
+    "prompt_lookup_num_tokens",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "max_matching_ngram_size",
+)
 VERIFICATIONS = ("token", "block")
 POLICY_ALIASES = ("num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
@@ -33,8 +41,8 @@ SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' na
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """The drafter, the most tokens it drafts per row and step, 1 to 32, the layout of the caches, and what decides how
-    many tokens are drafted."""
+    """The drafter, the most tokens it drafts per row and step (1 to 32), the layout of the caches, and the policy that
+    decides how many tokens are drafted."""
 
     drafter: Drafter
     num_speculative_tokens: int
@@ -48,8 +56,8 @@ class SpeculativeConfig:
 
     @property
     def spare_slots(self) -> int:
-        """The most that a step may write behind a row's committed tokens: the draft, the last token's own keys, and
-        the extra queries behind each of them."""
+        """The most slots that a step may write after a row's committed tokens: the draft, the last token's own keys,
+        and the extra queries after each of them."""
         return (self.num_speculative_tokens + 1) * (1 + self.drafter.num_extra_queries)
 
 
@@ -73,10 +81,10 @@ def speculative_config(
     length_policy: LengthPolicy | str = "fixed",
     target: PreTrainedModel | None = None,
 ) -> SpeculativeConfig:
-    """The speculation that our arguments and transformers' ask for; without any, plain decoding.
+    """The speculation requested by our arguments and transformers'; without any, plain decoding.
 
-    explicit: the fields of `config` that were keywords. Those that a config object or the model's own sets count too
-        where a drafter is chosen, unless a keyword says the same; transformers' defaults do not count.
+    explicit: the fields of `config` that were keywords. If a drafter is chosen, fields set by a config object or the
+        model's own config count too, unless a keyword overrides them; transformers' defaults do not count.
     target: the model that is decoded, for drafters that are named by a folder.
 
     Raises DrafterError or ConfigError for contradictions and for numbers outside 1 .. 32.
@@ -112,9 +120,7 @@ def speculative_config(
     policy = length_policy_of(length_policy, config, k)
     ngram = values["max_matching_ngram_size"]
     if ngram is not None and not is_lookup:
-        raise ConfigError(
-            f"max_matching_ngram_size={ngram} belongs to prompt lookup; pass drafter='prompt_lookup' with it"
-        )
+        raise ConfigError(f"max_matching_ngram_size={ngram} belongs to prompt lookup; add drafter='prompt_lookup'")
     if drafter is None:
         if k is not None:
             raise DrafterError(
@@ -124,15 +130,15 @@ def speculative_config(
             raise DrafterError(f"length_policy {policy.name!r} without a drafter; pass drafter=, or leave it out")
         return SpeculativeConfig(NoDrafts(), 1, chosen_layout)
     if ngram is not None and not (is_whole(ngram) and ngram >= 1):
-        raise ConfigError(f"max_matching_ngram_size={ngram!r} is no number of tokens; choose 1 or more")
+        raise ConfigError(f"max_matching_ngram_size={ngram!r} is not a number of tokens; choose 1 or more")
     chosen = resolve(drafter, target, **({} if ngram is None else {"max_ngram_size": ngram}))
     if length_policy == "fixed" and isinstance(policy, Heuristic):
-        k = MAX_DRAFT_TOKENS  # transformers' number is that of the first draft
+        k = MAX_DRAFT_TOKENS  # transformers' number applies only to the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
 
 
 def asked_for(config: GenerationConfig | None, name: str, is_keyword: bool, by_config: bool) -> Any:
-    """The value of a field that somebody set, else None. by_config: whether one that was no keyword counts."""
+    """The value of a field if it was set, else None. by_config: whether values that were not keywords count."""
     value = getattr(config, name, None)
     if is_keyword:
         return value
@@ -142,7 +148,7 @@ def asked_for(config: GenerationConfig | None, name: str, is_keyword: bool, by_c
 def draft_tokens(
     num_speculative_tokens: int | None, prompt_lookup_num_tokens: int | None, num_assistant_tokens: int | None
 ) -> tuple[str, int | None]:
-    """The number of draft tokens that was asked for, and by which name; None where nothing was said."""
+    """The requested number of draft tokens, and the name it was given by; None if none was requested."""
     tokens = {
         "num_speculative_tokens": num_speculative_tokens,
         "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
@@ -168,16 +174,16 @@ def draft_tokens(
 def length_policy_of(
     length_policy: LengthPolicy | str, config: GenerationConfig | None, first_tokens: int | None
 ) -> LengthPolicy:
-    """Ours, or the one that transformers' names ask for. first_tokens: of the schedule's first draft.
+    """The policy given by our argument, or by transformers' names. first_tokens: of the schedule's first draft.
 
-    Raises ConfigError where several ask for one.
+    Raises ConfigError if several ask for one.
     """
     policy = resolve_length_policy(length_policy)
     schedule, threshold = (getattr(config, name, None) for name in POLICY_ALIASES)
     if schedule not in (None, *SCHEDULES):
         raise ConfigError(f"num_assistant_tokens_schedule={schedule!r}; choose {', '.join(map(repr, SCHEDULES))}")
     if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
-        raise ConfigError(f"assistant_confidence_threshold={threshold!r} is no probability; choose 0 to 1")
+        raise ConfigError(f"assistant_confidence_threshold={threshold!r} is not a probability; choose 0 to 1")
     asked = {} if length_policy == "fixed" else {f"length_policy={policy.name!r}": policy}
     if schedule in SCHEDULES[1:]:
         asked[f"num_assistant_tokens_schedule={schedule!r}"] = Heuristic(first_tokens or DEFAULT_FIXED)
@@ -190,7 +196,7 @@ def length_policy_of(
 
 @dataclass(frozen=True)
 class Randomness:
-    """Where the numbers of sampling come from, and how drafts are verified."""
+    """The source of random numbers for sampling, and how drafts are verified."""
 
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
@@ -199,11 +205,11 @@ class Randomness:
     def checked(self, do_sample: bool | None, drafter: Drafter | None = None) -> Randomness:
         """Raise ConfigError for values that cannot be served, or that would be ignored.
 
-        do_sample: None if nobody knows yet. drafter: None if nobody knows yet.
+        do_sample: None if not yet known. drafter: None if not yet known.
         """
         self._check_verification(do_sample, drafter)
         if self.seed is not None and self.generator is not None:
-            raise ConfigError("seed and generator both say where random numbers come from; pass one of them")
+            raise ConfigError("seed and generator both set the source of random numbers; pass one of them")
         one = self.seed is None or is_whole(self.seed)
         if not one and not (isinstance(self.seed, Sequence) and all(map(is_whole, self.seed))):
             raise ConfigError(f"seed={self.seed!r}; pass a whole number, or one per row")
@@ -234,9 +240,21 @@ class Randomness:
         if isinstance(drafter, NoDrafts):
             raise ConfigError(f"verification={rule} has nothing to accept without a drafter; pass drafter=")
 
+    def drawn_seed(self) -> int:
+        """A seed from the generator, or from torch's global one."""
+        device = torch.device("cpu") if self.generator is None else self.generator.device
+        return int(torch.randint(2**62, (), generator=self.generator, device=device))
+
     def streams(self, num_rows: int | None, device: torch.device) -> RowStreams:
-        seed = self.seed
-        if seed is None:
-            device_of = torch.device("cpu") if self.generator is None else self.generator.device
-            seed = int(torch.randint(2**62, (), generator=self.generator, device=device_of))
-        return RowStreams(seed, num_rows, device)
+        return RowStreams(self.drawn_seed() if self.seed is None else self.seed, num_rows, device)
+
+    def of_rows(self, num_rows: int) -> list[tuple[int, int]]:
+        """The seed and the stream of each row. Raises ConfigError for seeds of another number of rows."""
+        if isinstance(self.seed, Sequence):
+            if len(self.seed) != num_rows:
+                raise ConfigError(
+                    f"seed has {len(self.seed)} entries for {num_rows} rows; give one int, or one per row"
+                )
+            return [(int(seed), 0) for seed in self.seed]
+        seed = self.drawn_seed() if self.seed is None else int(self.seed)
+        return [(seed, row) for row in range(num_rows)]

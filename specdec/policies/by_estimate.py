@@ -13,7 +13,7 @@ from specdec.batch.rows import Rows
 from specdec.draft import Shown
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
-from specdec.policies.estimates import DiscoEstimate, DraftProbability, Estimate, HeadEstimate
+from specdec.policies.estimates import AcceptanceEstimate, DiscoEstimate, DraftProbability, HeadEstimate
 from specdec.policy import LengthPolicy
 
 
@@ -27,11 +27,11 @@ class ByEstimate(LengthPolicy):
         if min_tokens < 1:
             raise ConfigError(f"{self.name}: min_tokens={min_tokens} must be at least 1")
         self.threshold, self.min_tokens = threshold, min_tokens
-        self._estimate: Estimate | None = None
+        self._estimate: AcceptanceEstimate | None = None
         self._predicted: list[np.ndarray] = []
 
     @abstractmethod
-    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
+    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> AcceptanceEstimate:
         """The estimate that fits the pair; raises a SpecDecError where there is none."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Confidence(ByEstimate):
     def __init__(self, threshold: float = 0.4, min_tokens: int = 1):
         super().__init__(threshold, min_tokens)
 
-    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
+    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> AcceptanceEstimate:
         return DraftProbability.of(drafter)
 
     def is_over(self, predicted: np.ndarray, reached: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ class ByAcceptanceHead(ByEstimate):
         super().__init__(threshold, min_tokens)
         self.head = head
 
-    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
+    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> AcceptanceEstimate:
         return HeadEstimate.of(self.name, self.head, target, drafter)
 
     def is_over(self, predicted: np.ndarray, reached: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ class ByDisco(ByEstimate):
         super().__init__(threshold, min_tokens)
         self.head = head
 
-    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> Estimate:
+    def estimate_for(self, target: PreTrainedModel, drafter: Drafter) -> AcceptanceEstimate:
         return DiscoEstimate.of(self.name, self.head, target, drafter)
 
     def is_over(self, predicted: np.ndarray, reached: np.ndarray) -> np.ndarray:

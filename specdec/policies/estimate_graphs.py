@@ -1,10 +1,13 @@
-"""An estimate of acceptance as CUDA graphs: a policy waits for it behind every drafted token, and launching a dozen
-kernels one by one would take longer than they do."""
+"""An estimate of acceptance as CUDA graphs.
+
+A policy waits for the estimate after every drafted token, and launching its dozen kernels one by one would take longer
+than running them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +16,25 @@ from specdec.network.invariant.graphs import capture, row_bucket
 
 if TYPE_CHECKING:
     from specdec.draft import Shown
-    from specdec.policies.estimates import Estimate
+
+
+class Capturable(Protocol):
+    """The part of an acceptance estimate that a graph needs, see `specdec/policies/estimates.py`."""
+
+    sees: ClassVar[frozenset[str]]
+    sees_place: ClassVar[bool]
+
+    def probabilities(self, shown: Shown) -> Tensor:
+        """[rows] float32."""
 
 
 @dataclass
 class CapturedEstimate:
-    """shown: to be filled. on_device: the probabilities, overwritten by each replay; on_host: pinned, for a copy."""
+    """A graph and its tensors.
+
+    shown: the graph's inputs, overwritten before each replay.
+    on_device: [rows] float32, the probabilities, overwritten by each replay. on_host: pinned, for their copy.
+    """
 
     graph: torch.cuda.CUDAGraph
     shown: Shown
@@ -36,16 +52,16 @@ class CapturedEstimate:
 
 
 class EstimateGraphs:
-    """One graph per bucket of rows; those that pad it compute something that nobody reads."""
+    """One graph per bucket of rows. The results of padding rows are never read."""
 
     def __init__(self) -> None:
         self.captured: dict[tuple, CapturedEstimate] = {}
 
     @torch.no_grad()
-    def replay(self, estimate: Estimate, shown: Shown) -> Tensor:
-        """What `estimate` makes of `shown`, [rows] float32 on the host, valid until the next replay.
+    def replay(self, estimate: Capturable, shown: Shown) -> Tensor:
+        """`estimate.probabilities(shown)`, [rows] float32 on the host, valid until the next replay.
 
-        estimate: always the same; not kept, for the reason that `StepGraphs.replay` gives.
+        estimate: the same one in every call. It is not kept here, for the reason that `StepGraphs.replay` gives.
         """
         rows, vocab_size = shown.logits.shape
         key = row_bucket(rows), vocab_size, shown.logits.dtype, shown.logits.device
@@ -58,14 +74,14 @@ class EstimateGraphs:
         torch.cuda.current_stream(step.on_device.device).synchronize()
         return step.on_host[:rows]
 
-    def _capture(self, estimate: Estimate, shown: Shown) -> CapturedEstimate:
+    def _capture(self, estimate: Capturable, shown: Shown) -> CapturedEstimate:
         graph, on_device = capture(lambda: estimate.probabilities(shown))
         on_host = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
         return CapturedEstimate(graph, shown, on_device, on_host)
 
 
-def room_for(estimate: Estimate, shown: Shown, rows: int) -> Shown:
-    """Tensors like those that it sees of what is shown, for more rows."""
+def room_for(estimate: Capturable, shown: Shown, rows: int) -> Shown:
+    """Zeros for this many rows, in the shapes and dtypes of what the estimate looks at."""
     hidden = shown.hidden_states if "hidden_states" in estimate.sees else None
     token_ids, logits = (given.new_zeros(rows, *given.shape[1:]) for given in (shown.token_ids, shown.logits))
     place = torch.zeros((), device=logits.device) if estimate.sees_place else shown.place

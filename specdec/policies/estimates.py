@@ -8,40 +8,40 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.drafter import Drafter
 from specdec.errors import ConfigError
+from specdec.kept import kept_with
 from specdec.kernels.commit.token_statistics import log_prob, token_statistics, token_statistics_of_few
 from specdec.policies.estimate_graphs import EstimateGraphs
 from specdec.policies.heads.acceptance_head import LEAST_LOG_PROB, MOST_ENTROPY, AcceptanceHead, numbers
 from specdec.policies.heads.disco import Disco
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from specdec.draft import Shown
 
-AnyHead = TypeVar("AnyHead", bound=Head)
-# Within which a head sees statistics, as `numbers` has it.
+AnyHead = TypeVar("AnyHead", bound=PairHead)
+# The range of the statistics that a head sees, as in `numbers`: log q of the token and of the best other, and entropy.
 LEAST_STATISTICS = np.array([LEAST_LOG_PROB, LEAST_LOG_PROB, 0.0], np.float32)
 MOST_STATISTICS = np.array([-1e-6, 0.0, MOST_ENTROPY], np.float32)
-FEW = 2**16  # logits that numpy is faster at than torch
-# Of each draft model and kind of estimate the last one, with all that it was made from: looking at a large pair's
-# weights takes longer than drafting many tokens.
-_kept: WeakKeyDictionary[PreTrainedModel, dict[type, tuple[tuple, Any]]] = WeakKeyDictionary()
+NUMPY_UP_TO = 2**16  # logits; for no more than these numpy's reductions are faster than torch's
 
 
-class Estimate(ABC):
+class AcceptanceEstimate(ABC):
     """How likely the target accepts each row's newest token, given that it accepts those before.
 
-    sees: of what a drafter shows, as a policy's. sees_place: whether the token's index in its draft matters.
+    sees: what it looks at of the things a drafter shows, as `LengthPolicy.sees`.
+    sees_place: whether the token's index in its draft matters.
     """
 
     sees: ClassVar[frozenset[str]]
@@ -51,14 +51,15 @@ class Estimate(ABC):
         self._graphs = EstimateGraphs()
 
     def __call__(self, shown: Shown) -> np.ndarray:
-        """[rows] float64 in 0 .. 1. NaN, of a drafter that has gone wrong, counts as certain rejection."""
+        """[rows] float64 in 0 .. 1. NaN, which a faulty drafter may cause, counts as certain rejection."""
         on_cuda = shown.logits.device.type == "cuda"
         found = self._graphs.replay(self, shown) if on_cuda else self.probabilities(shown)
         return without_nan(found.cpu().numpy().astype(np.float64))
 
     @abstractmethod
     def probabilities(self, shown: Shown) -> Tensor:
-        """[rows] float32 on the device, row by row, without waiting for it; `place` may be a tensor."""
+        """[rows] float32 on the device. Rows may not depend on each other, and the host may not wait for the device.
+        `shown.place` may be a tensor."""
 
 
 def without_nan(probabilities: np.ndarray) -> np.ndarray:
@@ -66,8 +67,8 @@ def without_nan(probabilities: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-class DraftProbability(Estimate):
-    """q of the token itself."""
+class DraftProbability(AcceptanceEstimate):
+    """The probability that the drafter itself gave the token."""
 
     sees = frozenset({"logits"})
 
@@ -75,15 +76,15 @@ class DraftProbability(Estimate):
     def of(cls, drafter: Drafter) -> Self:
         if drafter.model is None:
             return cls()
-        return _kept.setdefault(drafter.model, {}).setdefault(cls, ((), cls()))[1]
+        return kept_with(drafter.model, cls, cls)
 
     @torch.inference_mode()
     def probabilities(self, shown: Shown) -> Tensor:
         return log_prob(shown.logits, shown.token_ids).exp()
 
 
-class OfHead(Estimate, Generic[AnyHead]):
-    """An estimate by a trained head."""
+class EstimateByHead(AcceptanceEstimate, Generic[AnyHead]):
+    """The estimate of a trained head."""
 
     kind: type[AnyHead]
 
@@ -93,10 +94,10 @@ class OfHead(Estimate, Generic[AnyHead]):
 
     @classmethod
     def of(cls, policy: str, head: object | None, target: PreTrainedModel, drafter: Drafter) -> Self:
-        """head: itself, its folder, or None for the draft model's folder.
+        """head: the head itself, its folder, or None for the draft model's folder.
 
-        Raises ConfigError where there is no draft model, and where the head is of another kind or pair; InputError
-        where the folder holds none.
+        Raises ConfigError if there is no draft model or the head is of another kind or pair, and InputError if the
+        folder holds no head.
         """
         model = drafter.model
         if model is None:
@@ -105,27 +106,28 @@ class OfHead(Estimate, Generic[AnyHead]):
                 "no model; choose another policy"
             )
         folder = model.config._name_or_path if head is None else head
-        source: Any = stamp(Path(folder) / cls.kind.kind) if isinstance(folder, str | Path) else state(folder)
-        made_from = source, state(target), state(model)
-        kept = _kept.setdefault(model, {}).get(cls)
-        if kept is not None and kept[0] == made_from:
-            return kept[1]
         if isinstance(folder, str | Path):
-            head = cls.kind.load(folder)
-        if not isinstance(head, cls.kind):
+            source = stamp(Path(folder) / cls.kind.kind)
+        elif isinstance(folder, cls.kind):
+            folder.to(model.device, torch.float32)  # before its state is read, because moving changes it
+            source = state(folder)
+        else:
             raise ConfigError(
                 f"length_policy {policy!r}: head is a {type(head).__name__}; pass a {cls.kind.__name__} or its folder"
             )
-        head.check(target, model)
-        estimate = cls(head.to(model.device, torch.float32).eval())
-        if head is folder:
-            source = state(head)  # it may have moved to the device
-        _kept[model][cls] = (source, *made_from[1:]), estimate
-        return estimate
+
+        def make() -> Any:
+            head = cls.kind.load(folder) if isinstance(folder, str | Path) else folder
+            head.check(target, model)
+            return cls(head.to(model.device, torch.float32).eval())
+
+        # The last one of a kind is kept: reading a large pair's weights takes longer than drafting many tokens.
+        return kept_with(model, cls, make, (source, state(target), state(model)))
 
 
 def state(module: object) -> tuple:
-    """Differs once a module is another one or its weights were moved or changed, other than through `.data`."""
+    """A value that changes when the module is another one, or when its weights are moved or changed (changes through
+    `.data` go unnoticed)."""
     if not isinstance(module, nn.Module):
         return (module,)
     weights = ((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in module.parameters())
@@ -133,14 +135,17 @@ def state(module: object) -> tuple:
 
 
 def stamp(path: Path) -> tuple:
-    """Of a trained part's files."""
+    """A value that changes with the files of a trained part. path: of both files, without a suffix."""
     files = [path.with_suffix(suffix) for suffix in (".json", ".safetensors")]
     return path.resolve(), *(file.stat().st_mtime_ns if file.is_file() else None for file in files)
 
 
-class HeadEstimate(OfHead[AcceptanceHead]):
-    """SpecDec++'s head, written out: it is so small that calling modules, and on a CPU torch's operations, would take
-    most of the time."""
+class HeadEstimate(EstimateByHead[AcceptanceHead]):
+    """The estimate of SpecDec++'s head.
+
+    The head is computed here without its modules, and on a CPU with numpy: it is so small that calling modules or
+    torch's operations would take most of the time.
+    """
 
     kind = AcceptanceHead
     sees = frozenset({"logits", "hidden_states"})
@@ -149,9 +154,10 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         super().__init__(head)
         layers: list[Any] = [*head.blocks, head.out]
         pairs = [(layer.weight.detach().t().contiguous(), layer.bias.detach()) for layer in layers]
-        weight, bias = pairs[-1]  # [width, 2], [2]: only the difference of the two logits is wanted
+        weight, bias = pairs[-1]  # [width, 2], [2]; only the difference of the two logits matters
         difference = weight[:, 1:] - weight[:, :1], bias[1:] - bias[:1] + head.log_weight
-        # By half of what a layer gives: SiLU(2 h) = h + h tanh(h), and sigmoid(2 h) = (1 + tanh(h)) / 2.
+        # Halved, so that each gives h where the head's own layer gives 2 h: SiLU(2 h) = h + h tanh(h), and
+        # sigmoid(2 h) = (1 + tanh(h)) / 2.
         self.layers: list[Any] = [(0.5 * weight, 0.5 * bias) for weight, bias in (*pairs[:-1], difference)]
         self.is_on_cpu = weight.device.type == "cpu"
         if self.is_on_cpu:
@@ -163,7 +169,7 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         assert shown.hidden_states is not None
         with torch.inference_mode():
             logits, token_ids = shown.logits.float(), shown.token_ids
-            if logits.numel() <= FEW:
+            if logits.numel() <= NUMPY_UP_TO:
                 statistics = token_statistics_of_few(logits.numpy(), token_ids.numpy())
             else:
                 statistics = token_statistics(logits, token_ids).numpy()
@@ -180,7 +186,7 @@ class HeadEstimate(OfHead[AcceptanceHead]):
         return torch.addmm(bias, x, weight, beta=2, alpha=2)[:, 0].sigmoid()
 
     def _by_numpy(self, hidden: np.ndarray, statistics: np.ndarray) -> np.ndarray:
-        """[rows] float64, the same. hidden: [rows, hidden]; statistics: [rows, 3]."""
+        """The same as `probabilities`, [rows] float64. hidden: [rows, hidden]; statistics: [rows, 3]."""
         statistics = np.minimum(np.maximum(statistics, LEAST_STATISTICS), MOST_STATISTICS)
         log_q = statistics[:, :1]
         log_rest = np.maximum(np.log(-np.expm1(log_q)), LEAST_LOG_PROB)
@@ -197,18 +203,18 @@ class HeadEstimate(OfHead[AcceptanceHead]):
 
 
 def estimate_beside(policy: str, target: PreTrainedModel, drafter: Drafter) -> HeadEstimate | None:
-    """By the acceptance head in the draft model's folder; None where there is none for this pair."""
+    """The estimate of the acceptance head in the draft model's folder; None if there is no head for this pair."""
     folder = None if drafter.model is None else Path(drafter.model.config._name_or_path)
     if folder is None or not (folder / f"{AcceptanceHead.kind}.json").is_file():
         return None
     try:
         return HeadEstimate.of(policy, None, target, drafter)
-    except ConfigError:  # it is of another pair
+    except ConfigError:  # the head belongs to another pair
         return None
 
 
-class DiscoEstimate(OfHead[Disco]):
-    """DISCO's classifier."""
+class DiscoEstimate(EstimateByHead[Disco]):
+    """The estimate of DISCO's classifier."""
 
     kind = Disco
     sees, sees_place = frozenset({"logits"}), True

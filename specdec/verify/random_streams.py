@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,13 @@ HALF = np.uint64(32)
 MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
 KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 NUM_ROUNDS = 10
+
+
+class Streams(Protocol):
+    """Where the random numbers of rows come from."""
+
+    def uniforms(self, row_ids: np.ndarray, positions: np.ndarray, count: int, purpose: Purpose) -> Tensor:
+        """[rows, count] float64 in [0, 1), see `numbers`."""
 
 
 class Purpose(IntEnum):
@@ -53,23 +61,55 @@ class RowStreams:
     def uniforms(self, row_ids: np.ndarray, positions: np.ndarray, count: int, purpose: Purpose) -> Tensor:
         """[rows, count] float64 in [0, 1), multiples of 2^-53; a function of (seed, row, position, purpose, draw).
 
-        row_ids: [rows] int64 on the host, indices into the caller's batch.
-        positions: [rows] int64 on the host, 0 .. 2^32 - 1: each row's committed length where the step starts. Lengths
-            only grow, so every step has numbers of its own. The place of each single token will not do: a place after
-            a rejection is drafted again in the next step, and block verification has looked at its number already.
+        row_ids: [rows] int64 on the host, indices into the caller's batch. positions: see `numbers`.
         """
-        counter = np.empty((4, len(row_ids), count), dtype=np.uint64)
-        counter[0] = np.arange(count, dtype=np.uint64)
-        counter[1] = np.asarray(positions)[:, None]
-        counter[2] = row_ids.astype(np.uint64)[:, None] if self.is_shared else 0
-        counter[3] = int(purpose)
-        keys = self.keys[:, :1, None] if self.is_shared else self.keys[:, row_ids, None]
-        words = philox(counter, keys)
-        bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
-        numbers = torch.from_numpy(bits * 2.0**-53)
-        if self.device.type == "cuda":  # a copy from other memory would wait for all work queued on the device
-            numbers = numbers.pin_memory()
-        return numbers.to(self.device, non_blocking=True)
+        keys = self.keys[:, :1] if self.is_shared else self.keys[:, row_ids]
+        streams = row_ids if self.is_shared else np.zeros_like(row_ids)
+        return numbers(keys, streams, positions, count, purpose, self.device)
+
+
+class RequestStreams:
+    """The random stream of every request: a seed, and which of the seed's streams it is."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._of_row: dict[int, tuple[int, int, int]] = {}
+
+    def add(self, row_id: int, seed: int, stream: int = 0) -> None:
+        """seed: modulo 2^64. stream: 0 .. 2^32 - 1."""
+        self._of_row[row_id] = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, stream
+
+    def drop(self, row_id: int) -> None:
+        self._of_row.pop(row_id, None)
+
+    def uniforms(self, row_ids: np.ndarray, positions: np.ndarray, count: int, purpose: Purpose) -> Tensor:
+        """[rows, count] float64 in [0, 1); those of rows without a stream are not random, and nobody uses them."""
+        words = np.array([self._of_row.get(row, (0, 0, 0)) for row in row_ids.tolist()], dtype=np.uint64)
+        words = words.reshape(-1, 3).T
+        return numbers(words[:2], words[2], positions, count, purpose, self.device)
+
+
+def numbers(
+    keys: np.ndarray, streams: np.ndarray, positions: np.ndarray, count: int, purpose: Purpose, device: torch.device
+) -> Tensor:
+    """[rows, count] float64 in [0, 1), multiples of 2^-53.
+
+    keys: [2, rows or 1] uint64, the words of the seeds. streams: [rows] integers.
+    positions: [rows] int64 on the host, 0 .. 2^32 - 1: each row's committed length where the step starts. Lengths
+        only grow, so every step has numbers of its own. The place of each single token will not do: a place after
+        a rejection is drafted again in the next step, and block verification has looked at its number already.
+    """
+    counter = np.empty((4, len(streams), count), dtype=np.uint64)
+    counter[0] = np.arange(count, dtype=np.uint64)
+    counter[1] = np.asarray(positions)[:, None]
+    counter[2] = streams.astype(np.uint64)[:, None]
+    counter[3] = int(purpose)
+    words = philox(counter, keys[:, :, None])
+    bits = (words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))
+    values = torch.from_numpy(bits * 2.0**-53)
+    if device.type == "cuda":  # a copy from other memory would wait for all work queued on the device
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

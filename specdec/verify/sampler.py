@@ -9,19 +9,19 @@ from torch import Tensor
 from specdec.batch.rows import Rows
 from specdec.kernels.commit.sample import sample
 from specdec.verify.processors import Processors
-from specdec.verify.random_streams import Purpose, RowStreams
+from specdec.verify.random_streams import Purpose, Streams
 
 
 class Sampler:
     """Samples draft tokens and keeps the distribution q that each came from, which verification needs."""
 
-    def __init__(self, processors: Processors, streams: RowStreams, vocab_size: int):
+    def __init__(self, processors: Processors, streams: Streams, vocab_size: int):
         """vocab_size: the target's, to which the drafter's logits are padded or cut."""
         self.processors, self.streams, self.vocab_size = processors, streams, vocab_size
 
     def is_needed(self, rows: Rows) -> bool:
         """Whether any of these rows is sampled."""
-        return True
+        return self.processors.any_sampled(rows)
 
     def draw(self, rows: Rows, max_tokens: int) -> Tensor:
         """The numbers of one step's draft, [rows, max_tokens] float64."""

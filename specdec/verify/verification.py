@@ -16,7 +16,8 @@ from specdec.kernels.commit.greedy_commit import BAD_SCORES, Committed, greedy_c
 from specdec.kernels.commit.sampled_commit import sampled_commit
 from specdec.kernels.commit.truncation import NO_TRUNCATION
 from specdec.verify.lossy import Lenient, Lossy, TopBeta, Typical
-from specdec.verify.random_streams import Purpose, RowStreams
+from specdec.verify.processors import Processors
+from specdec.verify.random_streams import Purpose, Streams
 from specdec.verify.truncations import HasTruncations, SameForAllRows
 
 BAD_DRAFT = 2 * BAD_SCORES  # a fault: the drafter's probabilities are not a distribution
@@ -69,7 +70,7 @@ class SampledVerification:
         lossy rule, and then the committed tokens follow another distribution.
     """
 
-    streams: RowStreams
+    streams: Streams
     processors: HasTruncations = field(default_factory=lambda: SameForAllRows(NO_TRUNCATION))
     method: str | Lenient | Typical = "token"
 
@@ -116,15 +117,18 @@ class SampledVerification:
         return done
 
 
-def verification_of(
-    method: str | Lossy, do_sample: bool, streams: RowStreams | None, processors: HasTruncations
-) -> Verification:
-    """The verification that `verification=` asks for; the combination has been checked."""
-    if do_sample:
-        assert streams is not None and not isinstance(method, TopBeta)
-        return SampledVerification(streams, processors, method)
-    assert not isinstance(method, Typical)
-    return GreedyVerification(None if isinstance(method, str) else method)
+class MixedVerification:
+    """Greedy and sampled rows in one batch. A step without sampled rows takes the greedy kernel, which is cheaper."""
+
+    def __init__(self, streams: Streams, processors: Processors, method: str | Lossy = "token"):
+        """method: as in `SampledVerification`, or `TopBeta` where all rows are greedy."""
+        self.name, self.processors, self.is_lossless = str(method), processors, isinstance(method, str)
+        self.greedy = GreedyVerification(method if isinstance(method, Lenient | TopBeta) else None)
+        self.sampled = SampledVerification(streams, processors, "token" if isinstance(method, TopBeta) else method)
+
+    def __call__(self, rows: Rows, draft: Draft, scores: Tensor, eos_ids: Tensor) -> Committed:
+        verify = self.sampled if self.processors.any_sampled(rows) else self.greedy
+        return verify(rows, draft, scores, eos_ids)
 
 
 def lets_pass(rule: Lenient | TopBeta, draft_ids: Tensor, scores: Tensor) -> Tensor:

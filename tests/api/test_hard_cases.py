@@ -27,7 +27,6 @@ from transformers.generation import (
 import specdec
 from specdec.draft import NO_TOKEN, Draft
 from specdec.drafter import Drafter
-from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.synthetic import Synthetic
 
@@ -243,21 +242,25 @@ def test_overlapping_calls_leave_the_model_as_it_was():
     own = model.config._attn_implementation
     ids, mask = left_pad(PROMPTS)
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    first_in, second_out, refusals = threading.Event(), threading.Event(), []
 
     def first():
-        specdec.generate(model, ids, mask, max_new_tokens=8, on_commit=lambda r: (first_in.set(), second_in.wait(20)))
-        first_out.set()
+        specdec.generate(model, ids, mask, max_new_tokens=8, on_commit=lambda r: (first_in.set(), second_out.wait(20)))
 
     def second():
         first_in.wait(20)
-        specdec.generate(model, ids, mask, max_new_tokens=8, on_commit=lambda r: (second_in.set(), first_out.wait(20)))
+        try:
+            specdec.generate(model, ids, mask, max_new_tokens=8)
+        except specdec.BusyError as error:
+            refusals.append(str(error))
+        second_out.set()
 
     threads = [threading.Thread(target=run) for run in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(refusals) == 1 and "another engine is within a step of this Gemma3ForCausalLM" in refusals[0]
     assert model.config._attn_implementation == own
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), expected)
 
@@ -294,11 +297,11 @@ def test_the_target_can_be_called_and_draft_for_itself_meanwhile(name):
 
 
 def test_a_drafter_at_work_is_not_used_twice():
-    drafter = DraftModel(DRAFT)
+    drafter, another = PromptLookup(), tiny_llama(5)
     ids = PROMPTS[0][None]
 
     def again(report):
-        specdec.generate(TARGET, ids, drafter=drafter, max_new_tokens=4)
+        specdec.generate(another, ids, drafter=drafter, max_new_tokens=4)
 
     with pytest.raises(specdec.DrafterError, match="already at work"):
         specdec.generate(TARGET, ids, drafter=drafter, max_new_tokens=4, on_commit=again)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.batch.cache import RaggedCache
+from specdec.batch.columns import Columns
 
 
 @st.composite
@@ -31,7 +32,7 @@ def test_rewinding_is_not_advancing(history):
     starts = torch.zeros(rows, dtype=torch.long)
     for width, kept in steps:
         keys = torch.randn(rows, 2, width, 3, generator=generator)
-        positions = cache.begin(starts, width, int(starts.max()) + width)
+        positions = cache.begin(Columns.chain(starts, width), int(starts.max()) + width)
         assert torch.equal(positions, starts[:, None] + torch.arange(width))
         seen, values = cache.layers[0].update(keys, keys + 1)
         for row in range(rows):
@@ -45,12 +46,12 @@ def test_rewinding_is_not_advancing(history):
 
 def test_kept_rows_move_with_their_keys():
     cache = RaggedCache(2, 4, 5, torch.device("cpu"))
-    cache.begin(torch.zeros(4, dtype=torch.long), 2, 2)
+    cache.begin(Columns.chain(torch.zeros(4, dtype=torch.long), 2), 2)
     keys = torch.randn(4, 1, 2, 3)
     for layer in cache.layers:
         layer.update(keys, keys)
     cache.keep_rows(torch.tensor([0, 3]))
-    cache.begin(torch.full((2,), 2), 1, 3)
+    cache.begin(Columns.chain(torch.full((2,), 2), 1), 3)
     new = torch.randn(2, 1, 1, 3)
     seen, _ = cache.layers[1].update(new, new)
     assert torch.equal(seen, torch.cat([keys[[0, 3]], new], 2))
@@ -59,6 +60,6 @@ def test_kept_rows_move_with_their_keys():
 def test_memory_is_reported():
     cache = RaggedCache(1, 2, 8, torch.device("cpu"))
     assert cache.nbytes == 0
-    cache.begin(torch.zeros(2, dtype=torch.long), 1, 1)
+    cache.begin(Columns.chain(torch.zeros(2, dtype=torch.long), 1), 1)
     cache.layers[0].update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
     assert cache.nbytes == 2 * (2 * 8 * 1 * 4) * 4

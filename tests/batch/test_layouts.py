@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import VOCAB, continuations, left_pad, plain_greedy
 
 import specdec
+from specdec.batch.columns import Columns
 from specdec.batch.layout import LAYOUTS
 from specdec.batch.layout.repad import RepadCache
 from specdec.drafters.draft_model import DraftModel
@@ -117,7 +118,8 @@ def test_repadded_rows_hold_their_tokens_and_end_together(rows, data):
         keys = torch.randn(len(starts), 2, width, 3, generator=generator)
         before = cache.num_realignments
         ended_together = len(set((cache.host_pads[: len(starts)] + starts).tolist())) == 1
-        positions = cache.begin(torch.from_numpy(starts), width, int(starts.max()) + width, host_starts=starts)
+        columns = Columns.chain(torch.from_numpy(starts), width)
+        positions = cache.begin(columns, int(starts.max()) + width, host_starts=starts)
         assert cache.num_realignments == before + (not ended_together and bool(starts.any()))
         assert torch.equal(positions, torch.from_numpy(starts)[:, None] + torch.arange(width))
         seen, values = cache.layers[0].update(keys, keys + 1)

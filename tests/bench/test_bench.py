@@ -19,7 +19,7 @@ from specdec.bench.latency import RowTimes
 from specdec.bench.report.page import page
 from specdec.bench.roofline import bytes_read, measured_bandwidth, weight_bytes
 from specdec.bench.suite import Question, ask, encode, of_length, read_questions
-from specdec.check.oracle import greedy_settings
+from specdec.check.settings import greedy_settings
 from specdec.check.ways import AXES
 from specdec.cli.app import app
 from specdec.cli.bench import bench
@@ -308,7 +308,7 @@ def test_wrong_questions_are_named_by_their_line(tmp_path, line, reason):
     ("more", "reason"),
     [
         (["--batch-size", "0"], "--batch-size 0"),
-        (["--acceptance-rates", "0.5,2"], "'2' is no probability"),
+        (["--acceptance-rates", "0.5,2"], "'2' is not a probability"),
         (["--layout", "sideways"], "sideways"),
         (["--drafter", "nobody"], "nobody"),
         (["--json", "nowhere/x.json"], "cannot be written"),

@@ -27,7 +27,8 @@ from specdec.bench.methods import (
     transformers_method,
 )
 from specdec.bench.stages import STAGES, profile
-from specdec.check.oracle import greedy_settings, run_plain
+from specdec.check.oracle import run_plain
+from specdec.check.settings import greedy_settings
 from specdec.check.ways import Way
 
 NEW = 8

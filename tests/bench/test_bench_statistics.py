@@ -122,14 +122,14 @@ def test_other_prompts_too_few_repeats_and_nothing_in_common_are_refused():
         compare(record(0), record(1) | {"repeats": 2})
     nothing = copy.deepcopy(record(1))
     nothing["results"] = nothing["results"][:1]
-    with pytest.raises(ConfigError, match="in common"):
+    with pytest.raises(ConfigError, match="share no method"):
         compare(record(0), nothing)
     with pytest.raises(ConfigError, match="min_effect=1"):
         compare(record(0), record(1), 1)
 
 
 def test_what_is_no_record_is_refused(tmp_path):
-    for text, reason in (("{", "not JSON"), ("[]", "no record"), ('{"format": 99}', "format 99")):
+    for text, reason in (("{", "not JSON"), ("[]", "not a record"), ('{"format": 99}', "format 99")):
         path = tmp_path / "r.json"
         path.write_text(text)
         with pytest.raises(InputError, match=reason):

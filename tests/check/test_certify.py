@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from specdec.check import teacher_forcing
 from specdec.check.certify import Certificate, certify
-from specdec.check.oracle import greedy_settings, run_batched, run_plain
+from specdec.check.oracle import run_batched, run_plain
 from specdec.check.outputs import OutputRow, read_outputs
+from specdec.check.settings import greedy_settings
 from specdec.cli.app import app
 from specdec.errors import ConfigError, InputError, NumericalError
 from tests.check.test_equivalence import PROMPTS, with_twins

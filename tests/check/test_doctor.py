@@ -91,7 +91,7 @@ def test_models_that_not_every_layout_serves(folder, name, layout, status):
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--draft", "foreign"], "tokenizer is another one"),
+        (["--draft", "foreign"], "tokenizer is different"),
         (["--length", "600"], "512 positions"),
         (["--batch-size", "1000000000"], "rows fit"),
     ],

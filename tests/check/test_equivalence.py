@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 import transformers
+from refusals import assert_refused
 from tiny import VOCAB, plain_greedy, tiny_llama
 from torch import nn
 from transformers.models.llama import modeling_llama
@@ -14,8 +16,9 @@ from transformers.models.llama import modeling_llama
 import specdec
 from specdec.check import equivalence, oracle, referee
 from specdec.check.equivalence import check_equivalence, first_differences
-from specdec.check.oracle import greedy_settings, until_end
+from specdec.check.padding import until_end
 from specdec.check.referee import TIE_MULTIPLE, Judgement, KeepFloat64, Referee, last_logits
+from specdec.check.settings import greedy_settings
 from specdec.drafters.synthetic import Synthetic
 from specdec.errors import ConfigError, DrafterError, InputError
 from specdec.verify import verification as verify
@@ -194,17 +197,18 @@ def test_ties_are_what_rounding_explains():
     assert Judgement(0.0, 0.0, 0.0, 0.0).is_tie and not Judgement(1e-15, 0.0, 0.0, 0.0).is_tie
 
 
-@pytest.mark.parametrize("num_prompt", [1, 2, 5, 9])
-@pytest.mark.parametrize("num_new", [0, 1, 4, 7])
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_both_ways_of_decoding_are_the_model(model, num_prompt, num_new, k):
+def test_both_ways_of_decoding_are_the_model(model, k):
     """Chunks that overlap, skip a token or start elsewhere would be off by far more than rounding."""
-    ids = (torch.arange(num_prompt + num_new) * 7 + 3) % VOCAB
-    expected = model(ids[None]).logits[:, -(k + 1) :]
-    one, several = Referee(model, k, batch_size=3).decode_both_ways(ids, num_prompt)
-    assert one.shape == expected.shape and several.shape == (3, *expected.shape[1:])
-    torch.testing.assert_close(one, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(several, expected.expand(3, -1, -1), atol=1e-4, rtol=0)
+    for num_prompt, num_new in itertools.product((1, 2, 5, 9), (0, 1, 4, 7)):
+        ids = (torch.arange(num_prompt + num_new) * 7 + 3) % VOCAB
+        expected = model(ids[None]).logits[:, -(k + 1) :]
+        one, several = Referee(model, k, batch_size=3).decode_both_ways(ids, num_prompt)
+
+        case = f"{num_prompt} prompt tokens, {num_new} new ones"
+        assert one.shape == expected.shape and several.shape == (3, *expected.shape[1:]), case
+        assert torch.allclose(one, expected, atol=1e-4, rtol=0), case
+        assert torch.allclose(several, expected.expand(3, -1, -1), atol=1e-4, rtol=0), case
 
 
 def test_margins_are_float64_throughout(model, monkeypatch):
@@ -257,9 +261,8 @@ def test_bfloat16_rounding_is_measured(model):
     assert 1e-3 < verdict.rounding < 1.0 and verdict.noise <= verdict.noise_all_tokens < 1.0
 
 
-@pytest.mark.parametrize(
-    ("prompts", "options", "error", "message"),
-    [
+def test_refusals_come_before_any_token(model, monkeypatch):
+    for prompts, options, error, message in [
         ([], {}, InputError, "no prompts"),
         ([torch.tensor([3]), torch.tensor([], dtype=torch.long)], {}, InputError, "prompt 1 is empty"),
         ([torch.tensor([[3]])], {}, InputError, r"prompt 0 is \[1, 1\]"),
@@ -272,13 +275,10 @@ def test_bfloat16_rounding_is_measured(model):
         (PROMPTS, {"drafter": "nonesuch"}, DrafterError, "unknown drafter 'nonesuch'; known are"),
         (PROMPTS, {"drafter": Synthetic(0.5, [])}, DrafterError, "continuations"),
         ([*PROMPTS, torch.arange(3, 60).repeat(9)], {}, ConfigError, "has 512 positions"),
-    ],
-)
-def test_refusals_come_before_any_token(model, monkeypatch, prompts, options, error, message):
-    monkeypatch.setattr(equivalence, "run_plain", None)
-    monkeypatch.setattr(equivalence, "run_speculative", None)
-    with pytest.raises(error, match=message):
-        check_equivalence(model, prompts, **{"drafter": "prompt_lookup", **options})
+    ]:
+        monkeypatch.setattr(equivalence, "run_plain", None)
+        monkeypatch.setattr(equivalence, "run_speculative", None)
+        assert_refused(error, message, check_equivalence, model, prompts, **{"drafter": "prompt_lookup", **options})
 
 
 def test_rounding_in_bfloat16_is_never_called_a_bug():

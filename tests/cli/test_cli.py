@@ -165,7 +165,7 @@ def bad_input(pair, tmp_path):
         "no tokens": (with_file("spaces.json"), "item 1 (from 0) has no tokens"),
         "too long": (with_file("long.txt"), "608 tokens, but the target LlamaForCausalLM has 512 positions"),
         "no list": (with_file("list.json"), "must be a list of strings"),
-        "no target folder": ([*prompts, *drafter, "--target", tmp_path / "missing"], "is no folder"),
+        "no target folder": ([*prompts, *drafter, "--target", tmp_path / "missing"], "is neither a folder"),
         "no checkpoint": ([*prompts, *drafter, "--target", tmp_path / "empty"], "no config.json"),
         "no draft folder": ([*prompts, *good, "--draft", tmp_path / "empty"], "is not a drafter's: it holds nothing"),
         "no drafter in a folder": ([*prompts, *good, "--drafter", tmp_path / "empty"], "it holds nothing"),
@@ -174,9 +174,9 @@ def bad_input(pair, tmp_path):
         "no draft of a pair": ([*prompts, *good, "--drafter", "prompt_lookup+draft_model"], "pass --draft FOLDER, or"),
         "other tokenizer in a pair": (
             [*prompts, *good, "--drafter", f"prompt_lookup+{tmp_path / 'other'}"],
-            "tokenizer is another one",
+            "tokenizer is different",
         ),
-        "other tokenizer": ([*prompts, *good, "--draft", tmp_path / "other"], "tokenizer is another one"),
+        "other tokenizer": ([*prompts, *good, "--draft", tmp_path / "other"], "tokenizer is different"),
         "other vocabulary": ([*prompts, *good, "--draft", tmp_path / "small"], "vocabulary has 20 tokens"),
         "unknown drafter": ([*prompts, *good, "--drafter", "magic"], "unknown drafter 'magic'; known are draft_model"),
         "drafter with arguments": ([*prompts, *good, "--drafter", "synthetic"], "needs arguments"),
@@ -340,12 +340,12 @@ def test_generate_reads_a_generation_config(pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--temperature", 0), "--temperature 0 is no finite number above 0; for greedy decoding leave it out"),
-        (("--temperature", "nan"), "--temperature nan is no finite number"),
-        (("--seed", 1), "--seed 1 is of samples; pass --temperature, --top-k or --top-p"),
-        (("--verification", "block"), "--verification block is of samples; pass --temperature"),
+        (("--temperature", 0), "--temperature 0 is not a finite number above 0; for greedy decoding leave it out"),
+        (("--temperature", "nan"), "--temperature nan is not a finite number"),
+        (("--seed", 1), "--seed 1 applies only to sampling; add --temperature, --top-k or --top-p"),
+        (("--verification", "block"), "--verification block applies only to sampling; add --temperature"),
         (("--verification", "typical:2:9"), "--verification typical:2:9: epsilon=2.0 must be"),
-        (("--verification", "top_beta:2:1", "--top-k", 3), "--verification top_beta:2:1 is of greedy decoding"),
+        (("--verification", "top_beta:2:1", "--top-k", 3), "--verification top_beta:2:1 is for greedy decoding"),
         (("--num-speculative-tokens", 33), "--num-speculative-tokens 33 exceeds 32; pass 1 to 32"),
     ],
 )
@@ -357,10 +357,10 @@ def test_generates_errors_name_the_commands_options(pair, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--temperature", 0.5), "--temperature 0.5 is of samples; pass --do-sample with it"),
-        (("--top-k", 3), "--top-k 3 is of samples; pass --do-sample with it"),
-        (("--seed", 1), "--seed 1 is of samples; pass --do-sample with it"),
-        (("--do-sample", "--temperature", 0), "--temperature 0 is no finite number above 0"),
+        (("--temperature", 0.5), "--temperature 0.5 applies only to sampling; add --do-sample"),
+        (("--top-k", 3), "--top-k 3 applies only to sampling; add --do-sample"),
+        (("--seed", 1), "--seed 1 applies only to sampling; add --do-sample"),
+        (("--do-sample", "--temperature", 0), "--temperature 0 is not a finite number above 0"),
         (("--drafter", "foo"), "--drafter foo cannot draft for infilling; choose self, ahead, ngram or none"),
         (("--num-speculative-tokens", 33), "--num-speculative-tokens 33 exceeds 32"),
     ],
@@ -409,7 +409,7 @@ def test_the_lengths_of_a_generation_config_count(pair, tmp_path, content, optio
     ("content", "message"),
     [
         ('{"num_beams": 4}', "num_beams=4"),
-        ('{"temperatur": 4}', "'temperatur' is no option"),
+        ('{"temperatur": 4}', "'temperatur' is not an option"),
         ("[1]", "JSON list"),
         ("{", "not JSON"),
     ],

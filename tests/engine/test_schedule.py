@@ -191,7 +191,7 @@ class Fixed(Drafter):
         (dict(do_sample=True, seed=[4]), "seed has 1 entries, too few for prompt 1"),
         (dict(max_new_tokens=[4, 4, 4]), "max_new_tokens has 3 entries for 2 prompts"),
         (dict(do_sample=True, seed=[4, 5, 6]), "seed has 3 entries for 2 prompts"),
-        (dict(min_length=9), "min_length=9 is not served by generate_many"),
+        (dict(min_length=600), "min_new_tokens="),
         (dict(max_new_tokens=600), "has 512 positions"),
         (dict(drafter=Fixed()), "'fixed' serves fixed batches only, not rows that"),
         (dict(drafter=Fixed()), "generate() on batches, with layout='ragged' or 'repad'"),
@@ -294,3 +294,29 @@ def test_a_short_newcomer_among_long_ones_is_drafted_from_its_own_text(num_plain
     for done, prompt, limit in zip(run, prompts, limits, strict=True):
         assert done.token_ids == plain_greedy(TARGET, prompt, max_new_tokens=limit, eos_token_id=None)
     assert run.speculation.draft_acceptance_rate == 1.0 and run.speculation.num_draft_tokens > 20
+
+
+def test_options_that_count_from_each_prompt_are_served():
+    """As if each prompt were alone: its length is the one that min_length and max_length count from."""
+    prompts = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9], [3, 4, 5, 6, 7, 8])]
+    for options in ({"min_length": 8, "eos_token_id": [23, 20, 48]}, {"forced_eos_token_id": 7, "eos_token_id": 7}):
+        options = {"max_new_tokens": 6, "pad_token_id": 0, **options}
+        found = list(specdec.generate_many(TARGET, prompts, drafter="prompt_lookup", in_order=True, **options))
+        assert [one.token_ids for one in found] == [plain_greedy(TARGET, prompt, **options) for prompt in prompts]
+
+
+def test_scores_logits_and_several_samples_are_those_of_generate():
+    prompts = [torch.tensor(ids) for ids in ([5, 6, 7], [8, 9])]
+    options = dict(
+        max_new_tokens=6, eos_token_id=None, do_sample=True, seed=4, num_return_sequences=2, output_scores=True,
+        output_logits=True,
+    )  # fmt: skip
+    found = list(specdec.generate_many(TARGET, prompts, max_rows=3, in_order=True, **options))
+    assert [one.index for one in found] == [0, 1, 2, 3]
+    ids, mask = left_pad(prompts)
+    whole = specdec.generate(TARGET, ids, mask, return_dict_in_generate=True, **options)
+    for row, one in enumerate(found):
+        assert one.token_ids == whole.sequences[row, 3:].tolist()
+        for name in ("scores", "logits"):
+            theirs = torch.stack([step[row] for step in getattr(whole, name)])
+            assert torch.equal(getattr(one, name), theirs)

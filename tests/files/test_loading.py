@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from checkpoints import save_checkpoint, word_tokenizer
+from refusals import assert_refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
@@ -36,27 +37,23 @@ def written(tmp_path, name, content):
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "texts"),
-    [
+def test_prompt_files(tmp_path):
+    """Would catch splitlines (which cuts at U+2028), a kept byte order mark and a second turn."""
+    for name, content, texts in [
         ("a.txt", "one\ntwo words\n", ["one", "two words"]),
         ("a.txt", "one\r\ntwo\r\n\r\n", ["one", "two"]),
         ("a.txt", "\ufeffone\n  two \u2028 still two", ["one", "  two \u2028 still two"]),
         ("a.json", '["one", "two\\nlines"]', ["one", "two\nlines"]),
         ("a.JSON", '\ufeff["one"]', ["one"]),
         ("a.jsonl", '{"prompt": "one"}\n{"turns": ["two", "later"], "question_id": 1}\n', ["one", "two"]),
-    ],
-)
-def test_prompt_files(tmp_path, name, content, texts):
-    """Would catch splitlines (which cuts at U+2028), a kept byte order mark and a second turn."""
-    path = written(tmp_path, name, content)
-    assert [prompt.text for prompt in read_prompts(path)] == texts
-    assert [prompt.text for prompt in read_prompts(path, limit=1)] == texts[:1]
+    ]:
+        path = written(tmp_path, name, content)
+        assert [prompt.text for prompt in read_prompts(path)] == texts
+        assert [prompt.text for prompt in read_prompts(path, limit=1)] == texts[:1]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_bad_prompt_files(tmp_path):
+    for name, content, message in [
         ("a.txt", "", "is empty"),
         ("a.txt", "\n\n", "is empty"),
         ("a.txt", "one\n\nthree\n", "line 2 is an empty prompt"),
@@ -75,12 +72,10 @@ def test_prompt_files(tmp_path, name, content, texts):
         ("a.jsonl", '{"turns": []}', "line 1 has neither"),
         ("a.jsonl", '{"prompt": null}', "line 1 has neither"),
         ("a.jsonl", '{"turns": [""]}', "line 1 is an empty prompt"),
-        ("a.csv", "one", "none of .txt, .json, .jsonl"),
-    ],
-)
-def test_bad_prompt_files(tmp_path, name, content, message):
-    with pytest.raises(InputError, match=message):
-        read_prompts(written(tmp_path, name, content))
+        ("a.csv", "one", "not one of .txt, .json, .jsonl"),
+    ]:
+        path = written(tmp_path, name, content)
+        assert_refused(InputError, message, read_prompts, path)
 
 
 def test_unreadable_prompt_files(tmp_path):
@@ -119,9 +114,9 @@ def test_checkpoints_load_in_float32_on_a_cpu(checkpoint):
 
 def test_folders_that_are_no_checkpoints(tmp_path, checkpoint):
     assert find_checkpoint(str(checkpoint), "target") == checkpoint
-    with pytest.raises(InputError, match="is no folder, nor a repository in the Hugging Face cache"):
+    with pytest.raises(InputError, match="is neither a folder nor a repository in the Hugging Face cache"):
         find_checkpoint(str(tmp_path / "missing"), "target")
-    with pytest.raises(InputError, match="draft 'nobody/nothing' is no folder"):
+    with pytest.raises(InputError, match="draft 'nobody/nothing' is neither a folder"):
         find_checkpoint("nobody/nothing", "draft")
     with pytest.raises(InputError, match="is a file"):
         find_checkpoint(str(checkpoint / "config.json"), "target")
@@ -138,7 +133,7 @@ def drop_a_weight(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_a_weight, r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight"),
+        (drop_a_weight, r"lacks 1 weights, for example model\.layers\.1\.mlp\.up_proj\.weight"),
         (lambda folder: (folder / "model.safetensors").unlink(), "does not load: .*no file named"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "does not load: "),
         (lambda folder: (folder / "config.json").write_text("{"), "does not load: .*not a valid JSON"),
@@ -168,11 +163,11 @@ def test_missing_tokenizers(tmp_path):
 def test_another_tokenizer_is_refused(tmp_path):
     word_tokenizer(first=1).save_pretrained(tmp_path / "shifted")
     with pytest.raises(
-        DrafterError, match=r"60 tokens differ, '<bos>' for one is 1 in the target's and 2 in the draft's"
+        DrafterError, match=r"60 tokens differ; for example, '<bos>' is 1 in the target's and 2 in the draft's"
     ):
         check_same_tokenizer(word_tokenizer(), tmp_path / "shifted")
     word_tokenizer(vocab_size=60).save_pretrained(tmp_path / "smaller")
-    with pytest.raises(DrafterError, match=r"1 tokens differ, 'w60' for one is 60 .* and missing in the draft's"):
+    with pytest.raises(DrafterError, match=r"1 tokens differ; for example, 'w60' is 60 .* and missing in the draft's"):
         check_same_tokenizer(word_tokenizer(), tmp_path / "smaller")
 
 

@@ -69,8 +69,8 @@ def test_a_line_that_was_cut_off_anywhere_is_made_again(tmp_path):
     [
         ('{"index": 0, "prom\n{"index": 1, "prompt": "two"}\n', "line 1 is damaged"),
         ('{"index": 1, "prompt": "two"}\n{"index": 1, "prompt": "two"}\n', "line 2 is a second row for prompt 1"),
-        ('{"index": 1, "prompt": "three"}\n', "line 1 is no row of these prompts"),
-        ('{"index": 7, "prompt": "three"}\n', "line 1 is no row of these prompts"),
+        ('{"index": 1, "prompt": "three"}\n', "line 1 is not a row of these prompts"),
+        ('{"index": 7, "prompt": "three"}\n', "line 1 is not a row of these prompts"),
     ],
 )
 def test_foreign_rows_are_refused_by_line(tmp_path, content, words):
@@ -132,7 +132,7 @@ def test_killed_and_resumed_runs_have_every_row_once(tmp_path, demo_pair, num_ki
     last = arguments(prompts, out, "--batch-size", "7", "--layout", "repad", "--kv-tokens", "700")
     done = CliRunner().invoke(app, last)
     assert done.exit_code == 0, done.stderr
-    assert "rows are there, going on" in done.stderr and "tokens/s" in done.stderr
+    assert "rows are done, resuming" in done.stderr and "tokens/s" in done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(row["index"] for row in rows) == list(range(len(texts)))
     encoded = [demo_pair.tokenizer(text).input_ids for text in texts]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_refused
 from tiny import tiny_llama
 from tiny_xlnet import tiny_xlnet
 from transformers import AutoTokenizer, XLNetLMHeadModel
@@ -166,13 +167,12 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
 NAMELESS = tiny_xlnet(mask_token_id=None)
 
 
-@pytest.mark.parametrize(
-    "error, match, arguments",
-    [
+def test_refusals_name_the_remedy():
+    for error, match, arguments in [
         (InputError, r"8 tokens, but the model has 6 positions; cut the text", {"model": LIMITED}),
         (InputError, r"row 0 has no mask.*set mask=True", {"mask": HIDE & False}),
         (InputError, r"masked all over.*at least one visible token", {"mask": HIDE | True}),
-        (InputError, r"overlap in row 0: column 1 .*set one", {"attention_mask": PADDED}),
+        (InputError, r"overlap in row 0: column 1 .*correct one", {"attention_mask": PADDED}),
         (InputError, r"attention_mask has a gap", {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]])}),
         (InputError, r"mask is \[1, 3\]; it must be", {"mask": HIDE[:, :3]}),
         (InputError, r"mask is a list; it must be", {"mask": [1, 2]}),
@@ -183,24 +183,23 @@ NAMELESS = tiny_xlnet(mask_token_id=None)
         (UnsupportedModelError, r"no second stream.*XLNetLMHeadModel", {"model": tiny_llama()}),
         (ConfigError, r"pass mask_token_id=tokenizer.mask_token_id", {"model": NAMELESS}),
         (ConfigError, r"training mode.*model.eval", {"model": tiny_xlnet().train()}),
-        (ConfigError, r"mask_token_id=11 is no token of the vocabulary 0..10", {"mask_token_id": 11}),
+        (ConfigError, r"mask_token_id=11 is not a token of the vocabulary 0..10", {"mask_token_id": 11}),
         (DrafterError, r"drafter='prompt_lookup' cannot.*'self', 'ahead', 'ngram'", {"drafter": "prompt_lookup"}),
         (ConfigError, r"num_speculative_tokens=0 .* 1 to 32", {"num_speculative_tokens": 0}),
         (ConfigError, r"temperature.*do_sample=True", {"temperature": 0.5}),
         (ConfigError, r"temperature=0 is not positive", {"temperature": 0, "do_sample": True}),
         (ConfigError, r"top_p=1.5 is outside", {"top_p": 1.5, "do_sample": True}),
-        (ConfigError, r"top_p='x' is no finite number", {"top_p": "x", "do_sample": True}),
-        (ConfigError, r"temperature='1' is no finite number", {"temperature": "1", "do_sample": True}),
-        (ConfigError, r"temperature=inf is no finite number", {"temperature": float("inf"), "do_sample": True}),
+        (ConfigError, r"top_p='x' is not a finite number", {"top_p": "x", "do_sample": True}),
+        (ConfigError, r"temperature='1' is not a finite number", {"temperature": "1", "do_sample": True}),
+        (ConfigError, r"temperature=inf is not a finite number", {"temperature": float("inf"), "do_sample": True}),
         (DrafterError, r"drafter=a XLNetLMHeadModel cannot draft", {"drafter": NAMELESS}),
         (ConfigError, r"top_k=-1", {"top_k": -1, "do_sample": True}),
         (ConfigError, r"seed= has no effect", {"seed": 1}),
         (ConfigError, r"seed has 2 entries for 1 rows", {"seed": [1, 2], "do_sample": True}),
-    ],
-)  # fmt: skip
-def test_refusals_name_the_remedy(error, match, arguments):
-    with pytest.raises(error, match=f"(?s){match}"):
-        specdec.infill(**{"model": MODEL, "input_ids": IDS, "mask": HIDE, **arguments})
+    ]:
+        assert_refused(
+            error, f"(?s){match}", specdec.infill, **{"model": MODEL, "input_ids": IDS, "mask": HIDE, **arguments}
+        )
 
 
 def test_nan_is_reported():

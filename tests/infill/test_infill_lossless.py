@@ -66,10 +66,18 @@ def sample(**options):
     return specdec.infill(MODEL, TEXT.expand(many), HIDDEN.expand(many), do_sample=True, seed=5, **options)
 
 
-@pytest.mark.parametrize("verification", ["token", "block"])
-@pytest.mark.parametrize("bonus_token", [True, False])
-@pytest.mark.parametrize("k", [2, 5])
-@pytest.mark.parametrize("drafter", ["self", "ahead", "ngram"])
+# Every pair of values of two parameters occurs.
+@pytest.mark.parametrize(
+    ("drafter", "k", "bonus_token", "verification"),
+    [
+        ("self", 2, True, "token"),
+        ("self", 5, False, "block"),
+        ("ahead", 2, False, "token"),
+        ("ahead", 5, True, "block"),
+        ("ngram", 2, True, "block"),
+        ("ngram", 5, False, "token"),
+    ],
+)
 def test_fillings_follow_the_joint(drafter, k, bonus_token, verification):
     filled = sample(drafter=drafter, num_speculative_tokens=k, bonus_token=bonus_token, verification=verification)
     assert p_value(filled, joint()) > ALPHA

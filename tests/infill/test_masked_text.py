@@ -47,7 +47,7 @@ def test_tags(tokenizer):
 
 @pytest.mark.parametrize("tag", ["<mask>", "<mask:0>", "<mask: 3>", "<mask:three>", "<MASK:3>", "<mask:3", "< mask:3>"])
 def test_tags_that_are_spelled_wrongly(tokenizer, tag):
-    with pytest.raises(InputError, match=r"is no mask; write <mask:12>"):
+    with pytest.raises(InputError, match=r"is not a mask; write <mask:12>"):
         parse_masks(f"def f({tag}): <mask:2>", tokenizer)
 
 
@@ -66,10 +66,10 @@ def test_lines(tokenizer):
     "ranges, match",
     [
         (["2-4", "4-5"], "masks overlap: line 4 is in 2-4 and in 4-5; name each line once"),
-        (["3-2"], "no range; write 3 or 3-5"),
-        (["0"], "no range; write 3 or 3-5"),
-        (["a"], "no range; write 3 or 3-5"),
-        (["4-7"], "end behind the text's 6 lines"),
+        (["3-2"], "not a range; write 3 or 3-5"),
+        (["0"], "not a range; write 3 or 3-5"),
+        (["a"], "not a range; write 3 or 3-5"),
+        (["4-7"], "end after the text's 6 lines"),
     ],
 )
 def test_lines_that_are_none(tokenizer, ranges, match):

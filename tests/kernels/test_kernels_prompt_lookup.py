@@ -69,5 +69,5 @@ def test_kernel_on_a_gpu_equals_a_search_by_hand():
 
 
 def test_more_tokens_than_there_are_are_refused():
-    with pytest.raises(ValueError, match="hold no 4 tokens"):
+    with pytest.raises(ValueError, match="do not hold 4 tokens"):
         prompt_lookup(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, dtype=torch.long), 4, 2, 3, 1)

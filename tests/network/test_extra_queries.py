@@ -8,12 +8,10 @@ from families import REFUSED, SERVED, is_known
 from families import tiny as tiny_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_llama
-from transformers import MistralConfig, MistralForCausalLM
+from tiny import tiny_llama, tiny_mistral
 
 from specdec import batch_invariant
-from specdec.batch import branches
-from specdec.batch.branches import Branches
+from specdec.batch.columns import Columns
 from specdec.batch.layout import Ragged, Repad
 from specdec.batch.rows import Rows
 from specdec.draft import ExtraQueries
@@ -29,38 +27,6 @@ from specdec.network.stock import StockNetwork
 
 # Per-layer inputs looked up by token id, and ALiBi biases by slot: there is no such query.
 NO_EXTRA_QUERIES = ("gemma3n_text", "gemma4_text", "bloom", "mpt", "falcon_alibi")
-
-
-def tiny_mistral(window: int = 5) -> MistralForCausalLM:
-    torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, sliding_window=window, initializer_range=0.3,
-    )  # fmt: skip
-    return MistralForCausalLM(config).eval()
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 5), st.data())
-def test_what_a_column_sees(starts, num_tokens, data):
-    """By the definition, column by column."""
-    columns = data.draw(st.lists(st.integers(0, num_tokens - 1), min_size=1, max_size=4))
-    length = data.draw(st.integers(1, 3))
-    ahead = torch.arange(1, length + 1)
-    found = Branches.behind(torch.tensor(starts), num_tokens, torch.tensor(columns)[None], ahead)
-    num_slots = max(starts) + num_tokens + len(columns) * length
-    visible, places = found.visible(num_slots), found.key_places(num_slots)
-    for row, start in enumerate(starts):
-        assert found.slots[row].tolist() == list(range(start, start + num_tokens + len(columns) * length))
-        for column in range(num_tokens):
-            assert visible[row, column].nonzero()[:, 0].tolist() == list(range(start + column + 1))
-            assert found.places[row, column] == start + column
-        for branch, end in enumerate(columns):
-            begin = start + num_tokens + branch * length
-            for ahead in range(length):
-                column = num_tokens + branch * length + ahead
-                seen = [*range(start + end + 1), *range(begin, begin + ahead + 1)]
-                assert visible[row, column].nonzero()[:, 0].tolist() == seen
-                assert places[row, seen].tolist() == list(range(start + end + ahead + 2))
 
 
 @pytest.mark.parametrize("family", sorted(SERVED))
@@ -313,39 +279,34 @@ def test_what_lies_behind_the_text_never_matters(network_type):
         assert torch.equal(text, results[0][0]) and torch.equal(queries, results[0][1])
 
 
-def planted_end(self, num_slots):
+def planted_end(found):
     """Queries see one token too many."""
-    return ORIGINAL(self, num_slots) | (torch.arange(num_slots) == self.ends[..., None] + 1)
+    queries = found.seen[:, found.num_text :]
+    num_seen = queries[..., : found.num_text].sum(-1, keepdim=True)
+    queries.scatter_(2, num_seen, True)
 
 
-def planted_own(self, num_slots):
+def planted_own(found):
     """Queries do not see those before them."""
-    slot = torch.arange(num_slots)
-    before = (slot >= self.begins[..., None]) & (slot < self.slots[..., None])
-    return ORIGINAL(self, num_slots) & ~before
+    queries = found.seen[:, found.num_text :, found.num_text :]
+    queries &= torch.eye(queries.shape[-1], dtype=torch.bool)
 
 
-ORIGINAL = branches.Branches.visible
+def planted_places(found):
+    """Queries stand one place too late."""
+    found.places[:, found.num_text :] += 1
 
 
-@pytest.mark.parametrize("bug", [planted_end, planted_own])
+@pytest.mark.parametrize("bug", [planted_end, planted_own, planted_places])
 @pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])
-def test_the_probe_finds_wrong_masks(monkeypatch, network_type, bug):
-    model = MODELS[tiny_llama]
+def test_the_probe_finds_wrong_columns(monkeypatch, network_type, bug):
+    model, original = MODELS[tiny_llama], Columns.branches
     assert probe(model, network_type(model, 2, 13), 0) < 1e-3
-    monkeypatch.setattr(branches.Branches, "visible", bug)
-    assert probe(model, network_type(model, 2, 13), 0) > 1e-2
 
-
-@pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])
-def test_the_probe_finds_wrong_positions(monkeypatch, network_type):
-    model, original = MODELS[tiny_llama], branches.Branches.behind
-
-    def behind(*args):
+    def planted(*args):
         found = original(*args)
-        places = found.places.clone()
-        places[:, found.num_tokens :] += 1
-        return Branches(found.num_tokens, found.slots, places, found.ends, found.begins)
+        bug(found)
+        return found
 
-    monkeypatch.setattr(branches.Branches, "behind", staticmethod(behind))
+    monkeypatch.setattr(Columns, "branches", staticmethod(planted))
     assert probe(model, network_type(model, 2, 13), 0) > 1e-2

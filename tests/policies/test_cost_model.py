@@ -23,7 +23,7 @@ from tests.api.test_generate import OTHER, TARGET, some_prompts
 K = 20
 
 
-class Clock:
+class FakeClock:
     def __init__(self):
         self.now = 0.0
 
@@ -62,7 +62,7 @@ class World:
 
     def __init__(self, verify, draft, acceptance, catch_up=0.0, noise=0.0, estimate=None, rows=1, seed=0):
         self.verify, self.draft, self.acceptance, self.catch_up, self.noise = verify, draft, acceptance, catch_up, noise
-        self.random, self.clock, self.rows = np.random.default_rng(seed), Clock(), Rows(rows)
+        self.random, self.clock, self.rows = np.random.default_rng(seed), FakeClock(), Rows(rows)
         self.policy = CostModel(None, self.clock, Knowledge())
         shows = frozenset() if estimate is None else frozenset({"logits"})
         self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, context=None)

@@ -38,7 +38,7 @@ def test_other_models_are_refused(kind):
         head.check(target, tiny_llama(2))
     with pytest.raises(ConfigError, match=r"another drafter .vocab_size 67 instead of 61"):
         head.check(target, tiny_llama(1, vocab_size=67))
-    with pytest.raises(ConfigError, match="does not say which target"):
+    with pytest.raises(ConfigError, match="does not record which target"):
         HEADS[kind]().check(target, drafter)
     with pytest.raises(ConfigError, match="trained_for"):
         HEADS[kind]().save("nowhere")

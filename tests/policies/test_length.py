@@ -447,7 +447,7 @@ def test_widths_of_another_kind_are_named(said, found):
         ({"length_policy": "confidence"}, "without a drafter"),
         ({"assistant_confidence_threshold": 0.5}, "without a drafter"),
         ({"drafter": OTHER, "length_policy": "heuristic", "assistant_confidence_threshold": 0.4}, "pass one of them"),
-        ({"drafter": OTHER, "assistant_confidence_threshold": 1.5}, "no probability"),
+        ({"drafter": OTHER, "assistant_confidence_threshold": 1.5}, "not a probability"),
         ({"drafter": OTHER, "num_assistant_tokens_schedule": "sometimes"}, "choose 'constant', 'heuristic'"),
     ],
 )  # fmt: skip

@@ -184,7 +184,7 @@ def test_own_text_is_read_so_often_and_then_renewed():
         ({"loss": "jsd", "beta": 1.0}, "beta=1.0 must be between 0 and 1"),
         ({"shares": {"web": 1.0}}, "data source 'web' is unknown"),
         ({"shares": {"fixed": 0.5}}, "sum to 1"),
-        ({"shares": {"fixed": 0.99, "target": 0.01}}, "less than a row of 32"),
+        ({"shares": {"fixed": 0.99, "target": 0.01}}, "less than one row of 32"),
         ({"loss": "ce", "shares": {"on-policy": 1.0}}, "teaches it nothing"),
         ({"temperatures": ()}, "temperatures is empty"),
     ],
@@ -199,7 +199,7 @@ def test_missing_data_is_named(tmp_path):
     for shares, message in (({"fixed": 1.0}, "needs a training text"), ({"target": 1.0}, "need prompts")):
         with pytest.raises(InputError, match=message):
             distill(target, draft, Distillation(shares=shares), config, tmp_path, make_accelerator(CPU))
-    with pytest.raises(ConfigError, match="leaves no room behind prompts of up to 3"):
+    with pytest.raises(ConfigError, match="leaves no room after prompts of up to 3"):
         data = Distillation(shares={"target": 1.0}, row_tokens=3)
         distill(target, draft, data, config, tmp_path, make_accelerator(CPU), prompts=prompts())
 
@@ -286,7 +286,7 @@ def test_the_command_trains_measures_and_saves(pair):
     ("more", "message"),
     [
         (["--loss", "mse"], "loss 'mse' is unknown"),
-        (["--data", "target=half"], "'half' is no number"),
+        (["--data", "target=half"], "'half' is not a number"),
         (["--data", "mixed", "--mix-share", 1], "must be between 0 and 1"),
         (["--precision", "int8"], "use float32 or bfloat16"),
         (["--data", "target", "--prompts", "missing.txt"], "cannot be read"),

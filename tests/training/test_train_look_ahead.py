@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from specdec.cli.app import app
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
-from specdec.drafters.training import look_ahead as module
 from specdec.drafters.training.data import Batch, TokenStream
+from specdec.drafters.training.look_ahead import recipe as module
 from specdec.drafters.training.look_ahead.recipe import (
     LookAheadLoss,
     LookAheadRecipe,

@@ -2,8 +2,8 @@
 
 The loss of a text is the mean over its hidden tokens of -log p(x_s(i) | x_s(<i)): the conditionals of one sequential
 decoding, in one forward under the oracle mask. Drafting by marginals asks the same network for tokens further ahead,
-x_s(i) given x_s(<i - gap), which no lattice order ever shows it; `draft_weight` adds that loss, at gaps as drafts have
-them, and so raises acceptance.
+x_s(i) given x_s(<i - gap), which it never sees in any lattice order. `draft_weight` adds that loss, with the gaps that
+drafts have, and so raises acceptance.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class MaskRecipe:
     mask_rates: the bounds of the rates; a batch's rows cover them evenly. Both bounds ramp from 0.15 over the first
         `ramp_steps` steps. The paper's: (0.85, 0.99) for continuation, (0.05, 0.25) for single lines of code,
         (0.60, 0.75) for infilled stories.
-    span_share: of the rows, the share that hides one block; the others hide tokens anywhere.
-    draft_weight: of the loss of marginals, beside that of the joint density.
+    span_share: the share of rows that hide one block; the others hide tokens anywhere.
+    draft_weight: weight of the loss of marginals, added to that of the joint density.
     """
 
     mask_rates: tuple[float, float] = (0.15, 0.99)
@@ -48,7 +48,7 @@ class MaskRecipe:
         if not 0 < low <= high < 1:
             raise ConfigError(f"mask rates {low} .. {high} are not usable; need 0 < low <= high < 1")
         if not 0 <= self.span_share <= 1:
-            raise ConfigError(f"span_share={self.span_share} is no share; use 0 to 1")
+            raise ConfigError(f"span_share={self.span_share} is not a share; use 0 to 1")
         if self.draft_weight < 0 or self.ramp_steps < 0:
             raise ConfigError(
                 f"draft_weight={self.draft_weight} and ramp_steps={self.ramp_steps} must not be negative; 0 is none"
@@ -60,7 +60,9 @@ class MaskRecipe:
         return low, high
 
     def draw(self, shape: tuple[int, int], step: int, generator: torch.Generator) -> Tensor:
-        """The hidden tokens of one batch, [rows, length] bool; every row hides one token at least and shows one."""
+        """The hidden tokens of one batch, [rows, length] bool; every row hides at least one token and shows at least
+        one.
+        """
         num_rows, length = shape
         low, high = self.rates_at(step)
         strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
@@ -74,12 +76,12 @@ class MaskRecipe:
 
 
 class AnySubsetLoss(nn.Module):
-    """From texts and what is hidden of them to the losses; `specdec.drafters.training.trainer` trains it."""
+    """Computes the losses from texts and their hidden tokens; `specdec.drafters.training.trainer` trains it."""
 
     def __init__(self, model: XLNetLMHeadModel):
         super().__init__()
         self.text = TwoStreamText(model)
-        for name, parameter in model.named_parameters():  # of segments, which a plain text has not
+        for name, parameter in model.named_parameters():  # of segments, which a plain text does not have
             parameter.requires_grad_(not name.endswith(("seg_embed", "r_s_bias")))
 
     @property
@@ -90,8 +92,8 @@ class AnySubsetLoss(nn.Module):
         """Negative log-likelihoods, [rows, gaps, length] float32 in nats, 0 where a token is visible.
 
         token_ids: [rows, length] int64. hidden: [rows, length] bool.
-        gaps: [rows, gaps, length] int64: how many of the ranks before a token its prediction must do without; 0 is the
-            joint density.
+        gaps: [rows, gaps, length] int64: how many of the ranks just before a token its prediction does not see; 0 is
+        the joint density.
         """
         logits = self.model.lm_loss(self.text(token_ids, *visibility(hidden, gaps)))
         labels = token_ids[:, None].expand_as(gaps)
@@ -100,7 +102,7 @@ class AnySubsetLoss(nn.Module):
 
 
 def visibility(hidden: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
-    """Who sees whom in a lattice order; the arguments of `TwoStreamText`, [rows, (gaps,) length, length] bool."""
+    """Which tokens see which in a lattice order; arguments of `TwoStreamText`, [rows, (gaps,) length, length] bool."""
     number = hidden.cumsum(1)  # 1, 2, ... among the hidden tokens
     rank = torch.where(hidden, number, 0)
     content = rank[:, None, :] <= rank[:, :, None]
@@ -109,7 +111,7 @@ def visibility(hidden: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_gaps(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """How far ahead drafts ask, [rows, length] int64 from 1: half of them for the next token but one, and so on."""
+    """How far ahead drafts predict, [rows, length] int64 from 1: half of them for the next token but one, and so on."""
     weights = 0.5 ** torch.arange(1, MAX_GAP + 1)
     drawn = torch.multinomial(weights, shape[0] * shape[1], replacement=True, generator=generator)
     return drawn.view(shape) + 1
@@ -117,7 +119,7 @@ def draw_gaps(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 @dataclass
 class AnySubsetStep:
-    """The step function: batch number n and its masks are functions of n and the seed alone."""
+    """The step function: batch n and its masks are functions of n and the seed alone."""
 
     stream: TokenStream
     batch_rows: int
@@ -167,7 +169,7 @@ def validate(
 ) -> dict[str, dict[str, float]]:
     """Joint negative log-likelihood per hidden token in nats, by mask rate and kind of mask.
 
-    rows: [rows, length] int64. The masks are fixed, so that two models are compared on the same.
+    rows: [rows, length] int64. The masks are fixed, so that two models are compared on the same ones.
     """
     was_training = module.training
     module.eval()
@@ -186,9 +188,9 @@ def validate(
 
 @torch.no_grad()
 def draft_acceptance(module: AnySubsetLoss, rows: Tensor, rate: float, max_gap: int = 4) -> list[float]:
-    """Entry g - 1: the chance that a marginal draft g ranks ahead is accepted where all before it were, sum min(p, q).
+    """Entry g - 1: the chance that a marginal draft g ranks ahead is accepted if all before it were, sum min(p, q).
 
-    Measured on the text itself rather than on samples; hidden tokens stand anywhere, at `rate`.
+    Measured on the text itself rather than on samples; hidden tokens are anywhere, at `rate`.
     """
     was_training = module.training
     module.eval()
@@ -214,6 +216,6 @@ def masked_batches(recipe: MaskRecipe, rows: Tensor, batch_rows: int) -> Iterato
 
 
 def evenly_spaced(num_tokens: int, num_rows: int, row_tokens: int) -> list[int]:
-    """Where rows start that cover a stream of tokens evenly."""
+    """Starts of rows that cover a stream of tokens evenly."""
     last = num_tokens - row_tokens
     return [math.floor(last * i / max(num_rows - 1, 1)) for i in range(num_rows)]

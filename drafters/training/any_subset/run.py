@@ -1,4 +1,4 @@
-"""A whole training run of an any-subset model: train, save, validate what was saved, write the card."""
+"""A whole training run of an any-subset model: train, save, validate the saved model, write the card."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ HELD_OUT_ROWS = 256
 
 CARD = """# Any-subset model
 
-An XLNet that fills in any places of a text: p(token | any set of the others), trained by the joint density under
+An XLNet that fills in any positions of a text: p(token | any set of the others), trained on the joint density under
 lattice orders. {parameters:,} parameters, texts of up to {positions} tokens, mask token {mask!r} (id {mask_id}). Use it
 with `specdec.infill`.
 
     {command}
 
-Losses are in nats per hidden token. `held-out loss`: of the joint density, by where tokens are hidden and the share
-that is; `draft acceptance`: at 95 % hidden, the chance that a draft made 1, 2, ... ranks ahead is accepted where those
-before it were.
+Losses are in nats per hidden token. `held-out loss`: of the joint density, by kind of mask and share of hidden tokens;
+`draft acceptance`: at 95 % hidden, the chance that a draft made 1, 2, ... ranks ahead is accepted if those before it
+were.
 
 ```json
 {record}
@@ -69,15 +69,17 @@ class AnySubsetRun:
     ) -> dict[str, Any]:
         """Write model, tokenizer and card into `out`, the run's state and losses into `out`/training.
 
-        Returns the card's record. notes: further entries for it.
+        Returns the card's record. notes: additional entries for it.
         """
         module = AnySubsetLoss(self.model)
         if self.compile:
             module.compile()
         step = AnySubsetStep(TokenStream(tokens, self.row_tokens, self.config.seed), self.batch_rows, self.recipe)
+
         accelerator = make_accelerator(device)
         settings = {"batch_rows": self.batch_rows, "row_tokens": self.row_tokens, **as_json(asdict(self.recipe))}
         work = out / "training"
+
         done = train(module, step, self.config, work, accelerator, settings)
         record = {
             "first loss": done.first_loss,
@@ -86,9 +88,11 @@ class AnySubsetRun:
             "settings": done.settings,
             **(notes or {}),
         }
+
         if accelerator.is_main_process:
             record |= save(self.model, self.tokenizer, out, held_out_rows(held_out, self.row_tokens))
             write_card(self.model, self.tokenizer, record, out)
+
         finish(work, accelerator)
         return record
 
@@ -104,7 +108,7 @@ def held_out_rows(tokens: np.ndarray | None, row_tokens: int) -> Tensor | None:
 
 
 def save(model: XLNetLMHeadModel, tokenizer: PreTrainedTokenizerBase, out: Path, rows: Tensor | None) -> dict[str, Any]:
-    """Write the model in bfloat16, and measure it with the weights as they were written."""
+    """Write the model in bfloat16, and measure it with the weights as written."""
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     if rows is None:

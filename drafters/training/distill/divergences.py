@@ -41,7 +41,7 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def expectation(log_weights: Tensor, values: Tensor) -> Tensor:
-    """Where the weight is 0 the value does not count, though it may be infinite or undefined."""
+    """Values with weight 0 do not count, though they may be infinite or undefined."""
     weights = log_weights.exp()
     return (weights * values.masked_fill(weights == 0, 0)).sum(-1)
 
@@ -49,7 +49,7 @@ def expectation(log_weights: Tensor, values: Tensor) -> Tensor:
 def divergence_of(name: str, beta: float = 0.5) -> Divergence:
     """Raises ConfigError for an unknown name, or a beta outside (0, 1)."""
     if not 0 < beta < 1:
-        raise ConfigError(f"beta={beta} must be between 0 and 1; 0.5 weighs both models alike")
+        raise ConfigError(f"beta={beta} must be between 0 and 1; 0.5 weighs both models equally")
     known: dict[str, Divergence] = {
         "fkl": forward_kl,
         "rkl": reverse_kl,

@@ -1,4 +1,4 @@
-"""A trained draft model as a checkpoint: complete when its folder is there, rounded as it will be loaded."""
+"""A trained draft model as a checkpoint: complete once its folder exists, rounded as it will be loaded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def check_free(out: Path) -> None:
 def save_draft(draft: PreTrainedModel, origin: str, tokenizer: PreTrainedTokenizerBase, out: Path) -> Iterator[Path]:
     """Round the weights to the dtype of the checkpoint they came from, and save them, with the tokenizer, in `out`.
 
-    Yields a folder for whatever else belongs to the checkpoint; `out` gets all of it when the block ends well,
-    config.json last. The model keeps its dtype, with rounded values, so that it measures as the stored one would.
+    Yields a folder for the checkpoint's other files; `out` gets all of them when the block ends without error,
+    config.json last. The model keeps its dtype, with rounded values, so that it measures like the stored one.
     """
     stored = AutoConfig.from_pretrained(origin, local_files_only=True).dtype or draft.dtype
     own_dtype = draft.dtype
     unfinished = out / "model.part"
     shutil.rmtree(unfinished, ignore_errors=True)
-    for parameter in draft.parameters():  # not `draft.to`: buffers such as rotation frequencies stay as they are
+    for parameter in draft.parameters():  # not `draft.to`: buffers such as rotation frequencies stay unrounded
         parameter.data = parameter.data.to(stored)
     draft.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

@@ -1,4 +1,4 @@
-"""DistillSpec: a draft model learns the target's distribution, on the text that it will be asked about.
+"""DistillSpec: a draft model learns the target's distribution, on the kind of text it will draft.
 
 Zhou et al., "DistillSpec: Improving Speculative Decoding via Knowledge Distillation" (2023): minimise over the drafter
 E_(x, y ~ G) 1/|y| sum_t D(p, q)(. | x, y_<t), with no gradient through the sampling of y (eq. 3 and 4).
@@ -32,12 +32,12 @@ OnProgress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is minimised, on what.
+    """The loss, and the data it is minimised on.
 
     loss: fkl, rkl, jsd or tvd; or ce, next-token cross-entropy without a target, the baseline. beta: of jsd.
     shares: source -> share of each batch's rows. "fixed" is rows of the training text; "target" the target's
-        continuations of prompts; "on-policy" those of the drafter as it is, renewed every `renew_every` steps, in
-        which each is read `own_reads` times.
+    continuations of prompts; "on-policy" those of the drafter in its current state, renewed every `renew_every` steps
+    and each read `own_reads` times.
     temperatures: of the continuations, in turn; 0 is greedy. num_texts: continuations that the target writes.
     """
 
@@ -70,7 +70,7 @@ class Distillation:
             )
         for name, count in self.rows_of_sources().items():
             if count < 1:
-                raise ConfigError(f"share {self.shares[name]} of {name!r} is less than a row of {self.batch_rows}")
+                raise ConfigError(f"share {self.shares[name]} of {name!r} is less than one row of {self.batch_rows}")
 
     def rows_of_sources(self) -> dict[str, int]:
         """Rows of each source in a batch; they sum to `batch_rows`."""
@@ -80,7 +80,7 @@ class Distillation:
 
 
 class Reader:
-    """Batches of all sources, by step; what the drafter wrote last is part of a checkpoint."""
+    """Batches of all sources, by step; the drafter's latest texts are part of a checkpoint."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ def writings(data: Distillation, prompts: Prompts) -> list[Writing]:
     num_new_tokens = data.row_tokens - prompts.longest
     if num_new_tokens < 1:
         raise ConfigError(
-            f"row_tokens={data.row_tokens} leaves no room behind prompts of up to {prompts.longest} tokens; "
+            f"row_tokens={data.row_tokens} leaves no room after prompts of up to {prompts.longest} tokens; "
             "raise it, or shorten the prompts"
         )
     return [Writing(num_new_tokens, temperature, data.write_batch) for temperature in data.temperatures]
@@ -152,7 +152,7 @@ def target_texts(
     accelerator: Accelerator,
     on_progress: OnProgress | None = None,
 ) -> Pool:
-    """This process's share of the target's texts, written once and kept in `work` for a run that is resumed."""
+    """This process's share of the target's texts, written once and kept in `work` for a resumed run."""
     rank, path = accelerator.process_index, work / f"{accelerator.process_index}-{POOL}"
     num_mine = max(data.num_texts // accelerator.num_processes, len(data.temperatures))
     if not path.exists():
@@ -160,7 +160,7 @@ def target_texts(
         fill_pool(target, wanted, writings(data, prompts), seed_of(seed, 5, rank), on_progress).save(path)
     pool = Pool.load(path)
     if len(pool) != num_mine:
-        raise InputError(f"{str(path)!r} is of a run with other settings; delete it or choose another folder")
+        raise InputError(f"{str(path)!r} is from a run with other settings; delete it or choose another folder")
     return pool
 
 
@@ -175,11 +175,11 @@ def distill(
     prompts: Prompts | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainRecord:
-    """Train `draft` (float32 weights) in place; the target gets no gradient, and neither has dropout.
+    """Train `draft` (float32 weights) in place. The target gets no gradients; neither model uses dropout.
 
     text: for fixed data. prompts: for the others. work: see `train`. on_progress: called with texts just written.
 
-    Raises ConfigError or InputError where a source lacks what it needs.
+    Raises ConfigError or InputError if a source lacks something it needs.
     """
     if "fixed" in data.shares and text is None:
         raise InputError("fixed data needs a training text; pass --text")

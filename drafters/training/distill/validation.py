@@ -1,4 +1,4 @@
-"""What a draft model is worth to a target on held-out prompts: by its probabilities, and in the real decoder."""
+"""How well a draft model serves a target on held-out prompts: by its probabilities, and in the real decoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.check.oracle import greedy_settings, left_pad
+from specdec.check.padding import left_pad
+from specdec.check.settings import greedy_settings
 from specdec.drafters.training.own_text import Pool, Writing, fill_pool
 
 BATCH_ROWS = 16
@@ -18,9 +19,9 @@ SEED = 20_000
 
 
 class Validation:
-    """The target's own continuations of held-out prompts, on which any number of drafts are measured alike.
+    """The target's own continuations of held-out prompts, on which all drafts are measured alike.
 
-    On them the drafter stands where it stands in decoding as long as its tokens are accepted.
+    On them the drafter sees the same text as in decoding, as long as its tokens are accepted.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Validation:
     def measure(self, draft: PreTrainedModel) -> dict[str, Any]:
         """greedy_agreement: share of the target's greedy tokens that are the draft's argmax too.
         sampled_acceptance: mean of 1 - TVD(p, q) over the target's samples at temperature 1, the probability that a
-        sample of q is accepted. *_acceptance_length: tokens a step and row in `specdec.generate` with this draft.
+        sample of q is accepted. *_acceptance_length: tokens per step and row in `specdec.generate` with this draft.
         """
         return {
             "greedy_agreement": weighted_mean(self.greedy_agreement_by_prompt(draft), self.greedy),
@@ -101,6 +102,6 @@ class Validation:
 
 
 def weighted_mean(by_prompt: Sequence[float], pool: Pool) -> float:
-    """Over tokens, from means over texts."""
+    """The mean over tokens, from means over texts."""
     counts = pool.counted.sum(1).tolist()
     return sum(mean * count for mean, count in zip(by_prompt, counts, strict=True)) / max(sum(counts), 1)

@@ -1,4 +1,4 @@
-"""What the drafter would propose behind every prefix of a text, and whether the target would accept it."""
+"""The drafter's proposal after every prefix of a text, and whether the target would accept it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from specdec.kernels.commit.token_statistics import token_statistics
 
 @dataclass(frozen=True)
 class Proposals:
-    """One proposal behind each prefix; column j follows token j of the text. [rows, columns - 1] where not said.
+    """One proposal after each prefix; column j follows token j of the text. Shapes are [rows, columns - 1] unless
+    given.
 
-    hidden: [.., hidden] float32, the drafter's last hidden state behind its final norm. logits: [.., vocab], the
-        drafter's. token_ids: int64, the proposed tokens. statistics: [.., 3] float32, of
-        `token_statistics`: the drafter's log q of them and of the best other tokens, its entropy.
+    hidden: [.., hidden] float32, the drafter's last hidden state after its final norm. logits: [.., vocab], the
+    drafter's. token_ids: int64, the proposed tokens. statistics: [.., 3] float32, from `token_statistics`: the
+    drafter's log q of them and of the best other tokens, and its entropy.
     acceptance: float32, the probability that the target accepts them: min(1, p / q) for samples; for the drafter's
-        argmax under greedy decoding 1 where the target's argmax is the same, else 0.
-    counted: bool, where the text's next token is one that the target wrote.
+    argmax under greedy decoding 1 if the target's argmax is the same, else 0.
+    counted: bool, whether the target wrote the text's next token.
     """
 
     hidden: Tensor
@@ -45,8 +46,8 @@ def propose_everywhere(
 
     is_sampled: [rows] bool, whether the row's proposals are samples of q or its argmax.
     mix_share: probability with which a token of the text is replaced by the drafter's proposal for it before the
-        drafter reads the text (1 - r of SpecDec++, section 3.3); what the target is asked about stays the text. With
-        0, the drafter stands where it stands in decoding as long as all its tokens were accepted.
+    drafter reads the text (1 - r of SpecDec++, section 3.3); the target always reads the original text. With 0, the
+    drafter sees the same text as in decoding while all its tokens are accepted.
     """
     text = batch.token_ids
     target_logits = target(input_ids=text[:, :-1], use_cache=False).logits.float()
@@ -66,7 +67,7 @@ def propose_everywhere(
 
 
 def read(draft: PreTrainedModel, token_ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Last hidden states and logits, float32; of the logits those of tokens that the target has too."""
+    """Last hidden states and logits, float32; only the logits of tokens that the target has too."""
     known = token_ids.masked_fill(token_ids >= draft.get_input_embeddings().weight.shape[0], 0)
     output = draft(input_ids=known, use_cache=False, output_hidden_states=True)
     return output.hidden_states[-1].float(), output.logits[..., :vocab_size].float()
@@ -83,10 +84,10 @@ def gather(values: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def draft_places(accepted: Tensor, counted: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Where decoding with `max_tokens` drafted tokens a step meets each position of its own text.
+    """The place of each position in a draft, if its text is decoded with `max_tokens` drafted tokens per step.
 
     accepted, counted: [rows, columns] bool, as in `Proposals`. Returns the token's place in its draft ([rows, columns]
-    int64, from 0), and where there is one: the prefill's token and the bonus token behind a full draft are not drafted.
+    int64, from 0), and whether it has one: the prefill's token and the bonus token after a full draft are not drafted.
     """
     place = torch.zeros(len(accepted), dtype=torch.long, device=accepted.device)
     skip = torch.ones_like(place, dtype=torch.bool)

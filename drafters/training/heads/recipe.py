@@ -1,4 +1,4 @@
-"""The networks that stop a draft, trained: SpecDec++'s acceptance head and DISCO's classifier. Nothing else learns."""
+"""Training of the networks that stop a draft: SpecDec++'s acceptance head and DISCO's classifier, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from specdec.drafters.training.trainer import Step, TrainConfig, as_json, finish
 from specdec.errors import ConfigError, InputError
 from specdec.policies.heads.acceptance_head import NUM_NUMBERS, AcceptanceHead
 from specdec.policies.heads.disco import Disco
-from specdec.policies.heads.files import Head
+from specdec.policies.heads.files import PairHead
 
 LABELS = {"greedy": (0.0,), "sampled": (1.0,), "both": (0.0, 1.0)}  # temperatures of the target's text
 POOL = "target_text.safetensors"
@@ -31,11 +31,11 @@ POOL = "target_text.safetensors"
 
 @dataclass(frozen=True)
 class HeadData:
-    """What a head is trained on: text that the target writes behind `num_texts` prompts.
+    """The training data of a head: text that the target writes after `num_texts` prompts.
 
     labels: "greedy" (text and proposals are argmaxes), "sampled" (both are samples at temperature 1) or "both".
-    num_held_out: texts behind further prompts, to measure on. mix_share: see `propose_everywhere`.
-    write_batch: texts that the target writes at a time.
+    num_held_out: texts after additional prompts, to measure on. mix_share: see `propose_everywhere`.
+    write_batch: texts that the target writes at once.
     """
 
     num_texts: int
@@ -66,11 +66,11 @@ class HeadData:
 class HeadRecipe(ABC):
     """How one kind of head reads proposals."""
 
-    def __init__(self, head: Head, max_draft_tokens: int):
+    def __init__(self, head: PairHead, max_draft_tokens: int):
         self.head, self.max_draft_tokens = head, max_draft_tokens
 
     def initialise(self) -> None:  # noqa: B027 - optional hook
-        """Set the weights that training starts from."""
+        """Set the initial weights of training."""
 
     @abstractmethod
     def loss(self, head: torch.nn.Module, proposals: Proposals, accepted: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class HeadRecipe(ABC):
 
     @abstractmethod
     def log_acceptance(self, proposals: Proposals, accepted: Tensor) -> Tensor:
-        """What the head predicts, [rows, columns] float32."""
+        """The head's prediction, [rows, columns] float32."""
 
 
 class AcceptanceHeadRecipe(HeadRecipe):
@@ -88,7 +88,7 @@ class AcceptanceHeadRecipe(HeadRecipe):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """At first it predicts the drafter's own probability of the token; what it learns is where that is wrong."""
+        """Start by predicting the drafter's own probability of the token; training learns corrections to it."""
         for parameter in self.head.blocks.parameters():
             parameter[-NUM_NUMBERS:] = 0
         self.head.out.weight.zero_()
@@ -107,7 +107,7 @@ class AcceptanceHeadRecipe(HeadRecipe):
 
 
 class DiscoRecipe(HeadRecipe):
-    """Binary cross-entropy at the places where decoding would draft."""
+    """Binary cross-entropy at the positions where decoding would draft."""
 
     head: Disco
 
@@ -122,13 +122,13 @@ class DiscoRecipe(HeadRecipe):
         return self.head.log_acceptance(proposals.logits, places)
 
 
-def recipe_of(head: Head, max_draft_tokens: int) -> HeadRecipe:
+def recipe_of(head: PairHead, max_draft_tokens: int) -> HeadRecipe:
     kind = AcceptanceHeadRecipe if isinstance(head, AcceptanceHead) else DiscoRecipe
     return kind(head, max_draft_tokens)
 
 
 def train_head(
-    head: Head,
+    head: PairHead,
     target: PreTrainedModel,
     draft: PreTrainedModel,
     prompts: Prompts,
@@ -137,11 +137,11 @@ def train_head(
     out: Path,
     accelerator: Accelerator,
     on_progress: Callable[[int], None] | None = None,
-) -> Head:
-    """Train `head` for the pair and save it in `out`, beside its measurements on held-out texts.
+) -> PairHead:
+    """Train `head` for the pair and save it in `out`, with its measurements on held-out texts.
 
-    A run that was killed goes on from its last checkpoint when it is started again with the same arguments; its files
-    lie in `out/<kind>_training` until it ends, its losses stay. on_progress: called with texts just written.
+    A killed run resumes from its last checkpoint when it is started again with the same arguments; its files are in
+    `out/<kind>_training` until it ends, and its losses stay. on_progress: called with texts just written.
 
     Raises ConfigError if `out` already holds such a head.
     """
@@ -183,7 +183,7 @@ def own_texts(
     accelerator: Accelerator,
     on_progress: Callable[[int], None] | None,
 ) -> tuple[Pool, Pool]:
-    """The texts to train on, this process's share of them, and the held-out ones, which all processes write alike."""
+    """This process's share of the texts to train on, and the held-out texts, which all processes write alike."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     path = work / f"{rank}-{POOL}"
     num_mine = max(data.num_texts // num_processes, len(data.temperatures))
@@ -196,14 +196,14 @@ def own_texts(
         pool.save(path)
     n = data.num_held_out
     if len(pool) != n + num_mine:
-        raise InputError(f"{str(path)!r} is of a run with other settings; delete it or choose another folder")
+        raise InputError(f"{str(path)!r} is from a run with other settings; delete it or choose another folder")
     return Pool(pool.token_ids[n:], pool.counted[n:]), Pool(pool.token_ids[:n], pool.counted[:n])
 
 
 def proposals_at(
     target: PreTrainedModel, draft: PreTrainedModel, batch: Any, data: HeadData, seeds: Sequence[int]
 ) -> tuple[Proposals, Tensor]:
-    """Proposals for a batch that begins at a multiple of the number of temperatures, and which are accepted."""
+    """Proposals for a batch that begins at a multiple of the number of temperatures, and which of them are accepted."""
     device = batch.token_ids.device
     generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence(list(seeds)).generate_state(1)[0]))
     rows = torch.arange(len(batch.token_ids), device=device) % len(data.temperatures)
@@ -217,7 +217,7 @@ def proposals_at(
 def measure(
     recipe: HeadRecipe, target: PreTrainedModel, draft: PreTrainedModel, held_out: Pool, data: HeadData
 ) -> dict[str, Any]:
-    """How good the predictions are on held-out texts, of each kind of text, and what stopping by them is worth."""
+    """How good the predictions are on held-out texts of each kind, and what stopping by them gains."""
     found: dict[str, dict[str, list[np.ndarray]]] = {}
     width = max(data.batch_rows // len(data.temperatures), 1) * len(data.temperatures)
     plain = HeadData(**{**asdict(data), "mix_share": 0.0})
@@ -247,6 +247,7 @@ def describe(values: dict[str, list[np.ndarray]], kind: str, draft_cost: float) 
         "log_loss_of_draft_probability": log_loss(joined["acceptance"], joined["top_prob"]),
         "calibration": calibration(joined["acceptance"], joined["predicted"]),
     }
+
     if kind == "greedy":
         traces = [
             Trace(accepted, predicted, top)
@@ -256,6 +257,7 @@ def describe(values: dict[str, list[np.ndarray]], kind: str, draft_cost: float) 
         ]
         described["draft_cost"] = draft_cost
         described["rules"] = compare_rules(traces, draft_cost)
+
     return described
 
 

@@ -1,7 +1,7 @@
-"""What a rule for the draft's length is worth, from where the drafter agrees with the target's greedy text.
+"""What a rule for the draft's length gains, computed from where the drafter agrees with the target's greedy text.
 
-Up to its first rejected token a draft follows the text that the target writes, so acceptance behind every prefix of
-that text decides a whole run of greedy speculative decoding without running it.
+Up to its first rejected token, a draft follows the text that the target writes. So acceptance after every prefix of
+that text determines a whole run of greedy speculative decoding without running it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fixed(num_tokens: int) -> Rule:
 
 
 def product(name: str, threshold: float) -> Rule:
-    """Stop behind the token at which 1 - prod a_i exceeds the threshold (SpecDec++, eq. of section 3.2)."""
+    """Stop after the token at which 1 - prod a_i exceeds the threshold (SpecDec++, eq. of section 3.2)."""
 
     def rule(trace: Trace, start: int) -> int:
         doubt = 1 - np.cumprod(getattr(trace, name)[start : start + MAX_TOKENS])
@@ -45,7 +45,7 @@ def product(name: str, threshold: float) -> Rule:
 
 
 def below(threshold: float) -> Rule:
-    """Stop behind the first token whose own probability is below the threshold, as transformers does."""
+    """Stop after the first token whose own probability is below the threshold, as transformers does."""
 
     def rule(trace: Trace, start: int) -> int:
         under = np.flatnonzero(trace.top_prob[start : start + MAX_TOKENS] < threshold)
@@ -55,7 +55,7 @@ def below(threshold: float) -> Rule:
 
 
 def oracle(trace: Trace, start: int) -> int:
-    """Draft exactly what will be accepted."""
+    """Draft exactly the tokens that will be accepted."""
     wrong = np.flatnonzero(~trace.accepted[start : start + MAX_TOKENS])
     return int(wrong[0]) if len(wrong) else MAX_TOKENS
 
@@ -79,7 +79,7 @@ def compare_rules(traces: Sequence[Trace], draft_cost: float) -> dict[str, dict[
     """Each kind of rule at its best setting: chosen on every other trace, measured on the rest.
 
     setting: K for `fixed`, the threshold for the others. gain: speed over the best fixed K's, less 1.
-    share_of_oracle: of what an oracle gains over the best fixed K.
+    share_of_oracle: gain over that of an oracle, both over the best fixed K.
     """
     kinds: dict[str, dict[float, Rule]] = {
         "fixed": {k: fixed(k) for k in FIXED},

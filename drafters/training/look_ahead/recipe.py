@@ -1,9 +1,9 @@
-"""Training of look-ahead embeddings (PaSS): they alone learn, the target stays as it is.
+"""Training of look-ahead embeddings (PaSS): only they are trained, the target stays unchanged.
 
-At a split behind token n of a text, embedding i stands at position n + i and is to predict token n + 1 + i; the loss
-is its cross-entropy. Many splits of a text share one forward, each with its embeddings as a branch of the text
-(`specdec/batch/branches.py`): the text sees none of them, and no split sees another. So the text's keys and values come
-first, without gradients, and only the embeddings' own columns are differentiated.
+At a split after token n of a text, embedding i is at position n + i and predicts token n + 1 + i; the loss is its
+cross-entropy. Many splits of a text share one forward, each with its embeddings as a branch of the text
+(`specdec/batch/columns.py`): the text does not see the branches, and they do not see each other. So the text's keys
+and values are computed first, without gradients, and only the embeddings' own columns are differentiated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from specdec.batch.branches import Branches
+from specdec.batch.columns import Columns
 from specdec.drafters.look_ahead import LookAheadEmbeddings
 from specdec.drafters.training.data import Batch
 from specdec.drafters.training.distill.recipe import CROSS_ENTROPY, Distillation, Reader, seed_of
@@ -26,19 +26,19 @@ from specdec.network.model_cache import cache_argument
 
 INITS = ("mean", "frequent")
 OPTIMISER: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.99)}  # of `TrainConfig`
-NUM_FREQUENT = 256  # tokens whose embeddings are averaged
+NUM_FREQUENT = 256  # number of tokens whose embeddings are averaged
 
 
 @dataclass(frozen=True)
 class LookAheadRecipe:
-    """What is trained on what.
+    """What is trained, and on which data.
 
-    num_tokens: look-ahead embeddings. num_helpers: those before them that predict nothing. num_splits: of each text,
-        in one forward. decay: embedding i's loss weighs decay ** (i - 1), since its guess counts only where those
-        before it were right.
+    num_tokens: look-ahead embeddings. num_helpers: embeddings before them that predict nothing. num_splits: per text,
+    in one forward. decay: embedding i's loss has weight decay ** (i - 1), since its guess counts only if those before
+    it were right.
     init: the mean of all of the target's input embeddings, or of those of the text's most frequent tokens.
     shares, temperatures, num_texts, batch_rows, row_tokens, write_batch: the text, as for `Distillation`; "target" is
-        what the target itself writes, which is what decoding asks about.
+    text that the target itself writes, as in decoding.
     """
 
     num_tokens: int = 8
@@ -58,7 +58,7 @@ class LookAheadRecipe:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 < self.decay <= 1:
-            raise ConfigError(f"decay={self.decay} must be above 0 and at most 1, which weighs all embeddings alike")
+            raise ConfigError(f"decay={self.decay} must be above 0 and at most 1, which weighs all embeddings equally")
         if self.init not in INITS:
             raise ConfigError(f"init={self.init!r}; choose {' or '.join(map(repr, INITS))}")
         if self.row_tokens < self.num_tokens + 2:
@@ -70,7 +70,7 @@ class LookAheadRecipe:
 
     @property
     def text(self) -> Distillation:
-        """The text as its reader wants it described."""
+        """The settings of the text, for its reader."""
         return Distillation(
             CROSS_ENTROPY,
             shares=self.shares,
@@ -83,15 +83,15 @@ class LookAheadRecipe:
 
 
 class LookAheadLoss(nn.Module):
-    """From texts and where they are split to the losses; of its parameters only the embeddings require gradients."""
+    """Computes the losses from texts and their splits; only the embeddings require gradients."""
 
     def __init__(self, target: PreTrainedModel, embeddings: LookAheadEmbeddings):
         super().__init__()
         self.target, self.embeddings = target.eval().requires_grad_(False), embeddings
 
     def forward(self, token_ids: Tensor, splits: Tensor) -> Tensor:
-        """Cross-entropies in nats, [rows, splits, num_tokens] float32, of embedding i on the token i + 1 behind the
-        split; without meaning where that is behind the text.
+        """Cross-entropies in nats, [rows, splits, num_tokens] float32, of embedding i on the token i + 1 after the
+        split; meaningless where that is past the end of the text.
 
         token_ids: [rows, length] int64. splits: [rows, splits] int64, the last token that a split sees.
         """
@@ -99,15 +99,15 @@ class LookAheadLoss(nn.Module):
         text = DynamicCache()
         with torch.no_grad():
             self.target(input_ids=token_ids, use_cache=True, logits_to_keep=1, **cache_argument(self.target, text))
-        branches = Branches.behind(token_ids.new_zeros(rows), length, splits, embeddings.ahead)
-        visible = branches.visible(branches.slots.shape[1])[:, None, length:]
+        columns = Columns.branches(token_ids.new_zeros(rows), length, splits, embeddings.ahead)
+        visible = columns.mask(columns.slots.shape[1])[:, None, length:]
         dtype = self.target.dtype
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         ahead = embeddings.weight.to(dtype).repeat(splits.shape[1], 1).expand(rows, -1, -1)
         logits = self.target(
             inputs_embeds=ahead,
             attention_mask=mask,
-            position_ids=branches.places[:, length:],
+            position_ids=columns.places[:, length:],
             use_cache=True,
             **cache_argument(self.target, text),
         ).logits
@@ -118,9 +118,9 @@ class LookAheadLoss(nn.Module):
 
 
 def label_places(splits: Tensor, num_ahead: int) -> Tensor:
-    """Where the tokens stand that the embeddings predict: [rows, splits, num_ahead] int64.
+    """Positions of the tokens that the embeddings predict: [rows, splits, num_ahead] int64.
 
-    The target's own prediction at the split is the next token; embedding 1 predicts the one behind it.
+    The target's own prediction at the split is the next token; embedding 1 predicts the one after it.
     """
     return splits[..., None] + 2 + torch.arange(num_ahead, device=splits.device)
 
@@ -128,7 +128,7 @@ def label_places(splits: Tensor, num_ahead: int) -> Tensor:
 def draw_splits(batch: Batch, num_splits: int, generator: torch.Generator) -> Tensor:
     """Split points at which embedding 1 has a counted token to predict, drawn with replacement: [rows, splits] int64.
 
-    A row without any gets splits whose losses do not count.
+    A row without such a point gets splits whose losses do not count.
     """
     usable = F.pad(batch.counted[:, 2:], (0, 2)).float()
     usable[:, 0] += (~batch.counted[:, 2:].any(1)).float()
@@ -136,7 +136,7 @@ def draw_splits(batch: Batch, num_splits: int, generator: torch.Generator) -> Te
 
 
 def loss_weights(batch: Batch, splits: Tensor, num_ahead: int, decay: float) -> Tensor:
-    """[rows, splits, num_ahead] float32, 0 where the token to predict does not count."""
+    """Weights, [rows, splits, num_ahead] float32, 0 where the token to predict does not count."""
     places = label_places(splits, num_ahead)
     counted = F.pad(batch.counted, (0, num_ahead + 1)).gather(1, places.flatten(1)).view_as(places)
     return counted * decay ** torch.arange(num_ahead, device=splits.device)
@@ -153,7 +153,7 @@ class LookAheadStep:
     def __call__(self, module: nn.Module, step: Step) -> Tensor:
         batch = self.reader.batch(Step(step.index, step.rank, step.num_processes, torch.device("cpu")))
         generator = torch.Generator().manual_seed(seed_of(self.seed, 6, step.shard))
-        # One shape for all steps, which a compiled module wants.
+        # One shape for all steps, for the sake of a compiled module.
         missing = self.recipe.row_tokens - batch.token_ids.shape[1]
         batch = Batch(F.pad(batch.token_ids, (0, missing)), F.pad(batch.counted, (0, missing)))
         splits = draw_splits(batch, self.recipe.num_splits, generator)

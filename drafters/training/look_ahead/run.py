@@ -1,4 +1,4 @@
-"""A whole training run of look-ahead embeddings, and what they are worth before and after."""
+"""A whole training run of look-ahead embeddings, and how well they draft before and after."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.check.oracle import greedy_settings, left_pad
+from specdec.check.padding import left_pad
+from specdec.check.settings import greedy_settings
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.training.data import TokenStream
 from specdec.drafters.training.distill.recipe import OnProgress, Reader, target_texts
@@ -23,12 +24,12 @@ from specdec.drafters.training.trainer import TrainConfig, TrainRecord, as_json,
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
 
-COUNTED_TOKENS = 1_000_000  # of a training text, to find its most frequent ones
+COUNTED_TOKENS = 1_000_000  # of a training text, counted to find the most frequent ones
 
 
 @dataclass(frozen=True)
 class TrainedEmbeddings:
-    """embeddings: neither marked nor saved yet. measured: what `Measure` found "before" and "after", or nothing."""
+    """embeddings: not yet marked or saved. measured: the results of `Measure` "before" and "after", or empty."""
 
     embeddings: LookAheadEmbeddings
     record: TrainRecord
@@ -47,12 +48,12 @@ def train_look_ahead(
     measure: Measure | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainedEmbeddings:
-    """Train embeddings for `target`, whose weights stay as they are.
+    """Train embeddings for `target`, whose weights stay unchanged.
 
     text: for fixed data. prompts: for the target's own text. work: see `train`. on_progress: called with texts just
     written.
 
-    Raises ConfigError or InputError where something does not fit, before any work.
+    Raises ConfigError or InputError, before any work, if something does not fit.
     """
     check_target(target, recipe)
     if "fixed" in recipe.shares and text is None:
@@ -101,7 +102,7 @@ def check_target(target: PreTrainedModel, recipe: LookAheadRecipe) -> None:
 
 
 def frequent_text(recipe: LookAheadRecipe, pool: Pool | None, text: TokenStream | None) -> Tensor | None:
-    """The tokens whose most frequent ones training starts from; None starts from all tokens of the vocabulary."""
+    """Text whose most frequent tokens give the initial embedding; None uses all tokens of the vocabulary."""
     if recipe.init == "mean":
         return None
     if pool is not None:
@@ -112,7 +113,7 @@ def frequent_text(recipe: LookAheadRecipe, pool: Pool | None, text: TokenStream 
 
 @dataclass(frozen=True)
 class Measure:
-    """What embeddings are worth in the decoder itself, on held-out prompts of [length] int64 token ids each."""
+    """Measures embeddings in the decoder itself, on held-out prompts of [length] int64 token ids each."""
 
     target: PreTrainedModel
     prompts: list[Tensor]
@@ -120,8 +121,8 @@ class Measure:
     batch_size: int = 16
 
     def __call__(self, embeddings: LookAheadEmbeddings) -> dict[str, Any]:
-        """*_acceptance_length: tokens a step and row, greedily and at temperature 1. *_acceptance_by_position: entry i,
-        the share of steps that accepted guess i + 1 and all before it."""
+        """*_acceptance_length: tokens per step and row, greedily and at temperature 1. *_acceptance_by_position: entry
+        i, the share of steps that accepted guess i + 1 and all before it."""
         found: dict[str, Any] = {"num_prompts": len(self.prompts), "num_new_tokens": self.num_new_tokens}
         for kind in ("greedy", "sampled"):
             total = self.decode(embeddings, kind == "sampled")

@@ -1,8 +1,8 @@
-"""How a batch whose rows have different lengths lies in the KV cache.
+"""How a batch of rows of different lengths is laid out in the KV cache.
 
-`ragged`: every row starts at slot 0 and each has its own length; nothing ever moves. `repad`: all rows end in one
-column, as stock attention wants them, and are moved there whenever they have accepted different numbers of tokens
-(EQSPEC). `grouped`: a pool of rows, of which each step takes some that end in one column already (EXSPEC).
+`ragged`: every row starts at slot 0 and has its own length; nothing ever moves. `repad`: all rows end in one column, as
+stock attention requires, and are moved there whenever they have accepted different numbers of tokens (EQSPEC).
+`grouped`: each step takes rows from a pool that already end in one column (EXSPEC).
 """
 
 from specdec.batch.layout.base import LAYOUTS, Grouped, Layout, Ragged, Repad, resolve_layout

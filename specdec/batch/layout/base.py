@@ -1,4 +1,4 @@
-"""What a layout is, and from a name to a layout."""
+"""The base class of layouts, and layouts by name."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Layout:
     """One instance serves the target and the draft model of one `generate` call.
 
-    one_length: every forward sees rows that end in one column, so that models which know one length per batch are
-        served too. takes_turns: some rows may sit out a step.
+    one_length: every forward sees rows that end in one column, so that models that support only one length per batch
+    are served too. takes_turns: some rows may sit out a step.
     """
 
     name = "layout"
@@ -31,12 +31,12 @@ class Layout:
         raise NotImplementedError
 
     def next_turn(self, cache: RaggedCache, slots: Slots) -> np.ndarray:
-        """The residents that take part in the next step, [rows] int64 slots."""
+        """The slots of the residents that take part in the next step, [rows] int64."""
         return np.arange(slots.num_residents)
 
 
 class Ragged(Layout):
-    """Every row has its own length; a rewind is not advancing."""
+    """Every row has its own length; a rewind means not advancing."""
 
     name = "ragged"
 
@@ -55,9 +55,9 @@ class Repad(Layout):
 
 
 class Grouped(Repad):
-    """Rows of a pool take turns: each step is of `group_size` rows that end in one column, where there are so many, and
-    realigns the shortest ones where there are not (EXSPEC, the same paper). The pool is the batch, or in
-    `generate_many` its `max_rows`; a pool no larger than a group is EQSPEC's.
+    """Rows of a pool take turns: each step takes `group_size` rows that end in one column if there are that many, and
+    otherwise realigns the shortest rows (EXSPEC, the same paper). The pool is the batch, or in `generate_many` its
+    `max_rows`; with a pool no larger than a group this is EQSPEC.
     """
 
     name = "grouped"

@@ -1,4 +1,4 @@
-"""EXSPEC's turns: of a pool of rows, each step takes some that end in one column, so that nothing has to be moved."""
+"""EXSPEC's turns: each step takes rows from a pool that end in one column, so that nothing has to be moved."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def next_group(columns: np.ndarray, lengths: np.ndarray, group_size: int) -> np.ndarray:
-    """Which rows of the pool take part in the next step, [at most group_size] int64 indices.
+    """The rows of the pool that take part in the next step, [at most group_size] int64 indices.
 
-    columns: [pool] int64, where each row ends in the cache, its padding included; rows without padding end together if
-        they are equally long. lengths: [pool] int64.
+    columns: [pool] int64, where each row ends in the cache, including its padding; rows without padding end together if
+    they are equally long. lengths: [pool] int64.
 
-    The largest set of rows that end together, the shortest such set among equals, if it fills a group. If none does,
-    the shortest rows, whatever their columns: the cache realigns them, and they can form groups from then on.
+    Takes the largest set of rows that end together (the shortest rows among equal sets) if it fills a group. Otherwise
+    takes the shortest rows, whatever their columns: the cache realigns them, and they can form groups from then on.
     """
     size = min(group_size, len(columns))
     found, counts = np.unique(columns, return_counts=True)

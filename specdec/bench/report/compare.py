@@ -1,12 +1,13 @@
-"""Two records of the same work: what has become slower, beyond what chance and the machine explain.
+"""Two records of the same work: what became slower, beyond chance and differences between machines.
 
-Two runs meet another machine, or the same one at another hour, so tokens per second are compared as multiples of
-transformers' plain decoding in the same repeat of the same run. The ratio of these multiples, after over before, has a
-bootstrap interval: repeats are drawn anew in each record, calls (batches of prompts) in both alike. Its confidence is
-shared among all methods compared, so that the chance of any false alarm is that of one comparison. A method is slower
-if the ratio is 1 - min_effect or less and the whole interval lies below 1: the first says that it matters (and is more
-than two processes of the same program differ by), the second that it is not chance. Other processes slow methods down
-unevenly, so repeats in which they kept cores busy do not count; without enough others there is no verdict.
+Two runs may be on different machines, or on one machine at different times, so tokens per second are compared as
+multiples of transformers' plain decoding in the same repeat of the same run. The ratio of these multiples, after over
+before, has a bootstrap interval: repeats are resampled separately in each record, calls (batches of prompts) together
+in both. Its confidence is shared among all methods compared, so the chance of any false alarm is that of one
+comparison. A method is slower if the ratio is 1 - min_effect or less and the whole interval lies below 1: the first
+shows that it matters (and exceeds the difference between two processes of the same program), the second that it is not
+chance. Other processes slow methods down unevenly, so repeats in which they kept cores busy do not count; if too few
+others remain, there is no verdict.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ MIN_EFFECT = 0.05
 MIN_REPEATS = 3
 SLOWER, FASTER, SAME, UNCLEAR, NOT_EQUAL = "slower", "faster", "same", "unclear", "not equal any more"
 BUSY = "busy machine"
-MAX_FOREIGN_CORES = 0.2  # that other processes may keep busy in a repeat that counts
+MAX_FOREIGN_CORES = 0.2  # cores that other processes may keep busy in a repeat that counts
 
 
 @dataclass(frozen=True)
 class Change:
-    """One method. before, after: its speedup over plain decoding, median over repeats; None where not timed.
-    ratio, low, high: after over before, with the bootstrap interval. verdict: `SLOWER` and its kind above; same means
-    that the interval lies within 1 +- min_effect, unclear that it reaches further without being significant,
-    busy machine that too few repeats were undisturbed, in which case the ratio is that of all of them."""
+    """One method. before, after: its speedup over plain decoding, median over repeats; None if not timed. ratio, low,
+    high: after over before, with the bootstrap interval. verdict: one of `SLOWER` and the others above. "same": the
+    interval lies within 1 +- min_effect; "unclear": it reaches further without being significant; "busy machine": too
+    few repeats were undisturbed, and the ratio is over all of them."""
 
     suite: str
     label: str
@@ -63,8 +64,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """min_effect: the least change that counts. only_before, only_after: methods that one record lacks.
-    notes: what else differs between the runs. plain: tokens/s of plain decoding, after over before, by batch size."""
+    """min_effect: the smallest change that counts. only_before, only_after: methods that the other record lacks.
+    notes: other differences between the runs. plain: tokens/s of plain decoding, after over before, by batch size."""
 
     changes: list[Change]
     min_effect: float
@@ -87,7 +88,7 @@ class Comparison:
 
 
 def read_record(path: Path) -> dict:
-    """Raises InputError for what is no record of `specdec bench`."""
+    """Raises InputError for a file that is not a record of `specdec bench`."""
     try:
         record = json.loads(path.read_text())
     except OSError as error:
@@ -96,7 +97,9 @@ def read_record(path: Path) -> dict:
         raise InputError(f"record {str(path)!r} is not JSON: {error}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
-        raise InputError(f"{str(path)!r} is no record of this specdec bench (format {found!r}, not {FORMAT}); run it")
+        raise InputError(
+            f"{str(path)!r} is not a record of this specdec bench (format {found!r}, not {FORMAT}); run it"
+        )
     return record
 
 
@@ -109,12 +112,14 @@ def compare(
 ) -> Comparison:
     """Raises ConfigError if the records are not of the same work, or have too few repeats to compare."""
     if not 0 <= min_effect < 1:
-        raise ConfigError(f"min_effect={min_effect} is no share; pass 0 to below 1, such as {MIN_EFFECT}")
+        raise ConfigError(f"min_effect={min_effect} is not a share; pass 0 to below 1, such as {MIN_EFFECT}")
     check_same_work(before, after)
+
     olds, news = ({(e["suite"], label_of(e)): e for e in record["results"]} for record in (before, after))
     ours = [key for key in olds if key in news and olds[key]["is_ours"]]
     if not ours:
-        raise ConfigError("the records have no method of ours in common; run both with the same drafters and batches")
+        raise ConfigError("the records share no method of specdec; run both with the same drafters and batches")
+
     confidence = 1 - (1 - CONFIDENCE) / len(ours)
     changes = [
         change_of(
@@ -128,11 +133,13 @@ def compare(
         )
         for key in ours
     ]
+
     plain = {
         f"{suite}, {label}": rate_of(news[suite, label]) / rate_of(old)
         for (suite, label), old in olds.items()
         if old["method"] == PLAIN and (suite, label) in news
     }
+
     only_before, only_after = (
         [", ".join(key) for key in ones if key not in others] for ones, others in ((olds, news), (news, olds))
     )
@@ -160,7 +167,7 @@ def check_same_work(before: dict, after: dict) -> None:
 
 
 def differences(before: dict, after: dict) -> list[str]:
-    """What does not forbid comparing, and may explain a change."""
+    """Differences that still allow a comparison, and may explain a change."""
     names = ("cpu_count", "num_threads", "processor", "gpu")
     pairs = [(name, before["machine"].get(name), after["machine"].get(name)) for name in names]
     pairs += [(name, before["versions"].get(name), after["versions"].get(name)) for name in before["versions"]]
@@ -169,7 +176,7 @@ def differences(before: dict, after: dict) -> list[str]:
 
 
 def baselines(entries: dict[tuple[str, str], dict], key: tuple[str, str]) -> dict:
-    """Plain decoding of the same suite at the same batch size. Every run measures it."""
+    """Entries of plain decoding for the same suite and batch size. Every run measures it."""
     size = entries[key]["batch_size"]
     return next(
         entry
@@ -207,7 +214,9 @@ def change_of(
 
 
 def resampled_ratios(before: tuple[Timing, Timing], after: tuple[Timing, Timing], seed: int) -> np.ndarray:
-    """Each of (ours, plain). The calls are the same prompts, so both are drawn alike; repeats are not."""
+    """olds, news: each (ours, plain). Calls have the same prompts in both, so they are resampled together; repeats are
+    not.
+    """
     generator = np.random.default_rng(seed)
     calls = resampled_calls(len(before[0].tokens), generator)
     medians = []
@@ -227,13 +236,13 @@ def verdict_of(ratio: float, low: float, high: float, min_effect: float) -> str:
 
 
 def quiet_repeats(ours: dict, plain: dict, max_foreign_cores: float) -> list[int]:
-    """Those that no other process disturbed, neither ours nor plain decoding."""
+    """Repeats in which no other process disturbed our method or plain decoding."""
     busy = zip(ours["foreign_cores"], plain["foreign_cores"], strict=True)
     return [repeat for repeat, cores in enumerate(busy) if max(cores) <= max_foreign_cores]
 
 
 def timing_of(entry: dict, repeats: Sequence[int] | None) -> Timing:
-    """repeats: which of them; None for all."""
+    """repeats: which repeats to use; None for all."""
     seconds = entry["calls"]["seconds"]
     chosen = seconds if repeats is None else [seconds[repeat] for repeat in repeats]
     return Timing.of(chosen, entry["calls"]["num_new_tokens"])

@@ -1,4 +1,4 @@
-"""How plots look: one style, colours, lines with their intervals, SVG. matplotlib is imported when one is drawn."""
+"""How plots look: one style, colours, lines with their intervals, SVG. matplotlib is imported only for drawing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 8.0, 4.2  # inches
-# Okabe and Ito's, which stay apart for the colour-blind.
+# Okabe and Ito's palette, distinguishable for the colour-blind.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#7A5195", "#8C613C")
 
 
@@ -42,7 +42,7 @@ def colored(names: Sequence[Any]) -> Iterator[tuple[Any, str]]:
 
 
 def line(axes: Axes, x: Sequence[float], spreads: Sequence[dict], label: str, color: str) -> None:
-    """Medians with their intervals; one point alone is a marker."""
+    """Medians with their intervals; a single point is drawn as a marker."""
     middle = [spread["median"] for spread in spreads]
     below = [max(0.0, spread["median"] - spread["low"]) for spread in spreads]
     above = [max(0.0, spread["high"] - spread["median"]) for spread in spreads]

@@ -1,4 +1,4 @@
-"""The record as one HTML page that needs nothing else: no network, no script, plots within."""
+"""The record as one self-contained HTML page: no network, no script, plots embedded."""
 
 from __future__ import annotations
 
@@ -59,11 +59,13 @@ def origin(record: dict) -> str:
     machine, models = record["machine"], record["models"]
     revision = (record["git_sha"] or "unknown") + (" with uncommitted changes" if record["git_dirty"] else "")
     memory = f", {machine['memory_gb']} GB" if machine.get("memory_gb") else ""
+
     sizes = [
         f"{role} {models[role]['model_type']} of {models[role]['num_parameters'] / 1e6:.1f}M parameters"
         for role in ("target", "draft")
         if models[role] is not None
     ]
+
     facts = {
         "Models": ", ".join(sizes),
         "Setting": f"{record['dtype']} on {record['device']}, greedy, "
@@ -73,12 +75,13 @@ def origin(record: dict) -> str:
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "Revision": f"{revision}, {record['date']}",
     }
+
     items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
     return f"<dl>{items}<dt>Command</dt><dd><code>{escape(record['command'])}</code></dd></dl>"
 
 
 def picture(plot: Plot) -> str:
-    """As an image of its own, so that the ids in one drawing cannot meet those of another."""
+    """As a separate image, so that ids in one drawing cannot clash with those of another."""
     data = base64.b64encode(plot.svg.encode()).decode()
     return (
         f"<h2>{escape(plot.title)}</h2><p class=caption>{escape(plot.caption)}</p>"

@@ -24,7 +24,7 @@ class Plot(NamedTuple):
 
 
 def plots(record: dict) -> list[Plot]:
-    """Those that the record has figures for."""
+    """All plots for which the record has figures."""
     first = record["suites"][0]["name"]
     entries = [entry for entry in record["results"] if entry["suite"] == first and entry["timed"]]
     drawn = [
@@ -39,52 +39,59 @@ def plots(record: dict) -> list[Plot]:
 
 
 def speedup_by_batch(entries: Sequence[dict]) -> Plot | None:
-    """A line a method, at each batch size the best of its K; other layouts have a plot of their own."""
+    """One line per method, at each batch size with its best K; other layouts have their own plot."""
     best = fastest(entry for entry in entries if not is_synthetic(entry) and "layout" not in entry["options"])
     sizes = sorted({entry["batch_size"] for entry in best})
     names = list(dict.fromkeys(entry["method"] for entry in best if entry["method"] != PLAIN))
     if not names:
         return None
+
     with figure() as (drawing, axes):
         for index, (name, color) in enumerate(colored(names)):
-            aside = 0.035 * (index - (len(names) - 1) / 2)  # so that equal speeds do not hide each other
+            aside = 0.035 * (index - (len(names) - 1) / 2)  # offset, so that equal speeds do not hide each other
             found = sorted((entry for entry in best if entry["method"] == name), key=lambda e: e["batch_size"])
             at = [sizes.index(entry["batch_size"]) + aside for entry in found]
             line(axes, at, [entry["speedup_over_plain"] for entry in found], name, color)
+
         baseline(axes)
         axes.set_xticks(range(len(sizes)), map(str, sizes))
         axes.set_xlim(-0.3, len(sizes) - 0.7)
         axes.set(xlabel="prompts decoded together", ylabel="speed, as a multiple of transformers plain")
         legend(axes)
+
         return Plot(
             "Speed by batch size",
-            "Multiples of transformers' plain decoding at the same batch size, of each method the fastest K; bars are "
+            "Multiples of transformers' plain decoding at the same batch size, each method at its fastest K; bars are "
             "95 % bootstrap intervals. transformers speculates for one prompt at a time only.",
             svg(drawing),
         )
 
 
 def acceptance_by_position(entries: Sequence[dict]) -> Plot | None:
-    """A line a drafter, of its largest K; layouts change nothing here."""
+    """One line per drafter, with its largest K; layouts make no difference here."""
     drafting = [e for e in entries if e.get("acceptance_by_position") and "layout" not in e["options"]]
     if not drafting:
         return None
+
     size = min(entry["batch_size"] for entry in drafting)
     longest: dict[str, dict] = {}
     for entry in drafting:
         known = longest.get(entry["method"])
         if entry["batch_size"] == size and (known is None or k_of(entry) > k_of(known)):
             longest[entry["method"]] = entry
+
     with figure() as (drawing, axes):
         for (name, entry), color in zip(longest.items(), cycle(COLORS), strict=False):
             rates = entry["acceptance_by_position"]
             axes.plot(range(1, len(rates) + 1), rates, "o-", color=color, label=f"{name}, K = {k_of(entry)}")
             tried = entry["conditional_acceptance_by_position"]
             axes.plot(range(1, len(tried) + 1), tried, "o:", color=color, alpha=0.6)
+
         axes.set_xticks(range(1, 1 + max(len(e["acceptance_by_position"]) for e in longest.values())))
         axes.set_ylim(0, 1.02)
         axes.set(xlabel="position in the draft", ylabel="share accepted")
         legend(axes)
+
         return Plot(
             "Acceptance by position",
             f"Solid: of all steps, those that accepted the token at this position. Dotted: of the steps that drafted "
@@ -110,7 +117,7 @@ def time_by_stage(entries: Sequence[dict]) -> Plot | None:
         axes.set_xlabel("% of the time of specdec.generate")
         axes.grid(False, axis="y")
         drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-        return Plot("Time by stage", "Of each method the fastest K. Stages do not overlap.", svg(drawing))
+        return Plot("Time by stage", "Each method with its fastest K. Stages do not overlap.", svg(drawing))
 
 
 def cost_of_layouts(entries: Sequence[dict]) -> Plot | None:
@@ -122,6 +129,7 @@ def cost_of_layouts(entries: Sequence[dict]) -> Plot | None:
         return None
     groups = list(dict.fromkeys((base, size) for base, size, _ in of_layout))
     names = [f"{base}\nbatch {size}" for base, size in groups]
+
     with figure(panels=2, height=1.6 + 0.6 * len(groups)) as (drawing, (speeds, shares)):
         height = 0.8 / len(layouts)
         for place, (layout, color) in enumerate(zip(layouts, COLORS, strict=False)):
@@ -141,10 +149,11 @@ def cost_of_layouts(entries: Sequence[dict]) -> Plot | None:
         speeds.set_xlabel("tokens/s, over the ragged layout's")
         shares.set_xlabel("% of time that moves keys and values")
         drawing.legend(*speeds.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+
         return Plot(
             "Cost of each layout",
-            "repad (EQSPEC) moves rows so that they end in one column; grouped (EXSPEC) steps with rows that do "
-            "already, 8 at a time; ragged moves nothing but the rows behind one that has left.",
+            "repad (EQSPEC) moves rows so that they end in one column; grouped (EXSPEC) takes rows that already "
+            "do, 8 per step; ragged moves only the rows after one that has left.",
             svg(drawing),
         )
 
@@ -155,6 +164,7 @@ def forced_acceptance(entries: Sequence[dict]) -> Plot | None:
     kinds = list(dict.fromkeys((entry["batch_size"], k_of(entry)) for entry in forced))
     if not kinds:
         return None
+
     with figure() as (drawing, axes):
         for (size, k), color in colored(kinds):
             found = [entry for entry in forced if (entry["batch_size"], k_of(entry)) == (size, k)]
@@ -171,10 +181,11 @@ def forced_acceptance(entries: Sequence[dict]) -> Plot | None:
             xlabel="probability that a draft token is accepted", ylabel="speed, as a multiple of transformers plain"
         )
         legend(axes)
+
         return Plot(
             "What a drafter would gain",
-            "A drafter without cost whose tokens are right with the given probability. Where a line crosses that of "
-            "the same loop without drafts, drafting begins to pay; a drafter that takes time needs more.",
+            "A drafter without cost whose tokens are right with the given probability. Drafting starts to pay where "
+            "a line crosses that of the same loop without drafts; a drafter that takes time needs more.",
             svg(drawing),
         )
 
@@ -186,6 +197,7 @@ def speedup_by_context(record: dict) -> Plot | None:
         return None
     by_suite = [best for name in lengths for best in fastest(e for e in entries if e["suite"] == name)]
     kinds = list(dict.fromkeys((entry["method"], entry["batch_size"]) for entry in by_suite))
+
     with figure() as (drawing, axes):
         for kind, color in colored(kinds):
             found = [entry for entry in by_suite if (entry["method"], entry["batch_size"]) == kind]
@@ -198,11 +210,12 @@ def speedup_by_context(record: dict) -> Plot | None:
         axes.minorticks_off()
         axes.set(xlabel="tokens of the prompt", ylabel="speed, as a multiple of transformers plain")
         legend(axes)
-        return Plot("Speed by context length", "Of each method the fastest K; prefill included.", svg(drawing))
+
+        return Plot("Speed by context length", "Each method with its fastest K; prefill included.", svg(drawing))
 
 
 def fastest(entries: Iterable[dict]) -> list[dict]:
-    """Of each method and batch size, the entry of the fastest K."""
+    """For each method and batch size, the entry with the fastest K."""
     best: dict[tuple, dict] = {}
     for entry in entries:
         key = (entry["method"], entry["batch_size"])

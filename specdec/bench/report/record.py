@@ -1,4 +1,4 @@
-"""The JSON record of a run: every figure with its interval, and the raw times. Names no path of the machine."""
+"""The JSON record of a run: every figure with its interval, and the raw times. Contains no path of the machine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def describe_suite(suite: Suite) -> dict:
 
 
 def describe_result(result: Result, results: Sequence[Result], suite: Suite) -> dict:
-    """One entry of the record. Speedups are None where there is nothing to compare with, or nothing was timed."""
+    """One entry of the record. Speedups are None if there is nothing to compare with, or nothing was timed."""
     method = result.method
     entry: dict[str, Any] = {
         "suite": suite.name,
@@ -68,16 +68,20 @@ def describe_result(result: Result, results: Sequence[Result], suite: Suite) -> 
         "tokens_per_second": None,
         "foreign_cores": result.foreign_cores,
     }
+
     for name, kind, k in (("plain", PLAIN, None), ("assisted", ASSISTED, ASSISTED_K)):
         baseline = find(results, kind, k, method.batch_size)
         entry[f"speedup_over_{name}"] = speedup_of(result, baseline)
+
     if result.is_timed:
         timing = result.timing
         seconds = [[round(call, 6) for call in repeat] for repeat in result.seconds]
         entry["tokens_per_second"] = asdict(rate(timing))
         entry["calls"] = {"seconds": seconds, "num_new_tokens": [int(count) for count in timing.tokens]}
+
     entry |= {} if result.speculation is None else result.speculation.to_dict()
     entry |= {} if result.observed is None else describe_rows(result, result.observed)
+
     looping = [ends_in_loop(tokens) for tokens in suite.reference]
     entry["without_loops"] = part(result, results, [i for i, loops in enumerate(looping) if not loops])
     entry["categories"] = {
@@ -88,7 +92,7 @@ def describe_result(result: Result, results: Sequence[Result], suite: Suite) -> 
 
 
 def describe_rows(result: Result, observed: Observed) -> dict:
-    """What the clock inside the calls saw: latencies in milliseconds, from the call of a row's batch on."""
+    """Latencies in milliseconds, from the start of the call of a row's batch, by the clock inside the calls."""
     first = [1e3 * row.first_token for row in observed.rows]
     last = [1e3 * row.last_token for row in observed.rows]
     found: dict[str, Any] = {
@@ -103,7 +107,7 @@ def describe_rows(result: Result, observed: Observed) -> dict:
 
 
 def part(result: Result, results: Sequence[Result], prompts: Sequence[int]) -> dict | None:
-    """Some prompts alone: their speedup, known at batch 1, and the acceptance length. None without prompts."""
+    """For some of the prompts: speedup, known at batch 1, and acceptance length. None without prompts."""
     if not prompts:
         return None
     observed = result.observed
@@ -138,7 +142,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def label_of(entry: dict) -> str:
-    """What tells an entry from the others of its suite."""
+    """The name that distinguishes an entry from the others of its suite."""
     k = entry["num_speculative_tokens"]
     return f"{entry['method']}{'' if k is None else f' K={k}'}, batch {entry['batch_size']}"
 

@@ -1,4 +1,4 @@
-"""Medians of repeated measurements, and how far they may be trusted: a bootstrap over repeats and calls."""
+"""Medians of repeated measurements, with bootstrap intervals over repeats and calls."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def rate(timing: Timing, seed: int = 0) -> Estimate:
 
 
 def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Of one value a repeat, whatever it measures; the bootstrap is over repeats alone."""
+    """Estimate from one value per repeat, of any kind; the bootstrap is over repeats only."""
     measured = np.asarray(values, dtype=float)
     repeats = resampled_repeats(len(measured), np.random.default_rng(seed))
     return Estimate.of(measured, np.median(measured[repeats], 1))

@@ -64,7 +64,7 @@ def latency_table(entries: Sequence[dict]) -> Table:
 
 
 def category_table(entries: Sequence[dict], names: Sequence[str]) -> Table:
-    """Speedup over plain where a call holds one prompt, and the acceptance length."""
+    """Speedup over plain if each call holds one prompt, and the acceptance length."""
     header = ("method", "batch", "K", *names)
     rows = []
     for entry in entries:
@@ -76,7 +76,7 @@ def category_table(entries: Sequence[dict], names: Sequence[str]) -> Table:
 
 
 def stage_table(entries: Sequence[dict]) -> Table:
-    """Shares in percent of the time of `specdec.generate`; milliseconds per forward behind them."""
+    """Shares in percent of the time of `specdec.generate`, followed by milliseconds per forward."""
     profiled = [entry for entry in entries if entry.get("stages")]
     stages = list(profiled[0]["stages"]["share"]) if profiled else []
     header = ("method", "batch", "K", *(f"{stage} %" for stage in stages), "ms per verify", "ms per draft call")
@@ -91,7 +91,7 @@ def stage_table(entries: Sequence[dict]) -> Table:
 
 
 def position_table(entries: Sequence[dict]) -> Table:
-    """The share of steps that accepted draft token 1, 2, ...; layouts change nothing here."""
+    """The share of steps that accepted draft token 1, 2, ...; layouts make no difference here."""
     drafting = [e for e in entries if e.get("acceptance_by_position") and "layout" not in e["options"]]
     width = max((len(entry["acceptance_by_position"]) for entry in drafting), default=0)
     header = ("method", "batch", "K", *map(str, range(1, width + 1)))
@@ -104,7 +104,7 @@ def position_table(entries: Sequence[dict]) -> Table:
 
 
 def layout_table(entries: Sequence[dict]) -> Table:
-    """Speed beside the ragged layout's, what moving keys takes, and how often it was not needed."""
+    """Speed relative to the ragged layout, the time that moving keys takes, and how often it was not needed."""
     header = ("method", "batch", "K", "x ragged", "realign %", "move rows %", "steps without realignment %")
     plain = {(e["method"], e["batch_size"], e["num_speculative_tokens"]): e for e in entries if e["timed"]}
     rows = []
@@ -123,14 +123,14 @@ def layout_table(entries: Sequence[dict]) -> Table:
 
 
 def without_empty_columns(table: Table) -> Table:
-    """Columns in which no row says anything are left out, whatever they would be called."""
+    """The table without columns that are empty in every row."""
     header, rows = table
     kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def all_tables(record: dict) -> list[tuple[str, Table]]:
-    """Title and table, those that have rows."""
+    """Title and table, for all tables that have rows."""
     found: list[tuple[str, Table]] = []
     for suite in record["suites"]:
         entries = [entry for entry in record["results"] if entry["suite"] == suite["name"]]
@@ -164,7 +164,7 @@ def summary(record: dict) -> list[str]:
         )
     unequal = [entry for entry in record["results"] if entry["num_equal"] < entry["num_prompts"]]
     for entry in unequal:
-        verdict = "timed, as it is a peer" if entry["timed"] else "not timed"
+        verdict = "timed, because it is a peer" if entry["timed"] else "not timed"
         lines.append(
             f"NOT EQUAL to plain decoding ({entry['num_equal']} of {entry['num_prompts']} prompts), {verdict}: "
             f"{label_of(entry)}"

@@ -1,4 +1,4 @@
-"""`specdec check`: is the output the target's own? Of specdec in every setting, greedy or sampled, or of any engine."""
+"""`specdec check`: is the output the target's own? For specdec in every setting, greedy or sampled, or any engine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(
     ] = None,
     look_ahead: LookAheadOption = None,
     batch_size: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Prompts decoded together, by default 8; with --sampling 250.")
+        str | None, typer.Option(metavar="N,...", help="Prompts decoded together; by default 8, with --sampling 250.")
     ] = None,
     num_speculative_tokens: Annotated[
         str, typer.Option(metavar="N,...", help="Tokens drafted per prompt and step, 1 to 32.")
@@ -58,7 +58,7 @@ def check(
     max_new_tokens: Annotated[
         int | None,
         Count(
-            help="Tokens to generate per prompt, by default 64; with --outputs the longest row's, with --sampling 8."
+            help="Tokens to generate per prompt; by default 64, with --outputs the longest row's, with --sampling 8."
         ),
     ] = None,
     batch_invariant: Annotated[
@@ -89,32 +89,34 @@ def check(
     """Compare with plain greedy decoding, token by token.
 
     Decodes every prompt with transformers' plain greedy `generate`, one at a time, then with specdec in batches, once
-    for every combination of the values given (8,16 and the like). The first difference of each prompt is judged:
-    `tie` if the target's margin between the two tokens, recomputed in float64, is within twice the measured error of
-    a logit at that place, else `bug`.
+    for every combination of the given values (lists such as 8,16). The first difference of each prompt is judged: `tie`
+    if the target's margin between the two tokens, recomputed in float64, is within twice the measured error of a logit
+    at that position, else `bug`.
 
     With --outputs, the rows of another engine are judged by one teacher-forced pass of the target, in --dtype, which
     should be the engine's: equal, tie or bug, at every position. Ties pass: two engines round differently.
 
     With --sampling, the beginnings of 8 prompts (or --limit) are continued many times, and the tokens tested against
-    the target's exact probabilities wherever many continuations share a beginning; so are whole outputs of a tiny
-    model. A planted bug must be found by the same tests.
+    the target's exact probabilities wherever many continuations share a prefix; so are whole outputs of a tiny model.
+    The same tests must find a planted bug.
 
-    Exit status: 0 if all prompts are equal (or differ by ties only, where they pass) or all tests come out as they
-    must, 1 if not, 2 for bad input.
+    Exit status: 0 if all prompts are equal (or differ only by ties, where ties pass) or all tests give the required
+    result, 1 if not, 2 for bad input.
     """
-    from specdec.cli import check_matrix, check_outputs, check_sampling
+    from specdec.cli.check import matrix as check_matrix
+    from specdec.cli.check import outputs as check_outputs
+    from specdec.cli.check import sampling as check_sampling
     from specdec.cli.common import Reports, by_kind
     from specdec.errors import ConfigError, InputError
 
     if (prompts is None) == (outputs is None):
-        raise InputError("pass either --prompts FILE, to decode, or --outputs FILE, to certify what was decoded")
+        raise InputError("pass either --prompts FILE, to decode, or --outputs FILE, to certify decoded outputs")
     reports = Reports(json_path, junit).checked()
     sampled = check_sampling.Sampling(num_samples, verification, temperature, top_k, top_p, seed)
     if not sampling:
         sampled.refuse()
     elif outputs is not None:
-        raise ConfigError("--sampling generates, --outputs judges what was generated; pass one of them")
+        raise ConfigError("--sampling generates, --outputs judges existing outputs; pass one of them")
     batch_sizes = batch_size or ("250" if sampling else "8")
     axes = {"layout": layout, "length_policy": length_policy}
     if outputs is None:

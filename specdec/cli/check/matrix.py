@@ -32,7 +32,7 @@ from specdec.limits import MAX_DRAFT_TOKENS
 
 @dataclass(frozen=True)
 class Choice:
-    """The values of each axis as they were typed. axes: of `ways.AXES`, None where nothing was said."""
+    """The values of each axis, as typed. axes: those of `ways.AXES`, None where not given."""
 
     draft: str | None
     drafter: str | None
@@ -42,7 +42,7 @@ class Choice:
     look_ahead: str | None = None
 
     def drafters(self) -> tuple[str, ...]:
-        """Raises DrafterError for none, and where a draft model is named and not given, or given and not named."""
+        """Raises DrafterError if no drafter is chosen, or if names and folders of drafters do not go together."""
         given = {DRAFT_MODEL: self.draft, LOOK_AHEAD: self.look_ahead}
         names = tuple(name for name, folder in given.items() if folder is not None)
         if not names and self.drafter is None:
@@ -82,20 +82,24 @@ def run(
     dtype: str | None,
     device: str,
 ) -> bool:
-    """Check, print, write the reports; whether the exit status is 0."""
+    """Check, print, write the reports. Returns whether the exit status is 0."""
     cells = choice.ways()
     texts = read_prompts(prompts, limit)
     models = choice.load(target, device, dtype)
     token_ids = models.encode(texts)
     totals = {"plain": len(texts), "speculative": len(texts) * len(cells)}
+
     with invariant_if(batch_invariant, models.target), stage_bars(totals) as on_progress:
         found = check_matrix(models.target, token_ids, cells, models.drafters(), max_new_tokens, on_progress)
+
     say_ignored(found[0].ignored_settings)
     if len(cells) == 1:
         print_report(found[0], models.tokenizer)
     else:
         print_matrix(cells, found, models.tokenizer)
+
     passed = [report.equivalent or (allow_ties and report.only_ties) for report in found]
+
     origin = {
         "target": target,
         "draft": choice.draft,
@@ -105,6 +109,7 @@ def run(
     }
     named = [{"way": cell.label, **report.to_dict()} for cell, report in zip(cells, found, strict=True)]
     reports.write_json({**(named[0] if len(named) == 1 else {"equivalent": all(passed), "cells": named}), **origin})
+
     cases = [junit_case(cell, report, ok) for cell, report, ok in zip(cells, found, passed, strict=True)]
     reports.write_junit("specdec check", cases)
     return all(passed)
@@ -119,7 +124,7 @@ def junit_case(cell: Way, report: EquivalenceReport, passed: bool) -> Case:
 
 
 def print_matrix(cells: Sequence[Way], found: Sequence[EquivalenceReport], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A line a cell, then the divergences of those that have any."""
+    """One line per cell, then the divergences of the cells that have any."""
     columns = ["way", "batch", "K", "equal", "ties", "bugs", "tokens per step"]
     rows = [
         [
@@ -133,11 +138,14 @@ def print_matrix(cells: Sequence[Way], found: Sequence[EquivalenceReport], token
         ]
         for cell, report in zip(cells, found, strict=True)
     ]
+
     print_table(columns, rows)
+
     for cell, report in zip(cells, found, strict=True):
         if report.divergences:
             typer.echo(f"\n{cell.label}:")
             print_divergences(report, tokenizer)
+
     first = found[0]
     num_right = sum(report.equivalent for report in found)
     typer.echo(f"\n{num_right}/{len(found)} ways equal plain greedy for all {first.num_prompts} prompts, ", nl=False)

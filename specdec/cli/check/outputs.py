@@ -18,7 +18,7 @@ REASONS = {
     "token": "another token",
     "ends_early": "ends early",
     "too_long": "too long",
-    "behind_end": "goes on behind its end",
+    "behind_end": "goes on after its end",
 }
 
 
@@ -31,7 +31,7 @@ def run(
     dtype: str | None,
     device: str,
 ) -> bool:
-    """Certify, print, write the reports; whether the exit status is 0."""
+    """Certify, print, write the reports. Returns whether the exit status is 0."""
     models = load_models(target, None, [], device, dtype)
     positions = getattr(models.target.config.get_text_config(decoder=True), "max_position_embeddings", None)
     rows = read_outputs(outputs, models.tokenizer, vocab_size_of(models.target), positions)
@@ -71,7 +71,7 @@ def print_certificate(found: Certificate, tokenizer: PreTrainedTokenizerBase) ->
             typer.echo(f"and {len(marked) - MAX_LISTED} more; --json OUT lists all")
     num_tokens = sum(row.num_tokens for row in found.rows)
     typer.echo(
-        f"{num_tokens} tokens in {found.seconds:.1f} s, at most {found.max_new_tokens} a row, {found.dtype} on "
+        f"{num_tokens} tokens in {found.seconds:.1f} s, at most {found.max_new_tokens} per row, {found.dtype} on "
         f"{found.device}"
     )
     if found.rounding is not None:

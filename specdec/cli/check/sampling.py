@@ -18,12 +18,12 @@ from specdec.files.junit import Case
 from specdec.files.loading import read_prompts
 from specdec.options.speculation import VERIFICATIONS
 
-MAX_PROMPTS = 8  # where --limit says nothing; each is continued many times
+MAX_PROMPTS = 8  # without --limit; each is continued many times
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What `--sampling` is given beside what it shares with the other checks; None where nothing was said."""
+    """The options that only `--sampling` has; None where not given."""
 
     num_samples: int | None = None
     verification: str | None = None
@@ -33,13 +33,13 @@ class Sampling:
     seed: int | None = None
 
     def refuse(self) -> None:
-        """Raise ConfigError for what has no meaning in another check."""
+        """Raise ConfigError if any is given in another check."""
         for name, value in vars(self).items():
             if value is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} is of sampling; pass --sampling with it")
+                raise ConfigError(f"--{name.replace('_', '-')} {value} applies only to sampling; add --sampling")
 
     def options(self) -> dict[str, Any]:
-        """Raises ConfigError for what no samples can have."""
+        """Keywords of `generate`. Raises ConfigError for values that sampling cannot use."""
         check_temperature(self.temperature, "leave --sampling out")
         named = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return {name: value for name, value in named.items() if value is not None}
@@ -57,16 +57,19 @@ def run(
     dtype: str | None,
     device: str,
 ) -> bool:
-    """Test, print, write the reports; whether the exit status is 0."""
+    """Test, print, write the reports. Returns whether the exit status is 0."""
     if choice.axes.get("layout") is not None:
         raise ConfigError("--layout has no meaning for --sampling; leave it out")
+
     cells = choice.ways()
     verifications = words("--verification", sampling.verification or ",".join(VERIFICATIONS), VERIFICATIONS)
     options = sampling.options()
+
     texts = read_prompts(prompts, limit or MAX_PROMPTS)
     models = choice.load(target, device, dtype)
     token_ids = models.encode(texts)
     total = {"sampling": len(texts) * len(cells) * (len(verifications) + 1)}
+
     with invariant_if(batch_invariant, models.target), stage_bars(total) as on_progress:
         found = check_sampling(
             models.target,
@@ -80,8 +83,10 @@ def run(
             options,
             on_progress,
         )
+
     say_ignored(found.ignored_settings)
     print_report(found)
+
     origin = {"target": target, "draft": choice.draft, "prompts": str(prompts), "num_prompts": len(texts)}
     reports.write_json({**found.to_dict(), **origin, "batch_invariant": batch_invariant})
     reports.write_junit("specdec check --sampling", [junit_case(test) for test in found.tests])
@@ -105,14 +110,16 @@ def print_report(found: SamplingReport) -> None:
         ]
         for test in found.tests
     ]
+
     print_table(columns, rows)
+
     options = ", ".join(f"{name}={value}" for name, value in found.options.items())
     typer.echo(f"{options}, seed {found.seed}")
     typer.echo(
-        f"a correct decoder fails with probability {found.alpha:g} at most: each test rejects below p = "
+        f"a correct decoder fails with probability at most {found.alpha:g}: each test rejects below p = "
         f"{found.tests[0].alpha:.1e}"
     )
-    typer.echo(f"finds TV: the total variation that is found with probability {POWER:g} where every place has it")
+    typer.echo(f"finds TV: the total variation that is found with probability {POWER:g} if every position has it")
     typer.echo("sampled output follows the target" if found.passed else "FAILED")
 
 

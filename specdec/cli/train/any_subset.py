@@ -28,12 +28,12 @@ def any_subset(
     tokenizer: Annotated[
         str | None, Folder(help="Train from scratch with this checkpoint's tokenizer; a mask token is added to it.")
     ] = None,
-    model: Annotated[str | None, Folder(help="Or go on from this XLNet checkpoint, with its own tokenizer.")] = None,
+    model: Annotated[str | None, Folder(help="Or continue from this XLNet checkpoint, with its own tokenizer.")] = None,
     held_out: Annotated[
         list[Path] | None, typer.Option(metavar="PATH", help="Text for validation, of the same kinds as --text.")
     ] = None,
     mask_rate: Annotated[
-        tuple[float, float], typer.Option(metavar="LOW HIGH", help="Bounds of the share of tokens that is hidden.")
+        tuple[float, float], typer.Option(metavar="LOW HIGH", help="Bounds of the share of hidden tokens.")
     ] = (0.15, 0.99),
     ramp_steps: Annotated[int, Count(help="Steps over which both bounds ramp from 0.15.")] = 500,
     span_share: Annotated[
@@ -56,10 +56,10 @@ def any_subset(
     compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Train a model that fills in any places of a text.
+    """Train a model that fills in any positions of a text.
 
-    By the joint density under lattice orders. Writes the model in bfloat16 with its tokenizer and a card. --row-tokens
-    becomes the longest text it fills.
+    Trains on the joint density under lattice orders. Writes the model in bfloat16 with its tokenizer and a card.
+    --row-tokens becomes the longest text it fills.
     """
     from specdec.drafters.training.any_subset.recipe import MaskRecipe, build_xlnet
     from specdec.drafters.training.any_subset.run import AnySubsetRun, load_xlnet
@@ -68,7 +68,7 @@ def any_subset(
     from specdec.files.loading import find_checkpoint, load_tokenizer, resolve_device
 
     if (tokenizer is None) == (model is None):
-        raise ConfigError("pass either --tokenizer FOLDER to train from scratch, or --model FOLDER to go on from")
+        raise ConfigError("pass either --tokenizer FOLDER to train from scratch, or --model FOLDER to continue from")
     config = train_config(steps, learning_rate, checkpoint_every, seed, precision)
     recipe = MaskRecipe(mask_rate, ramp_steps, span_share, draft_weight)
     place = resolve_device(device)

@@ -1,4 +1,4 @@
-"""`specdec train`: one subcommand a recipe, and what the recipes' commands share."""
+"""`specdec train`: one subcommand per recipe, and the options and steps they share."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ PromptsOption = Annotated[
     typer.Option(metavar="FILE", help="Prompts to be continued (.txt, .json, .jsonl); without it, pieces of --text."),
 ]
 PromptTokensOption = Annotated[int, Count(help="The longest prompt cut from --text.")]
-OutOption = Annotated[Path, Folder(help="Where the result goes; a run that was killed there is continued.")]
+OutOption = Annotated[Path, Folder(help="Where the result goes; a run killed there is resumed.")]
 StepsOption = Annotated[int, Count(help="Optimiser steps.")]
 BatchRowsOption = Annotated[int, Count(help="Rows per step and process.")]
 RowTokensOption = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per row.")]
-WriteBatchOption = Annotated[int, Count(help="Texts that a model writes at a time.")]
+WriteBatchOption = Annotated[int, Count(help="Texts that a model writes at once.")]
 LearningRateOption = Annotated[float, typer.Option(metavar="RATE", help="Peak learning rate.")]
 CheckpointEveryOption = Annotated[int, Count(help="Steps between checkpoints.")]
 SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="Order of the data and all random choices.")]
@@ -50,9 +50,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def train() -> None:
-    """Train what drafts, or decides how far to draft.
+    """Train drafters, or heads that decide how far to draft.
 
-    Each recipe writes losses.jsonl and checkpoints into --out and continues a killed run from there. Several GPUs:
+    Each recipe writes losses.jsonl and checkpoints into --out and resumes a killed run from there. Several GPUs:
     `accelerate launch -m specdec train ...`.
     """
 
@@ -89,7 +89,7 @@ class TrainingPair(TrainingModel):
 
 
 def load_pair(target: str, draft: str, device: str, config: TrainConfig) -> TrainingPair:
-    """The draft in float32, the target in what the run computes in."""
+    """The draft in float32, the target in the run's compute dtype."""
     from specdec.drafters.draft_model import DraftModel, vocab_size_of
     from specdec.files.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
 
@@ -107,7 +107,7 @@ def load_pair(target: str, draft: str, device: str, config: TrainConfig) -> Trai
 def prompts_of(
     text: list[Path] | None, prompts: Path | None, prompt_tokens: int, model: TrainingModel, seed: int
 ) -> Prompts:
-    """From --prompts if given, else from --text."""
+    """Prompts from --prompts if given, else from --text."""
     from specdec.drafters.training.own_text import Prompts
     from specdec.errors import InputError
     from specdec.files.loading import encode_prompts, read_prompts
@@ -130,6 +130,6 @@ def text_of(text: list[Path] | None, row_tokens: int, model: TrainingModel, seed
 
 @contextmanager
 def writing_bar(num_texts: int | None, is_shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while a model writes its texts; it shows with the first."""
+    """A bar on stderr while a model writes its texts; it appears with the first text."""
     with stage_bars({} if num_texts is None else {"writing text": num_texts}) as on_progress:
         yield lambda done: on_progress("writing text", done) if is_shown else None

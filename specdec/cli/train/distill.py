@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from specdec.cli.train.common import TrainingModel
 
-DraftOption = Annotated[str, Folder(help="The draft model to start from; it stays as it is, --out gets the new one.")]
+DraftOption = Annotated[str, Folder(help="The draft model to start from; it stays unchanged, --out gets the new one.")]
 LossOption = Annotated[
     str, typer.Option(metavar="NAME", help="fkl, rkl, jsd or tvd; or ce, plain cross-entropy on the text.")
 ]
@@ -47,7 +47,8 @@ DataOption = Annotated[
 ]
 MixShareOption = Annotated[float, typer.Option(metavar="SHARE", help="Share of on-policy rows with --data mixed.")]
 TemperaturesOption = Annotated[
-    list[float], typer.Option("--temperature", metavar="T", help="Of continuations; 0 is greedy; repeat for a mixture.")
+    list[float],
+    typer.Option("--temperature", metavar="T", help="Temperature of continuations; 0 is greedy; repeat for a mixture."),
 ]
 ValidationOption = Annotated[
     Path | None,
@@ -71,7 +72,7 @@ def distill(
     temperature: TemperaturesOption = [1.0],  # noqa: B006 - typer copies it
     texts: Annotated[int, Count(help="Texts that the target writes, for --data target.")] = 4096,
     renew_every: Annotated[int, Count(help="Steps between renewals of the drafter's own text.")] = 8,
-    own_reads: Annotated[int, Count(help="Times that each of these texts is read before.")] = 1,
+    own_reads: Annotated[int, Count(help="Times that each of these texts is read before the renewal.")] = 1,
     steps: StepsOption = 2000,
     batch_rows: BatchRowsOption = 32,
     row_tokens: RowTokensOption = 256,
@@ -79,7 +80,7 @@ def distill(
     learning_rate: LearningRateOption = 3e-4,
     validate: ValidationOption = None,
     validation_tokens: Annotated[int, Count(help="New tokens per held-out prompt.")] = 96,
-    num_speculative_tokens: Annotated[int, DraftTokens(help="Tokens drafted a step when measuring.")] = 5,
+    num_speculative_tokens: Annotated[int, DraftTokens(help="Tokens drafted per step when measuring.")] = 5,
     checkpoint_every: CheckpointEveryOption = 500,
     seed: SeedOption = 0,
     precision: PrecisionOption = "float32",
@@ -87,7 +88,7 @@ def distill(
 ) -> None:
     """Distil a draft model from its target (DistillSpec).
 
-    Writes a checkpoint that from_pretrained loads, with a card that says how it came about and what it gained.
+    Writes a checkpoint that from_pretrained loads, with a card that says how it was trained and what it gained.
     """
     from specdec.drafters.training.cards import command_line, write_draft_card
     from specdec.drafters.training.distill.drafts import check_free, save_draft
@@ -147,7 +148,7 @@ def shares_of(data: str, mix_share: float) -> dict[str, float]:
             shares[name.strip()] = float(share) if share else 1.0
         except ValueError:
             raise ConfigError(
-                f"--data {data!r}: {share!r} is no number; write for example target=0.5,fixed=0.5"
+                f"--data {data!r}: {share!r} is not a number; write for example target=0.5,fixed=0.5"
             ) from None
     return shares
 

@@ -30,14 +30,15 @@ from specdec.limits import MAX_DRAFT_TOKENS
 if TYPE_CHECKING:
     from specdec.drafters.training.heads.recipe import HeadData
     from specdec.drafters.training.trainer import TrainConfig
-    from specdec.policies.heads.files import Head
+    from specdec.policies.heads.files import PairHead
 
-DraftOption = Annotated[str, Folder(help="The draft model's checkpoint; it stays as it is.")]
+DraftOption = Annotated[str, Folder(help="The draft model's checkpoint; it stays unchanged.")]
 TextsOption = Annotated[int, Count(help="Texts that the target writes to train on.")]
 NewTokensOption = Annotated[int, Count(help="Tokens that the target writes per text.")]
-HeldOutOption = Annotated[int, Count(help="Further texts, to measure on.")]
+HeldOutOption = Annotated[int, Count(help="Additional texts, to measure on.")]
 LabelsOption = Annotated[
-    str, typer.Option(metavar="KIND", help="Decoding that the head is for: greedy, sampled (temperature 1) or both.")
+    str,
+    typer.Option(metavar="KIND", help="The kind of decoding the head is for: greedy, sampled (temperature 1) or both."),
 ]
 MixOption = Annotated[
     float, typer.Option(metavar="SHARE", help="Share of draft tokens mixed into the text that the drafter reads.")
@@ -76,7 +77,7 @@ def acceptance_head(
     """Train SpecDec++'s acceptance head for a draft model.
 
     The target continues prompts; the head learns from the drafter's hidden state how likely the target is to accept
-    each token. Only the head learns. Use it with length_policy="acceptance_head".
+    each token. Only the head is trained. Use it with length_policy="acceptance_head".
     """
     from specdec.drafters.training.heads.recipe import HeadData
     from specdec.policies.heads.acceptance_head import AcceptanceHead
@@ -104,7 +105,7 @@ def disco(
     max_draft_tokens: Annotated[
         int, Count(max=MAX_DRAFT_TOKENS, help="The longest draft of the decoding it is trained for.")
     ] = 20,
-    top_k: Annotated[int, Count(help="How many of the drafter's largest probabilities it sees.")] = 10,
+    top_k: Annotated[int, Count(help="How many of the drafter's largest probabilities the classifier sees.")] = 10,
     steps: StepsOption = 1000,
     batch_rows: BatchRowsOption = 32,
     write_batch: WriteBatchOption = 64,
@@ -117,8 +118,8 @@ def disco(
 ) -> None:
     """Train DISCO's classifier for a draft model.
 
-    It learns from the drafter's largest probabilities, their entropy and the place in the draft whether the target
-    accepts a token. Only the classifier learns. Use it with length_policy="disco".
+    It predicts from the drafter's largest probabilities, their entropy and the position in the draft whether the target
+    accepts a token. Only the classifier is trained. Use it with length_policy="disco".
     """
     from specdec.drafters.training.heads.recipe import HeadData
     from specdec.policies.heads.disco import Disco
@@ -154,7 +155,7 @@ def run(
     config: TrainConfig,
     device: str,
 ) -> None:
-    """build: from the drafter's hidden size to an untrained head."""
+    """build: makes an untrained head from the drafter's hidden size."""
     import torch
 
     from specdec.drafters.training.cards import command_line, write_head_card
@@ -165,7 +166,7 @@ def run(
     pair = load_pair(target, draft, device, config)
     source = prompts_of(text, prompts, prompt_tokens, pair, config.seed)
     torch.manual_seed(config.seed)
-    head: Head = build(pair.draft.config.get_text_config(decoder=True).hidden_size)
+    head: PairHead = build(pair.draft.config.get_text_config(decoder=True).hidden_size)
     accelerator = make_accelerator(pair.target.device)
     with writing_bar(data.num_texts + data.num_held_out, accelerator.is_main_process) as on_progress:
         train_head(head, pair.target, pair.draft, source, data, config, out, accelerator, on_progress)

@@ -30,11 +30,15 @@ from specdec.cli.train.common import (
 from specdec.cli.train.distill import ValidationOption, held_out_prompts, shares_of
 from specdec.limits import MAX_DRAFT_TOKENS
 
-TokensOption = Annotated[int, Count(max=MAX_DRAFT_TOKENS, help="Look-ahead embeddings: the longest draft.")]
+TokensOption = Annotated[int, Count(max=MAX_DRAFT_TOKENS, help="Number of look-ahead embeddings: the longest draft.")]
 HelpersOption = Annotated[int, typer.Option(metavar="N", min=0, help="Embeddings before them that predict nothing.")]
-SplitsOption = Annotated[int, Count(help="Places of each row at which they are asked, in one forward.")]
+SplitsOption = Annotated[int, Count(help="Positions of each row where they predict, in one forward.")]
 DecayOption = Annotated[
-    float, typer.Option(metavar="D", help="Embedding i's loss weighs D^(i-1), as its guess counts only behind others.")
+    float,
+    typer.Option(
+        metavar="D",
+        help="Embedding i's loss has weight D^(i-1), as its guess counts only if those before it are right.",
+    ),
 ]
 InitOption = Annotated[
     str, typer.Option(metavar="NAME", help="Start from the mean embedding of all tokens (mean) or of frequent ones.")
@@ -44,7 +48,8 @@ DataOption = Annotated[
     typer.Option(metavar="SOURCES", help="target (its own continuations), fixed (--text), or target=0.5,fixed=0.5."),
 ]
 TemperaturesOption = Annotated[
-    list[float], typer.Option("--temperature", metavar="T", help="Of continuations; 0 is greedy; repeat for a mixture.")
+    list[float],
+    typer.Option("--temperature", metavar="T", help="Temperature of continuations; 0 is greedy; repeat for a mixture."),
 ]
 
 
@@ -75,9 +80,9 @@ def look_ahead(
     compile_model: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Train embeddings by which a target drafts for itself.
+    """Train embeddings with which a target drafts for itself.
 
-    Look-ahead embeddings (PaSS): nothing but the embeddings learns. Use them with `--look-ahead FOLDER` or
+    Look-ahead embeddings (PaSS): only the embeddings are trained. Use them with `--look-ahead FOLDER` or
     `drafter=LookAhead.load(FOLDER)`.
     """
     from dataclasses import asdict, replace

@@ -2,7 +2,7 @@
 
 Shih et al. 2022, arXiv 2205.13554 (any-subset autoregressive models, lattice orders); Yang et al. 2019, arXiv
 1906.08237 (XLNet, two streams). An order s lists the places of a row: the visible ones ascending, then those to fill.
-Everything in here is laid out by rank: rank i is place s(i).
+All tensors here are laid out by rank: rank i is place s(i).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from specdec.network.any_subset.two_stream import TwoStreamCache
 
 @dataclass(frozen=True)
 class Order:
-    """In which order the places of each row are known.
+    """The order in which the places of each row become known.
 
-    positions: [rows, columns] int64, the place of each rank; behind a row's length the places that are padding.
-    num_visible: [rows] int64, the ranks that are given, at least 1. lengths: [rows] int64, all ranks.
+    positions: [rows, columns] int64, the place of each rank; past a row's length, the places that are padding.
+    num_visible: [rows] int64, the number of given ranks, at least 1. lengths: [rows] int64, the number of all ranks.
     """
 
     positions: Tensor
@@ -50,7 +50,7 @@ class Order:
 
 
 class AnySubsetModel(ABC):
-    """The smallest any-subset model is one method. Subclass this to fill with a network of your own."""
+    """An any-subset model needs only one method. Subclass this to fill with your own network."""
 
     vocab_size: int
     max_positions: int | None = None  # places that a sequence may have
@@ -64,19 +64,20 @@ class AnySubsetModel(ABC):
     def conditional_logits(self, tokens: Tensor, order: Order, known: Tensor, targets: Tensor) -> Tensor:
         """Logits of the tokens at some ranks, [rows, targets, vocab].
 
-        tokens: [rows, columns] int64 by rank; no result may depend on those of ranks >= known.
-        known: [rows] int64, at least order.num_visible. The token of rank i is predicted from the tokens of the ranks
-            < min(i, known) and from nothing else. So known = order.lengths gives the joint density in one call, a lower
-            one the marginals of what is not known yet; where both ask for the same they must agree, or no sample
-            follows the joint.
-        targets: [rows, targets] int64, ranks not below order.num_visible; NO_TOKEN where nothing is asked.
+        tokens: [rows, columns] int64 by rank; results must not depend on tokens of ranks >= known.
+        known: [rows] int64, at least order.num_visible. The token of rank i is predicted only from the tokens of the
+        ranks < min(i, known). So known = order.lengths gives the joint density in one call, and a lower value the
+        marginals of unknown tokens; where both predict the same thing they must agree, or samples do not follow the
+        joint density.
+        targets: [rows, targets] int64, ranks not below order.num_visible; NO_TOKEN where nothing is requested.
         """
 
 
 class XLNet(AnySubsetModel):
-    """XLNet through transformers' own forward: `perm_mask` for what is seen, `target_mapping` for what is asked.
+    """XLNet through transformers' own forward: `perm_mask` sets which tokens are seen, `target_mapping` which are
+    asked.
 
-    It computes everything anew in each call. `conditionals_of` serves the same model by `TwoStreamCache`.
+    It recomputes everything in each call. `conditionals_of` serves the same model with `TwoStreamCache`.
     """
 
     def __init__(self, model: XLNetLMHeadModel):
@@ -92,7 +93,7 @@ class XLNet(AnySubsetModel):
                 "attn_type='bi' without bi_data sees the text on both sides of a place"
             )
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
-        if len(dtypes) > 1:  # transformers leaves some of XLNet's parameters in float32, whatever dtype is asked for
+        if len(dtypes) > 1:  # transformers leaves some of XLNet's parameters in float32, whatever dtype is requested
             raise ConfigError(f"the XLNet's parameters are {' and '.join(dtypes)}; make them one by model.to(dtype)")
         self.model = model
         self.vocab_size = model.lm_loss.weight.shape[0]
@@ -107,8 +108,8 @@ class XLNet(AnySubsetModel):
         num_columns = tokens.shape[1]
         column = torch.arange(num_columns, device=tokens.device)
         is_padding = column >= order.lengths[:, None]  # by rank
-        # What is not known has the highest rank, what is visible the lowest: equal ranks do not see each other, except
-        # in the visible block.
+        # Unknown tokens have the highest rank, visible ones the lowest: equal ranks do not see each other, except in
+        # the visible block.
         rank = torch.where(column < known[:, None], column, num_columns)
         rank = torch.where(column < order.num_visible[:, None], -1, rank)
         rank = torch.empty_like(rank).scatter_(1, order.positions, rank)
@@ -129,7 +130,7 @@ class XLNet(AnySubsetModel):
 
 @contextmanager
 def relative_positions_in(model: XLNetLMHeadModel, dtype: torch.dtype) -> Iterator[None]:
-    """transformers makes the sinusoids in float32, whatever the model's dtype, and the two streams then stumble."""
+    """Cast the sinusoids: transformers makes them in float32 for any model dtype, and its two streams then fail."""
 
     def cast(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "r": kwargs["r"].to(dtype)}
@@ -143,14 +144,14 @@ def relative_positions_in(model: XLNetLMHeadModel, dtype: torch.dtype) -> Iterat
 
 
 class Conditionals(Protocol):
-    """An any-subset model at work on rows whose tokens stand in rank order."""
+    """An any-subset model applied to rows whose tokens are in rank order."""
 
     def logits(self, rows: Rows, draft_ids: Tensor, width: int) -> Tensor:
-        """What comes behind the committed tokens and the draft, [rows, k + 1, width, vocab]; one network call.
+        """The logits after the committed tokens and each draft token, [rows, k + 1, width, vocab]; one network call.
 
-        draft_ids: [rows, k] int64, NO_TOKEN where nothing is drafted; overwrites what `rows` holds behind its lengths.
+        draft_ids: [rows, k] int64, NO_TOKEN where nothing is drafted; overwrites the values of `rows` past its lengths.
         [b, i, j]: the token of rank n + i + j given the ranks < n + i, n = rows.lengths[b]. j = 0 is the density, j > 0
-        are marginals further ahead. What lies behind a row's last rank, or behind its draft, means nothing.
+        are marginals further ahead. Values past a row's last rank, or past its draft, are meaningless.
         """
 
     def keep_rows(self, index: Tensor) -> None:
@@ -158,7 +159,7 @@ class Conditionals(Protocol):
 
 
 def conditionals_of(model: PreTrainedModel | AnySubsetModel, order: Order, rows: Rows) -> Conditionals:
-    """The fastest way to serve `model`. order: of the caller's batch, whose rows `rows` may hold in another order."""
+    """The fastest way to serve `model`. order: of the caller's batch; `rows` may hold its rows in another order."""
     index = torch.from_numpy(rows.row_ids).to(rows.device)
     if isinstance(model, AnySubsetModel):
         return Recomputed(model, order[index])
@@ -166,7 +167,7 @@ def conditionals_of(model: PreTrainedModel | AnySubsetModel, order: Order, rows:
 
 
 class Cached:
-    """XLNet with the keys of what is committed kept (see `two_stream.py`)."""
+    """XLNet with kept keys of committed tokens (see `two_stream.py`)."""
 
     def __init__(self, model: XLNetLMHeadModel, order: Order, capacity: int):
         """capacity: ranks that the longest row may reach, drafts included."""
@@ -197,7 +198,7 @@ class Cached:
 
 
 class Recomputed:
-    """Any AnySubsetModel, asked anew each time."""
+    """Any AnySubsetModel, recomputed in each call."""
 
     def __init__(self, model: AnySubsetModel, order: Order):
         self.model, self.order = model, order
@@ -207,7 +208,7 @@ class Recomputed:
         k = draft_ids.shape[1]
         if k and width > 1:
             raise UnsupportedModelError(
-                "conditional_logits gives no marginals behind each token of a draft; draft by 'self' or 'ngram'"
+                "conditional_logits gives no marginals after each token of a draft; draft by 'self' or 'ngram'"
             )
         self.num_calls += 1
         tokens = with_draft(rows, draft_ids)[:, : self.order.positions.shape[1]]
@@ -222,6 +223,6 @@ class Recomputed:
 
 
 def with_draft(rows: Rows, draft_ids: Tensor) -> Tensor:
-    """The rows' tokens with a draft behind the committed ones, written in place; [rows, capacity] int64."""
+    """The rows' tokens with a draft after the committed ones, written in place; [rows, capacity] int64."""
     place = rows.lengths[:, None] + torch.arange(draft_ids.shape[1], device=rows.device)
     return rows.token_ids.scatter_(1, place, draft_ids.clamp(min=0))

@@ -1,9 +1,9 @@
 """XLNet's two streams in a short forward (Yang et al. 2019, arXiv 1906.08237), over transformers' own weights.
 
-The content stream h holds what a token contributes, the query stream g asks for the token at a place and never
-contributes. In the order of their ranks, content sees only what came before it (the visible tokens: each other), so the
-keys and values of a token that is there to stay are computed once and kept: a step costs what is new in it, where
-transformers' forward computes every position again, and every query position against every other.
+The content stream h holds each token's contribution; the query stream g asks for the token at a place and never
+contributes. By rank, content sees only earlier content (visible tokens see each other), so the keys and values of a
+committed token are computed once and kept. A step costs only its new tokens, whereas transformers' forward recomputes
+every position, and every query position against every other.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def heads(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def query_tokens(model: XLNetLMHeadModel, num_rows: int, num_queries: int) -> Tensor:
-    """What the query stream starts from: the same vector everywhere."""
+    """The initial query stream: the same vector everywhere."""
     return model.transformer.mask_emb.expand(num_rows, num_queries, -1)
 
 
 class TwoStreamCache:
     """The keys and values of the content of some rows, in slots numbered by rank.
 
-    positions: [rows, slots] int64, the position of each rank; those no row has may be any.
+    positions: [rows, slots] int64, the position of each rank; unused ranks may have any value.
     num_visible: [rows] int64, the ranks below which content sees each other.
     span: no two positions of a row are `span` or more apart.
     """
@@ -64,7 +64,7 @@ class TwoStreamCache:
         self.model, self.positions, self.num_visible, self.span = model, positions, num_visible, span
         config, layers = model.config, model.transformer.layer
         encoding = distance_encoding(model, torch.arange(1 - span, span, device=positions.device))
-        # [heads, distances, d_head] a layer: they depend on the weights alone
+        # [heads, distances, d_head] per layer: they depend only on the weights
         self.distance_keys = [torch.einsum("ed,dnh->neh", encoding, layer.rel_attn.r) for layer in layers]
         shape = (len(layers), *positions.shape, config.n_head, config.d_head)
         self.keys = torch.zeros(shape, dtype=model.dtype, device=positions.device)
@@ -77,9 +77,9 @@ class TwoStreamCache:
         """Add content to the cache and ask for tokens; returns logits, [rows, queries, vocab].
 
         token_ids: [rows, content] int64, of the ranks from `starts` ([rows]) on; a slot may be written again.
-        targets: [rows, queries] int64, the ranks asked for. known: [rows, queries] int64, the number of first ranks
-            that each query sees, at least 1; they must be in the cache or in this call.
-        used_slots: no rank that counts is this or higher; by default all slots.
+        targets: [rows, queries] int64, the requested ranks. known: [rows, queries] int64, the number of first ranks
+        that each query sees, at least 1; they must be in the cache or in this call.
+        used_slots: all ranks in use are below this; by default all slots.
         """
         num_rows, num_content = token_ids.shape
         used = self.positions.shape[1] if used_slots is None else used_slots
@@ -88,7 +88,7 @@ class TwoStreamCache:
         place = self.positions.gather(1, torch.cat([ranks, targets], 1))
         slot = torch.arange(used, device=starts.device)
         hidden = (slot >= sees[..., None])[:, None]  # [rows, 1, tokens, slots]
-        # Only slots that nobody sees may be out of the span.
+        # Only slots that no query sees may be outside the span.
         distance = (place[..., None] - self.positions[:, None, :used]).clamp(1 - self.span, self.span - 1)
         index = (distance + self.span - 1)[:, None].expand(-1, self.model.config.n_head, -1, -1)
         row = torch.arange(num_rows, device=starts.device)[:, None]
@@ -113,14 +113,14 @@ class TwoStreamCache:
 
 
 class TwoStreamText(nn.Module):
-    """Whole texts at once, every position asked for under several masks: the form that training needs."""
+    """Whole texts at once, with every position predicted under several masks, as training needs."""
 
     def __init__(self, model: XLNetLMHeadModel):
         super().__init__()
         self.model = model
 
     def forward(self, token_ids: Tensor, content_sees: Tensor, queries_see: Tensor) -> Tensor:
-        """Hidden states of the query stream, [rows, masks, length, d_model]; `model.lm_loss` makes logits of them.
+        """Hidden states of the query stream, [rows, masks, length, d_model]; `model.lm_loss` turns them into logits.
 
         token_ids: [rows, length] int64, in the order of their positions.
         content_sees: [rows, length, length] bool, [b, i, j]: the content of i sees j; each sees itself.
@@ -148,7 +148,7 @@ class TwoStreamText(nn.Module):
 
 
 def shifted(scores: Tensor) -> Tensor:
-    """From scores by distance to scores by key: [..., length, 2 length] -> [..., length, length].
+    """Turn scores by distance into scores by key: [..., length, 2 length] -> [..., length, length].
 
     Column e of query i is distance length - e; the result's column j is distance i - j (Dai et al. 2019, appendix B).
     """

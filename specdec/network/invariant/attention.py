@@ -1,8 +1,8 @@
 """Attention and masks of batch-invariant models, for transformers' caches and for ours.
 
 The mask that transformers hands to every layer is reduced to what the kernel needs: per query the interval of slots
-it sees, and per row the slot of its first token. Extra queries (`specdec/batch/branches.py`) see two intervals; they
-are only guesses, so torch's own attention serves them, while the text beside them keeps its bits.
+it sees, and per row the slot of its first token. The nodes of a tree (`specdec/batch/columns.py`) see more than one
+interval. torch's own attention serves them, while the text next to them keeps its bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 from specdec.errors import InputError, UnsupportedModelError
 from specdec.kernels.attention.ragged_attention import ragged_attention
 from specdec.network import attention
-from specdec.network.attention import branches_of_forward, visible_slots
+from specdec.network.attention import tree_of_forward, visible_slots
 from specdec.network.invariant.guard import own_arithmetic
 
 INVARIANT = "specdec_invariant"
@@ -36,9 +36,9 @@ def span_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor:
-    """[rows, 1, q_length, 3] int32: first visible slot, the slot behind the last, the slot of the row's first token.
+    """[rows, 1, q_length, 3] int32: first visible slot, the slot after the last, the slot of the row's first token.
 
-    With extra queries behind the text the last dimension is 5: behind these the second interval, of the own branch.
+    In a tree the last dimension is 3 + kv_length: then 1 for every slot that the query sees and 0 for the others.
 
     attention_mask: [rows, positions] bool, False for padding. Slot i holds position kv_offset + i.
 
@@ -52,12 +52,10 @@ def span_mask(
         real = F.pad(attention_mask.bool(), (0, missing))
         visible = visible & real[:, None, kv_offset : kv_offset + kv_length]
         origin = origin + real.int().argmax(1, keepdim=True)
-    branches, slot = branches_of_forward(), torch.arange(kv_length, device=device)
-    if branches is not None:
-        in_text = slot <= branches.ends[..., None]
-        first, second = interval(visible & in_text), interval(visible & ~in_text)
-        return torch.cat([first, origin.expand(-1, q_length)[..., None].int(), second], -1)[:, None]
     spans = torch.cat([interval(visible), origin.expand(-1, q_length)[..., None].int()], -1)
+    if tree_of_forward() is not None:
+        return torch.cat([spans, visible.int()], -1)[:, None]
+    slot = torch.arange(kv_length, device=device)
     # One look at the first forward is enough, since later ones only append: no later step waits for the device.
     is_checked = attention_mask is not None and q_length > 1
     if is_checked and not torch.equal(visible, (slot >= spans[..., :1]) & (slot < spans[..., 1:2])):
@@ -66,7 +64,7 @@ def span_mask(
 
 
 def interval(visible: Tensor) -> Tensor:
-    """[rows, queries, slots] bool -> [rows, queries, 2] int32: the first visible slot, and that behind the last."""
+    """[rows, queries, slots] bool -> [rows, queries, 2] int32: the first visible slot, and the one after the last."""
     low = visible.int().argmax(-1).int()
     return torch.stack([low, low + visible.sum(-1, dtype=torch.int32)], -1)
 
@@ -86,29 +84,27 @@ def invariant_attention(
 ) -> tuple[Tensor, None]:
     """query [rows, heads, width, dim], key and value [rows, kv_heads, slots, dim] -> [rows, width, heads, value_dim]"""
     name = type(module).__name__
-    branches = branches_of_forward()
-    size = 3 if branches is None else 5
+    tree = tree_of_forward()
+    size = 3 if tree is None else 3 + key.shape[2]
     if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.shape[-1] != size:
         raise UnsupportedModelError(f"{name} does not pass on the mask it is given; it cannot be made batch-invariant")
     if position_bias is not None:
         raise UnsupportedModelError(f"{name} adds a position bias to its scores, which has no batch-invariant kernel")
     if dropout:
         raise UnsupportedModelError(f"{name} applies dropout {dropout}; call model.eval() first")
-    spans = attention_mask[:, 0].expand(len(query), -1, -1).contiguous()
+    spans = attention_mask[:, 0].expand(len(query), -1, -1)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    num_tokens = query.shape[2] if branches is None else branches.num_tokens
-    text = spans[:, :num_tokens, :3].contiguous()
+    num_text = query.shape[2] if tree is None else tree.num_text
+    text = spans[:, :num_text, :3].contiguous()
     with torch.no_grad(), own_arithmetic():
-        out = ragged_attention(query[:, :, :num_tokens], key, value, text, scaling, softcap, s_aux)
-    if branches is None:
+        out = ragged_attention(query[:, :, :num_text], key, value, text, scaling, softcap, s_aux)
+    if tree is None:
         return out, None
-    slot = torch.arange(key.shape[2], device=key.device)
-    begin, end, _, own_begin, own_end = spans[:, num_tokens:, :, None].unbind(2)
-    visible = ((slot >= begin) & (slot < end)) | ((slot >= own_begin) & (slot < own_end))
-    guesses, _ = attention.ragged_attention(
-        module, query[:, :, num_tokens:], key, value, visible[:, None], 0.0, scaling, softcap, s_aux
+    visible = spans[:, None, num_text:, 3:].bool()
+    nodes, _ = attention.ragged_attention(
+        module, query[:, :, num_text:], key, value, visible, 0.0, scaling, softcap, s_aux
     )
-    return torch.cat([out, guesses], 1), None
+    return torch.cat([out, nodes], 1), None
 
 
 @cache

@@ -2,7 +2,7 @@
 
 A graph fixes shapes and addresses, so rows, width and the slots that attention looks at are rounded up to buckets and
 the inputs are copied into place. Rows and columns that pad a bucket compute something that nobody reads; their keys
-go to slots behind the texts, and no other row's bits depend on them.
+go to slots after the texts, and no other row's bits depend on them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class StepGraphs:
         logger.info("capturing step %d: %s; new kernels are compiled first", len(self.captured) + 1, shape)
         begin = time.perf_counter()
         token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
-        # The last slots of every row are behind any text, so trying the step out leaves no trace.
+        # The last slots of every row lie after any text, so trying the step out leaves no trace.
         starts = torch.full((rows,), self.cache.num_slots - MAX_STEP_WIDTH, dtype=torch.long, device=self.cache.device)
         graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
         self.captured[rows, width, slots, layers] = CapturedStep(graph, token_ids, starts, output)

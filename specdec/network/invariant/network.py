@@ -10,7 +10,7 @@ A draft model's bits do not matter, since what is accepted is the target's own. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.batch.branches import Branches
 from specdec.batch.cache import RaggedCache
+from specdec.batch.columns import Columns
 from specdec.batch.layout import Layout
 from specdec.draft import ExtraQueries
 from specdec.kernels.attention.ragged_attention import TREE_SLOTS
 from specdec.kernels.persistent.step import is_faster
-from specdec.network.base import CachePlan, Network, NetworkOutput
-from specdec.network.invariant.graphs import MAX_STEP_WIDTH, StepGraphs, row_bucket, width_bucket
+from specdec.network.base import CachePlan, Network, NetworkOutput, layer_numbers
+from specdec.network.invariant.graphs import MAX_STEP_WIDTH, Forward, StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant.guard import own_arithmetic
 from specdec.network.invariant.layers import Head, Norm, layers_of
 from specdec.network.invariant.one_launch import one_launch_step
-from specdec.network.invariant.step import Step, branch_step, text_step, tree_step
+from specdec.network.invariant.step import Step, step_of
 from specdec.network.invariant.swap import is_batch_invariant, is_invariant_forward
 from specdec.network.known_classes import FAMILIES, is_known_class, is_plain
 
-# Behind the texts of a cache: what a step takes along with its text, and what pads a graph's rows and columns.
+# After the texts of a cache: for the branches of a step, and for the rows and columns that pad a graph.
 SPARE_SLOTS = TREE_SLOTS
 
 
@@ -75,59 +75,86 @@ class InvariantForward:
         return max_rows <= self.max_rows and num_slots <= self.num_slots and self.weights == addresses(model)
 
     def __call__(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
-        """A step of the cache's first rows: launches alone, nothing waits for the device."""
+        """A step of the cache's first rows, in one launch where that serves; nothing waits for the device."""
         if self.one_launch is not None and is_faster(token_ids.numel(), used_slots) and set(layers) <= {-1}:
             logits, hidden = self.one_launch(token_ids, starts)
             return NetworkOutput(logits, (hidden,) * len(layers))
-        step = text_step(starts, token_ids.shape[1], used_slots, self.num_slots, self.windows)
-        hidden, states = self.run(self.embed(token_ids), step, slice(0, len(token_ids)), layers)
+        return self.text(token_ids, starts, used_slots, layers)
+
+    def text(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
+        """The same layer by layer."""
+        columns = Columns.chain(starts, token_ids.shape[1])
+        hidden, states = self.through_layers(self.embed(token_ids), columns, used_slots, layers)
+        return NetworkOutput(self.logits(hidden), states)
+
+    def tree(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], parents: Tensor
+    ) -> NetworkOutput:
+        """The same of a tree of at most TREE_SLOTS columns."""
+        columns = Columns.tree(starts, parents)
+        hidden, states = self.through_layers(self.embed(token_ids), columns, used_slots, layers)
         return NetworkOutput(self.logits(hidden), states)
 
     @torch.no_grad()
-    def with_extra(
+    def text_with_branches(
         self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
     ) -> NetworkOutput:
-        """The same with a branch behind each token. The last of the states are those of the branches, behind the final
-        norm: [rows, width, extra, hidden]."""
+        """The same of a text and a branch after each of its tokens, at most TREE_SLOTS columns.
+
+        The last of the hidden states is that of the branches after the final norm, [rows, width, extra, hidden].
+        """
         rows, width = token_ids.shape
-        columns = torch.arange(width, device=starts.device)
-        # A graph's padding starts so far behind the texts that there is room for tokens alone.
-        branches = Branches.behind(starts.clamp(max=self.num_slots), width, columns[None], extra.ahead)
+        each = torch.arange(width, device=starts.device)[None]
+        # A graph's padding starts so late that its slots have room for tokens alone.
+        columns = Columns.branches(starts.clamp(max=self.num_slots), width, each, extra.ahead)
+
         text = self.embed(token_ids)
-        behind = extra.embeddings.to(text.dtype).repeat(width, 1).expand(rows, -1, -1)
-        step = tree_step(branches, used_slots, self.num_slots, self.windows)
-        hidden, states = self.run(torch.cat([text, behind], 1), step, slice(0, rows), layers)
-        behind = hidden[:, width:].unflatten(1, (width, -1))
-        return NetworkOutput(self.logits(hidden[:, :width]), (*(state[:, :width] for state in states), behind))
+        branches = extra.embeddings.to(text.dtype).repeat(width, 1).expand(rows, -1, -1)
+        hidden, states = self.through_layers(torch.cat([text, branches], 1), columns, used_slots, layers)
+
+        branches = hidden[:, width:].unflatten(1, (width, -1))
+        return NetworkOutput(self.logits(hidden[:, :width]), (*(state[:, :width] for state in states), branches))
 
     @torch.no_grad()
-    def behind(self, starts: Tensor, width: int, columns: Tensor, used_slots: int, extra: ExtraQueries) -> Tensor:
-        """Logits of a branch behind one column of each row, [rows, extra, vocab], in a forward of its own after that
-        of the step's [rows, width] text. columns: [rows] int64."""
-        branches = Branches.behind(starts, width, columns[:, None], extra.ahead)
+    def branch_alone(self, starts: Tensor, width: int, after: Tensor, used_slots: int, extra: ExtraQueries) -> Tensor:
+        """Logits of a branch after one column of each row, [rows, extra, vocab], in a forward of its own after that
+        of the step's [rows, width] text. after: [rows] int64."""
+        columns = Columns.branch_alone(starts, width, after, extra.ahead)
         inputs = extra.embeddings.to(self.embedding.weight.dtype).expand(len(starts), -1, -1)
-        step = branch_step(branches, used_slots, self.windows)
-        return self.logits(self.run(inputs, step, slice(0, len(starts)), ())[0])
+        step = step_of(columns, used_slots, self.windows)  # without padding: this is never captured
+        hidden, _ = self.run(inputs, step, slice(0, len(starts)), ())
+        return self.logits(hidden)
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
         return self.embedding(token_ids)
 
+    def through_layers(
+        self, inputs: Tensor, columns: Columns, used_slots: int, layers: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`run` of the cache's first rows."""
+        return self.run(inputs, self.step_of(columns, used_slots), slice(0, len(inputs)), layers)
+
+    def step_of(self, columns: Columns, used_slots: int) -> Step:
+        return step_of(columns, used_slots, self.windows, self.num_slots)
+
     @torch.no_grad()
     def run(
         self, inputs: Tensor, step: Step, rows: slice, layers: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The states behind the final norm, and those that were asked for, [rows, width, hidden] each, as `inputs`."""
+        """The states after the final norm, and those that were asked for, [rows, width, hidden] each, as `inputs`."""
+        last = len(self.layers)
+        asked = layer_numbers(layers, last)
+        states = {0: inputs}
         with own_arithmetic():
             hidden, added = inputs, None
-            states = [hidden]
-            for layer, cached in zip(self.layers, self.cache.layers, strict=True):
+            for number, (layer, cached) in enumerate(zip(self.layers, self.cache.layers, strict=True), 1):
                 hidden, added = layer(hidden, added, cached.keys[rows], cached.values[rows], step)
-                if layers:
-                    states.append(hidden + added)
+                if number in asked and number != last:
+                    states[number] = hidden + added
             hidden, _ = self.norm.of_sum(hidden, added)
-            states[-1] = hidden
-        return hidden, tuple(states[i] for i in layers)
+            states[last] = hidden
+        return hidden, tuple(states[number] for number in asked)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -219,64 +246,95 @@ class InvariantNetwork(Network):
         layers: tuple[int, ...] = (),
         host_starts: np.ndarray | None = None,
         extra_queries: ExtraQueries | None = None,
+        parents: Tensor | None = None,
     ) -> NetworkOutput:
-        if extra_queries is not None:
-            return self._forward_with_extra(token_ids, starts, used_slots, layers, extra_queries)
-        kept = self.kept
-        if (kept.graphs is None and kept.one_launch is None) or token_ids.shape[1] > MAX_STEP_WIDTH:
-            return super().forward(token_ids, starts, used_slots, layers, host_starts)
-        self.cache.num_filled = max(self.cache.num_filled, used_slots)  # a replay announces no forward to the cache
-        if kept.graphs is None:
-            return kept(token_ids, starts, used_slots, layers)
-        return kept.graphs.replay(kept, token_ids, starts, used_slots, layers)
+        """Choose among the ways below; each writes to the cache's first rows.
 
-    def _forward_with_extra(
+        A captured step is replayed on a GPU; elsewhere the same function launches its kernels one by one.
+        """
+        width = token_ids.shape[1]
+        self.cache.num_filled = max(self.cache.num_filled, used_slots)  # no way announces its forward to the cache
+        if parents is not None:
+            return self._tree(token_ids, starts, used_slots, layers, parents)
+        if extra_queries is not None:
+            fits = self._captured_width(width) * (1 + extra_queries.num) <= TREE_SLOTS
+            way = self._text_with_branches if fits else self._text_then_branch
+            return way(token_ids, starts, used_slots, layers, extra_queries)
+        if width <= MAX_STEP_WIDTH:
+            return self._step(token_ids, starts, used_slots, layers)
+        return self._wide_text(token_ids, starts, used_slots, layers)
+
+    def _step(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
+        """A decode step; of a draft model a single launch where that is faster."""
+        return self._captured(self.kept.graphs, self.kept, token_ids, starts, used_slots, layers)
+
+    def _wide_text(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
+        """More columns than any captured step has."""
+        return self.kept.text(token_ids, starts, used_slots, layers)
+
+    def _tree(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], parents: Tensor
+    ) -> NetworkOutput:
+        """A draft tree, which is not captured."""
+        return self.kept.tree(token_ids, starts, used_slots, layers, parents)
+
+    def _text_with_branches(
         self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
     ) -> NetworkOutput:
-        """In one forward, if the text and its branches fit into a tree; else the one branch that is wanted in turn."""
-        kept, width = self.kept, token_ids.shape[1]
-        graphs_width = width_bucket(width) if kept.graphs is not None and width <= MAX_STEP_WIDTH else width
-        self.cache.num_filled = max(self.cache.num_filled, used_slots)
-        if graphs_width * (1 + extra.num) > TREE_SLOTS:
-            output = self.forward(token_ids, starts, used_slots, layers)
-            return output._replace(extra_logits=self._behind_cached(starts, width, used_slots, extra))
-        if kept.graphs is None:
-            output = kept.with_extra(token_ids, starts, used_slots, layers, extra)
-        else:
-            most = TREE_SLOTS // graphs_width - 1
-            output = self._replay_with_extra(token_ids, starts, used_slots, layers, extra, most)
+        """The text and a branch after each of its tokens in one forward."""
+        kept, graphs, num_extra = self.kept, None, extra.num
+        if kept.graphs is not None:
+            graphs, extra = self._graphs_with_extra(extra, TREE_SLOTS // self._captured_width(token_ids.shape[1]) - 1)
+            # The columns that fill a bucket move the branches after them.
+            used_slots = min(used_slots + TREE_SLOTS, self.cache.num_slots)
+
+        forward = partial(kept.text_with_branches, extra=extra)
+        output = self._captured(graphs, forward, token_ids, starts, used_slots, layers)
         *states, branches = output.hidden_states
 
         def extra_logits(columns: Tensor) -> Tensor:
-            return kept.logits(branches[torch.arange(len(columns), device=columns.device), columns])
+            rows = torch.arange(len(columns), device=columns.device)
+            return kept.logits(branches[:, :, :num_extra][rows, columns])
 
         return NetworkOutput(output.logits, tuple(states), extra_logits)
 
-    def _behind_cached(
-        self, starts: Tensor, width: int, used_slots: int, extra: ExtraQueries
-    ) -> Callable[[Tensor], Tensor]:
-        kept, num_moves = self.kept, self._num_moves
+    def _text_then_branch(
+        self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...], extra: ExtraQueries
+    ) -> NetworkOutput:
+        """The text alone, then each row's one branch that is wanted, where all branches do not fit into a tree."""
+        kept, num_moves, width = self.kept, self._num_moves, token_ids.shape[1]
+        way = self._step if width <= MAX_STEP_WIDTH else self._wide_text
+        output = way(token_ids, starts, used_slots, layers)
 
         def extra_logits(columns: Tensor) -> Tensor:
             assert self._num_moves == num_moves, "rows have moved since the step; what is cached is another row's"
-            return kept.behind(starts, width, columns, used_slots, extra)
+            return kept.branch_alone(starts, width, columns, used_slots, extra)
 
-        return extra_logits
+        return output._replace(extra_logits=extra_logits)
 
-    def keep_rows(self, index: Tensor) -> None:
-        self._num_moves += 1
-        super().keep_rows(index)
-
-    def _replay_with_extra(
+    def _captured(
         self,
+        graphs: StepGraphs | None,
+        forward: Forward,
         token_ids: Tensor,
         starts: Tensor,
         used_slots: int,
         layers: tuple[int, ...],
-        extra: ExtraQueries,
-        most: int,
     ) -> NetworkOutput:
-        """By graphs of as many queries or more, at most `most`: the last, repeated, stands behind all that count."""
+        """forward: always the same one for the same graphs."""
+        if graphs is None:
+            return forward(token_ids, starts, used_slots, layers)
+        return graphs.replay(forward, token_ids, starts, used_slots, layers)
+
+    def _captured_width(self, width: int) -> int:
+        """The columns of text that a step of `width` tokens computes."""
+        return width_bucket(width) if self.kept.graphs is not None and width <= MAX_STEP_WIDTH else width
+
+    def _graphs_with_extra(self, extra: ExtraQueries, most: int) -> tuple[StepGraphs, ExtraQueries]:
+        """Graphs for as many queries or more, at most `most`, and the queries that they read.
+
+        The last query is repeated until there are as many as the graphs take; no other sees the repetitions.
+        """
         kept = self.kept
         num = min((num for num in kept.graphs_with_extra if extra.num <= num <= most), default=extra.num)
         repeated = torch.arange(num, device=extra.ahead.device).clamp(max=extra.num - 1)
@@ -286,11 +344,11 @@ class InvariantNetwork(Network):
         graphs, inputs = kept.graphs_with_extra[num]
         inputs.embeddings.copy_(extra.embeddings[repeated])  # where the graphs read them
         inputs.ahead.copy_(extra.ahead[repeated])
-        # The columns that fill a bucket move the branches behind them.
-        used_slots = min(used_slots + TREE_SLOTS, self.cache.num_slots)
-        output = graphs.replay(partial(kept.with_extra, extra=inputs), token_ids, starts, used_slots, layers)
-        *states, branches = output.hidden_states
-        return output._replace(hidden_states=(*states, branches[:, :, : extra.num]))
+        return graphs, inputs
+
+    def keep_rows(self, index: Tensor) -> None:
+        self._num_moves += 1
+        super().keep_rows(index)
 
     def _run(
         self,
@@ -300,12 +358,13 @@ class InvariantNetwork(Network):
         layers: tuple[int, ...],
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
-        cache = self.cache
-        step = text_step(cache.starts, token_ids.shape[1], cache.used_slots, self.kept.num_slots, self.kept.windows)
-        hidden, states = self.kept.run(self.kept.embed(token_ids), step, cache.rows, layers)
+        """A piece of prefill, in whichever rows of the cache it is for."""
+        kept, cache = self.kept, self.cache
+        step = kept.step_of(cache.columns, cache.used_slots)
+        hidden, states = kept.run(kept.embed(token_ids), step, cache.rows, layers)
         if logits_at is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at][:, None]
-        return NetworkOutput(self.kept.logits(hidden), states)
+        return NetworkOutput(kept.logits(hidden), states)
 
 
 class InvariantDraftNetwork(InvariantNetwork):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from transformers import PreTrainedModel
 
 from specdec.drafter import Drafter
+from specdec.kept import kept_with
 from specdec.policies.cost_model.forecast import StepCosts
 from specdec.policies.costs import MAX_TOKENS, CostTable, Curve, Recalibrated, Survival
-from specdec.policies.estimates import Estimate
+from specdec.policies.estimates import AcceptanceEstimate
 
 # Tokens that every draft feeds to the drafter's network anyway: the newest one, and the last draft token of a draft
 # that was accepted in full. A drafter that has missed no more than these has nothing to catch up on.
@@ -94,15 +95,12 @@ class Knowledge:
             self.catch_up = per_token if self.catch_up is None else 0.5 * (self.catch_up + per_token)
 
 
-_known: WeakKeyDictionary[PreTrainedModel, dict[Hashable, Knowledge]] = WeakKeyDictionary()
-
-
-def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Estimate | None = None) -> Knowledge:
+def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: AcceptanceEstimate | None = None) -> Knowledge:
     """The pair's knowledge, kept as long as the target lives.
 
     Each kind of estimate has its own: it errs in its own way and takes its own time.
     """
     drafting: Hashable = (type(drafter), drafter.name) if drafter.model is None else ref(drafter.model)
     layout = None if drafter.context is None else drafter.context.layout.name
-    key = (drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
-    return _known.setdefault(target, {}).setdefault(key, Knowledge())
+    key = (Knowledge, drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
+    return kept_with(target, key, Knowledge)

@@ -18,8 +18,14 @@ from specdec.policies.cost_model.forecast import StepCosts
 from specdec.policies.cost_model.knowledge import Knowledge, knowledge_of
 from specdec.policies.cost_model.planning import Planner, room_of
 from specdec.policies.cost_model.states import Drafting, State, is_promised
-from specdec.policies.costs import Clock, CudaClock, HostClock
-from specdec.policies.estimates import DiscoEstimate, DraftProbability, Estimate, HeadEstimate, estimate_beside
+from specdec.policies.costs import CostClock, CudaClock, HostClock
+from specdec.policies.estimates import (
+    AcceptanceEstimate,
+    DiscoEstimate,
+    DraftProbability,
+    HeadEstimate,
+    estimate_beside,
+)
 from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
 from specdec.policy import LengthPolicy
@@ -51,7 +57,7 @@ class CostModel(LengthPolicy):
     def __init__(
         self,
         head: AcceptanceHead | Disco | str | Path | None = "beside",
-        clock: Clock | None = None,
+        clock: CostClock | None = None,
         knowledge: Knowledge | None = None,
     ):
         """head: what estimates acceptance while drafting: a head, an acceptance head's folder, or None for the
@@ -60,29 +66,26 @@ class CostModel(LengthPolicy):
         clock: used instead of the real one. knowledge: used instead of what earlier calls have learned about the pair.
         """
         self.head, self._given_clock, self._given_knowledge = head, clock, knowledge
-        self._estimate: Estimate | None = None
+        self._estimate: AcceptanceEstimate | None = None
 
     def check(self, target: PreTrainedModel, drafter: Drafter) -> None:
-        self._estimate, self.sees = self._find_estimate(target, drafter)
+        self._estimate = self.find_estimate(target, drafter) if drafter.shows else None
+        self.sees = frozenset() if self._estimate is None else self._estimate.sees
         super().check(target, drafter)
 
-    def _find_estimate(self, target: PreTrainedModel, drafter: Drafter) -> tuple[Estimate | None, frozenset[str]]:
-        if not drafter.shows:
-            return None, frozenset()
+    def find_estimate(self, target: PreTrainedModel, drafter: Drafter) -> AcceptanceEstimate:
+        """The estimate for a pair whose drafter shows its tokens."""
+        if self.head == "beside":
+            return estimate_beside(self.name, target, drafter) or DraftProbability.of(drafter)
+        if self.head is None:
+            return DraftProbability.of(drafter)
 
-        if self.head == "beside" and (estimate := estimate_beside(self.name, target, drafter)):
-            return estimate, estimate.sees
-
-        head = None if self.head == "beside" else self.head
-        if head is None:
-            return DraftProbability.of(drafter), DraftProbability.sees
-
-        kind = DiscoEstimate if isinstance(head, Disco) else HeadEstimate
-        return kind.of(self.name, head, target, drafter), kind.sees
+        kind = DiscoEstimate if isinstance(self.head, Disco) else HeadEstimate
+        return kind.of(self.name, self.head, target, drafter)
 
     def start(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> None:
         on_cuda = target.device.type == "cuda"
-        self._clock: Clock = self._given_clock or (CudaClock() if on_cuda else HostClock())
+        self._clock: CostClock = self._given_clock or (CudaClock() if on_cuda else HostClock())
         self._known = self._given_knowledge or knowledge_of(target, drafter, self._estimate)
         self._known.begin_call()
         self._planner = Planner(self._known, max_tokens, self._estimate is not None)

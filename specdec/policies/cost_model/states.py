@@ -19,6 +19,9 @@ What leads from one to another:
     Trying -------> TimingPlain    it did not, and the next rest is twice as long
 
 Where the rows have no room for drafts, any state but `Resting` leads to `TimingPlain`.
+
+Each state has a `width`, the most tokens that each row drafts (0 is plain decoding); a `rest`, the number of `Resting`
+steps that follow; and `is_timed`, whether times and acceptance are learned from the step.
 """
 
 from __future__ import annotations
@@ -31,29 +34,29 @@ from specdec.policies.cost_model.forecast import Forecast
 
 @dataclass(frozen=True)
 class Exploring:
-    """width: the next one of `planning.EXPLORED`, the most tokens that each row drafts."""
+    """width: the next one of `planning.EXPLORED`."""
 
     width: int
+    rest: ClassVar[int] = 0
     is_timed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, eq=False)
 class Drafting:
-    """width: the most tokens that each row drafts.
-
-    rate: tokens per second that drafting is expected to reach.
-    forecast: what stopping is decided by, together with an estimate of acceptance; None if the width alone decides.
+    """rate: tokens per second that drafting is expected to reach.
+    forecast: an estimate of acceptance stops the draft by it; None if the width alone decides.
     """
 
     width: int
     rate: float
     forecast: Forecast | None = None
+    rest: ClassVar[int] = 0
     is_timed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class TimingPlain:
-    """One timed plain step. rest: the number of `Resting` steps that follow, unless the number of rows changes."""
+    """One timed plain step. A change of the number of rows cancels the rest after it."""
 
     rest: int = 0
     width: ClassVar[int] = 0
@@ -62,18 +65,19 @@ class TimingPlain:
 
 @dataclass(frozen=True)
 class Trying:
-    """width: the most tokens that each row drafts."""
+    """width: the best one above 0."""
 
     width: int
+    rest: ClassVar[int] = 0
     is_timed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class Resting:
-    """A plain step that is not timed. rest: the number of `Resting` steps that follow.
+    """A plain step that is not timed.
 
-    The next of them is promised to the engine (`is_promised`), so it takes place even if the number of rows changes.
-    Its forward may already have been launched by then, so its time would say nothing.
+    The next step of a rest is promised to the engine (`is_promised`), so it takes place even if the number of rows
+    changes. Its forward may already have been launched by then, so its time would say nothing.
     """
 
     rest: int
@@ -94,7 +98,8 @@ def next_rest(state: State, is_same_batch: bool) -> Resting | None:
 
     is_same_batch: whether the number of rows is still the same.
     """
-    if is_same_batch and isinstance(state, TimingPlain | Resting) and state.rest > 0:
+    if is_same_batch and state.rest > 0:
         return Resting(state.rest - 1)
-
-    return Resting(0) if is_promised(state) else None
+    if is_promised(state):
+        return Resting(0)
+    return None

@@ -1,22 +1,24 @@
-"""What the small trained networks that stop a draft have in common: the pair they belong to.
+"""The pair that a small trained network belongs to, and the check that it is used with no other.
 
-A head lies beside its drafter, in the drafter's own folder or in one of its own; see `specdec/files/trained.py`.
+A head is stored in its drafter's folder or in a folder of its own; see `specdec/files/trained.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from specdec.files.fingerprint import Fingerprint
 from specdec.files.trained import Trained
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Head(Trained):
-    """Belongs to a target and a drafter."""
+
+class PairHead(Trained):
+    """A trained network that belongs to a target and a drafter."""
 
     roles: ClassVar[tuple[str, ...]] = ("target", "drafter")
     alternative: ClassVar[str] = "choose another length_policy"
@@ -24,7 +26,7 @@ class Head(Trained):
     drafter: Fingerprint | None
 
     def trained_for(self, target: PreTrainedModel, drafter: PreTrainedModel, recipe: Mapping[str, Any]) -> Self:
-        """Mark this head as trained for a pair. recipe: how, and what it reached; any JSON."""
+        """Mark this head as trained for a pair. recipe: how it was trained and what it reached; any JSON."""
         return self.mark({"target": target, "drafter": drafter}, recipe)
 
     def check(self, target: PreTrainedModel, drafter: PreTrainedModel) -> None:

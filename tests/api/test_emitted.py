@@ -101,7 +101,7 @@ def test_what_a_stopping_criterion_takes_back():
 
 
 def test_nothing_is_kept_unless_asked(monkeypatch):
-    monkeypatch.setattr("specdec.engine.emitted.Emitted.add", None)
+    monkeypatch.setattr("specdec.engine.hooks.Hooks.keep", None)
     out = specdec.generate(TARGET, PROMPTS[0][None], drafter=OTHER, max_new_tokens=4, return_dict_in_generate=True)
     assert out.scores is None and out.logits is None
 
