@@ -19,7 +19,7 @@ from specdec.bench.run import Plan, Subject
 from specdec.bench.run import run as run_plan
 from specdec.bench.suite import read_questions
 from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers
-from specdec.cli.common import DRAFT_MODEL, Models, invariant_if, load_models, print_table
+from specdec.cli.common import DRAFT_MODEL, LOOK_AHEAD, Models, by_kind, invariant_if, load_models, print_table
 from specdec.cli.demo import shipped_pair
 from specdec.drafters.registry import DRAFTERS, listed
 from specdec.errors import ConfigError
@@ -67,7 +67,9 @@ class Wanted:
         if self.drafter is not None:
             return tuple(listed("--drafter", self.drafter))
         complete = [name for name, entry in DRAFTERS.items() if entry.is_complete]
-        return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), *complete)
+        draft, look_ahead = by_kind(self.draft, None)
+        own = [name for name, folder in ((DRAFT_MODEL, draft), (LOOK_AHEAD, look_ahead)) if folder is not None]
+        return (PLAIN, *own, *complete)
 
     def plan(self) -> Plan:
         """Raises ConfigError for values that cannot be read."""

@@ -246,6 +246,24 @@ def test_candidates_are_refused_by_name(pair):
     assert "pass one of them, or 'prompt_lookup+draft_model:folder=x'" in result.stderr
 
 
+def test_look_ahead_embeddings_as_the_draft(demo_pair):
+    """Their folder says what it is, to every command."""
+    folder = demo_pair.folder
+    options = ["--draft", folder / "look_ahead"]
+    result = run("doctor", folder / "target", *options, "--json")
+    assert json.loads(result.stdout)["drafters"]["look_ahead"]["fits"], result.output
+    options += ["--target", folder / "target"]
+    result = run("generate", "--prompt", "def f(x):", "--max-new-tokens", 4, "--num-speculative-tokens", 2, *options)
+    assert result.exit_code == 0, result.output
+    assert wanted_of(folder / "look_ahead").drafters() == ("none", "look_ahead", "prompt_lookup")
+
+
+def wanted_of(draft):
+    from specdec.cli.bench_run import Wanted
+
+    return Wanted("t", str(draft), None, None, "3", "1", {}, None, None, 8, None, 3, None, True, True, 0)
+
+
 def test_check_takes_drafters_with_options(pair, tmp_path):
     """Each is a way of its own; a comma before an option does not end a drafter."""
     drafters = "none,prompt_lookup:max_ngram_size=4,min_ngram_size=2,prompt_lookup+draft_model"
