@@ -6,6 +6,7 @@ ASSD: Guo and Ermon 2025, arXiv 2504.20456, algorithms 1 and 2. Rows stand in ra
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, XLNetLMHeadModel
 from specdec.batch.rows import Rows
 from specdec.draft import NO_TOKEN, Draft
 from specdec.drafter import Context, Drafter
+from specdec.drafters.folders import load_target_first, model_in
 from specdec.errors import DrafterError
 from specdec.kernels.commit.greedy_commit import Committed
 from specdec.kernels.commit.sample import sample, sample_tokens
@@ -192,6 +194,13 @@ class AnySubsetDrafter(Drafter):
     def __init__(self, model: XLNetLMHeadModel):
         self.model = XLNet(model).model  # refuses what is none
         self._cache: TwoStreamCache | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path, target: PreTrainedModel | None) -> AnySubsetDrafter:
+        """The XLNet in a folder, on the target's device and in its dtype."""
+        if target is None:
+            raise load_target_first(cls.name, folder)
+        return cls(model_in(folder, target))
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:
         if self.model.device != target.device:

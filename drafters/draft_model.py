@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from specdec.batch.rows import Rows
 from specdec.batch.slots import to_device
 from specdec.draft import NO_TOKEN, Draft, Shown, Verified
 from specdec.drafter import Context, Drafter
+from specdec.drafters.folders import load_target_first, model_in
 from specdec.errors import DrafterError
 from specdec.network.base import Network, NetworkOutput, prefill_budget, vocab_size_of
 from specdec.network.choose import build_network
@@ -48,9 +50,17 @@ class DraftModel(Drafter):
         self.vocab_size = vocab_size
         self._running = ExitStack()
         self._network: Network | None = None
+        self._num_uncertain = 0  # tokens of the last draft in the cache, at the end of each row's, until it is observed
         # A draft's first forward, launched before the step in progress was read; only for the draft of the next step.
         self._launched: NetworkOutput | None = None
         self._begun: NetworkOutput | None = None  # the same, once that step has been observed
+
+    @classmethod
+    def load(cls, folder: str | Path, target: PreTrainedModel | None, vocab_size: int | None = None) -> DraftModel:
+        """The draft model in a folder, on the target's device and in its dtype."""
+        if target is None:
+            raise load_target_first(cls.name, folder)
+        return cls(model_in(folder, target), vocab_size)
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:
         if self.model.device != target.device:
@@ -125,7 +135,8 @@ class DraftModel(Drafter):
                 if not goes_on.any():
                     break
         drafted = drafted[:, : place + 1]
-        self._cached[: len(rows)] = rows.host_lengths + drafted.shape[1] - 1
+        self._num_uncertain = drafted.shape[1] - 1
+        self._cached[: len(rows)] = rows.host_lengths + self._num_uncertain
         if (num_drafted < drafted.shape[1]).any():
             behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
             drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
@@ -137,7 +148,12 @@ class DraftModel(Drafter):
     def observe(self, verified: Verified) -> None:
         """Accepted tokens stay cached; the keys after them belong to rejected tokens, whatever is committed there."""
         here = slice(len(verified.host_lengths))
-        self._cached[here] = np.minimum(self._cached[here], verified.host_lengths - 1)
+        cached = self._cached[here]
+        if verified.is_own is not None:
+            # Of rows in which another drafter's tokens were verified, this draft's keys belong to no committed token.
+            cached = np.where(verified.is_own, cached, cached - self._num_uncertain)
+        self._num_uncertain = 0
+        self._cached[here] = np.minimum(cached, verified.host_lengths - 1)
         self._begun, self._launched = self._launched, None
 
     def begin(self, rows: Rows) -> None:

@@ -75,8 +75,11 @@ class LookAhead(Drafter):
         self._checked: ReferenceType[PreTrainedModel] | None = None
 
     @classmethod
-    def load(cls, folder: str | Path) -> LookAhead:
-        """The embeddings that `specdec train look-ahead` saved in `folder`. Raises InputError if there are none."""
+    def load(cls, folder: str | Path, target: PreTrainedModel | None = None) -> LookAhead:
+        """The embeddings that `specdec train look-ahead` saved in `folder`. Raises InputError if there are none.
+
+        target: not needed; `check` compares it with the one they were trained for.
+        """
         return cls(LookAheadEmbeddings.load(folder))
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:

@@ -103,6 +103,8 @@ class Verified:
     extra_logits: the target's logits at the draft's extra queries, if it has any: a function from the number of draft
         tokens before the end that is meant, [rows] int64, to [rows, extra, vocab]. Ask it in `observe`: afterwards rows
         may move or leave.
+    is_own: [rows] bool on the host, the rows whose draft is the one that this drafter proposed. None: all of them. In
+        the others another drafter's tokens were verified, and what this one has drafted was committed nowhere.
     """
 
     draft: Draft
@@ -111,6 +113,7 @@ class Verified:
     host_lengths: np.ndarray
     hidden_states: tuple[Tensor, ...] = ()
     extra_logits: Callable[[Tensor], Tensor] | None = None
+    is_own: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def check_equivalence(
 
     Raises SpecDecError before any token is generated if something cannot be checked.
     """
-    speculation = speculative_config(drafter, None if drafter is None else num_speculative_tokens)
+    speculation = speculative_config(drafter, None if drafter is None else num_speculative_tokens, target=model)
     way = Way(speculation.drafter.name, speculation.num_speculative_tokens, batch_size)
     return check_matrix(model, prompts, [way], {way.drafter: speculation.drafter}, max_new_tokens, on_progress)[0]
 

@@ -47,7 +47,11 @@ def bench(
     ] = None,
     drafter: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="none, draft_model, prompt_lookup, ...; by default all available."),
+        typer.Option(
+            metavar="NAME,...",
+            help="none, draft_model, prompt_lookup, a folder, a+b (a where it has a draft, else b); by default all "
+            "available.",
+        ),
     ] = None,
     num_speculative_tokens: Annotated[
         str, typer.Option(metavar="N,...", help="Tokens drafted per prompt and step, 1 to 32.")

@@ -18,14 +18,13 @@ from specdec.bench.report.tables import all_tables, document, summary
 from specdec.bench.run import Plan, Subject
 from specdec.bench.run import run as run_plan
 from specdec.bench.suite import read_questions
-from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers, words
-from specdec.cli.common import Models, invariant_if, load_models, print_table
+from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers
+from specdec.cli.common import DRAFT_MODEL, LOOK_AHEAD, Models, by_kind, invariant_if, load_models, print_table
 from specdec.cli.demo import shipped_pair
-from specdec.drafters.registry import DRAFTERS
+from specdec.drafters.registry import DRAFTERS, listed
 from specdec.errors import ConfigError
 from specdec.limits import MAX_DRAFT_TOKENS
 
-DRAFT_MODEL = "draft_model"
 QUIET_CORES = 0.2
 NUM_SHIPPED = 16  # of the shipped prompts, without --limit
 
@@ -66,9 +65,11 @@ class Wanted:
 
     def drafters(self) -> tuple[str, ...]:
         if self.drafter is not None:
-            return words("--drafter", self.drafter)
-        complete = [name for name, (_, _, is_complete) in DRAFTERS.items() if is_complete]
-        return (PLAIN, *((DRAFT_MODEL,) if self.draft is not None else ()), *complete)
+            return tuple(listed("--drafter", self.drafter))
+        complete = [name for name, entry in DRAFTERS.items() if entry.is_complete]
+        draft, look_ahead = by_kind(self.draft, None)
+        own = [name for name, folder in ((DRAFT_MODEL, draft), (LOOK_AHEAD, look_ahead)) if folder is not None]
+        return (PLAIN, *own, *complete)
 
     def plan(self) -> Plan:
         """Raises ConfigError for values that cannot be read."""
@@ -83,8 +84,10 @@ class Wanted:
 
     def load(self, device: str, dtype: str | None) -> Models:
         names = self.drafters()
-        if DRAFT_MODEL in names and self.draft is None:
-            raise ConfigError(f"drafter={DRAFT_MODEL!r} needs arguments; pass --draft FOLDER")
+        if self.draft is None and any(DRAFT_MODEL in name.split("+") for name in names):
+            raise ConfigError(
+                f"drafter={DRAFT_MODEL!r} needs arguments; pass --draft FOLDER, or write {DRAFT_MODEL}:folder=FOLDER"
+            )
         assert self.target is not None
         return load_models(self.target, self.draft, [n for n in names if n not in (DRAFT_MODEL, PLAIN)], device, dtype)
 

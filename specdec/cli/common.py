@@ -35,7 +35,7 @@ STAGES = {
     "certifying": "teacher-forced",
     "sampling": "sampling",
 }  # labels of progress bars
-LOOK_AHEAD = "look_ahead"
+DRAFT_MODEL, LOOK_AHEAD = "draft_model", "look_ahead"
 
 
 def check_draft_tokens(value: int | None) -> int | None:
@@ -52,9 +52,16 @@ DraftTokens = partial(Count, callback=check_draft_tokens)
 TargetOption = Annotated[
     str, typer.Option("--target", "--model", metavar="FOLDER", help="The target's checkpoint, with its tokenizer.")
 ]
-DraftOption = Annotated[str | None, Folder(help="A draft model's checkpoint, with the target's tokenizer.")]
+DraftOption = Annotated[
+    str | None, Folder(help="A draft model's checkpoint, with the target's tokenizer; or look-ahead embeddings.")
+]
 DrafterOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A drafter without a model, such as prompt_lookup.")
+    list[str] | None,
+    typer.Option(
+        metavar="DRAFTER",
+        help="prompt_lookup, with options prompt_lookup:max_ngram_size=4; a folder; or a+b: a where it has a draft, "
+        "else b.",
+    ),
 ]
 LookAheadOption = Annotated[
     str | None,
@@ -95,18 +102,19 @@ def check_temperature(value: float | None, for_greedy: str) -> None:
 
 @dataclass(frozen=True)
 class Models:
-    """named: drafters without a model, by name. is_chat: prompts are messages, put into the chat template."""
+    """named: drafters besides the draft model, by what they were called. is_chat: prompts are messages, put into the
+    chat template."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     draft: PreTrainedModel | None
-    named: Mapping[str, Drafter | str]
+    named: Mapping[str, Drafter]
     is_chat: bool = False
 
     @property
-    def drafter(self) -> Drafter | PreTrainedModel | str | None:
+    def drafter(self) -> Drafter | PreTrainedModel | None:
         """The `drafter=` for `specdec.generate`, if there is at most one."""
-        return self.draft if self.draft is not None else next(iter(self.named.values()), None)
+        return next(iter(self.named.values()), self.draft)
 
     def drafters(self) -> dict[str, Drafter | PreTrainedModel | str]:
         """The `drafter=` for `specdec.generate`, by name."""
@@ -128,52 +136,94 @@ def load_models(
 ) -> Models:
     """Load the models. Errors that can be found without the weights are raised before the weights are read.
 
-    drafters: one drafter instead of a draft model, or a list of them besides it. look_ahead: a folder of embeddings,
-    which implies the drafter they are for.
+    drafters: one drafter, or a list of them; "draft_model" in it stands for the one in `draft`, which is used by itself
+        too where it is given with a list. look_ahead: a folder of embeddings, for the name "look_ahead".
     """
-    from specdec.errors import DrafterError
+    from specdec.drafters.registry import parse
     from specdec.files.loading import check_same_tokenizer, find_checkpoint, load_model, load_tokenizer, resolve_device
 
-    if draft is not None and isinstance(drafters, str):
-        raise DrafterError(f"--draft {draft} and --drafter {drafters} both choose a drafter; pass one of them")
-    if draft is not None and drafters is None and look_ahead is not None:
-        raise DrafterError(f"--draft {draft} and --look-ahead {look_ahead} both choose a drafter; pass one of them")
-    named = named_drafters([drafters] if isinstance(drafters, str) else drafters, look_ahead)
+    draft, look_ahead = by_kind(draft, look_ahead)
+    texts = chosen_drafters(draft, drafters, look_ahead)
+    given = [name for name, folder in ((DRAFT_MODEL, draft), (LOOK_AHEAD, look_ahead)) if folder is not None]
+    parts = [part for text in texts for part in parse(text, given)]
     place = resolve_device(device)
     target_folder = find_checkpoint(target, "target")
     draft_folder = find_checkpoint(draft, "draft") if draft is not None else None
     quiet_transformers()
+
     tokenizer = load_tokenizer(target_folder, "target")
-    if draft_folder is not None:
-        check_same_tokenizer(tokenizer, draft_folder)
+    for folder in (draft_folder, *(part.folder for part in parts)):
+        if folder is not None:
+            check_same_tokenizer(tokenizer, find_drafter(folder))
     with Console(stderr=True).status("loading"):
         model = load_model(target_folder, "target", place, dtype)
         draft_model = load_model(draft_folder, "draft", place, dtype) if draft_folder is not None else None
+        named = named_drafters(texts, model, draft_model, look_ahead)
     return Models(model, tokenizer, draft_model, named)
 
 
-def named_drafters(names: Sequence[str] | None, look_ahead: str | None) -> dict[str, Drafter | str]:
-    """The drafters for `specdec.generate`, by name. names: None if none were named; then a folder alone decides.
+def by_kind(draft: str | None, look_ahead: str | None) -> tuple[str | None, str | None]:
+    """The folders of --draft and --look-ahead, where look-ahead embeddings may have been passed as --draft.
 
-    Raises DrafterError for unknown names, and for a name and a folder that do not go together.
+    Raises DrafterError for a --draft folder that holds no drafter, and for two folders of embeddings.
     """
-    from specdec.drafters.registry import drafter_from, resolve
+    from specdec.drafters.folders import kind_of
     from specdec.errors import DrafterError
 
-    if names is None:
-        names = [] if look_ahead is None else [LOOK_AHEAD]
-    if look_ahead is not None and LOOK_AHEAD not in names:
+    folder = None if draft is None else Path(draft).expanduser()
+    if folder is None or not folder.is_dir() or kind_of(folder) != LOOK_AHEAD:
+        return draft, look_ahead
+    if look_ahead is not None:
+        raise DrafterError(f"--draft {draft} and --look-ahead {look_ahead} both hold embeddings; pass one of them")
+    return None, draft
+
+
+def find_drafter(folder: Path) -> Path:
+    """A drafter's folder: look-ahead embeddings, or a checkpoint."""
+    from specdec.files.loading import find_checkpoint
+
+    return folder if (folder / f"{LOOK_AHEAD}.json").is_file() else find_checkpoint(str(folder), "draft")
+
+
+def chosen_drafters(draft: str | None, drafters: str | Sequence[str] | None, look_ahead: str | None) -> list[str]:
+    """The drafters to build, as they were written. A folder alone chooses its own.
+
+    Raises DrafterError for folders that no drafter uses.
+    """
+    from specdec.errors import DrafterError
+
+    is_one = isinstance(drafters, str)
+    texts = [drafters] if isinstance(drafters, str) else list(drafters or [])
+    words = [word for text in texts for word in text.split("+")]
+    if drafters is None and draft is not None and look_ahead is not None:
+        raise DrafterError(f"--draft {draft} and --look-ahead {look_ahead} both choose a drafter; pass one of them")
+    if is_one and draft is not None and DRAFT_MODEL not in words:
+        raise DrafterError(f"--draft {draft} and --drafter {drafters} both choose a drafter; pass one of them")
+    if look_ahead is not None and drafters is not None and LOOK_AHEAD not in words:
         raise DrafterError(f"--look-ahead {look_ahead} is for --drafter {LOOK_AHEAD}; name it too, or drop the folder")
-    named: dict[str, Drafter | str] = {}
-    for name in names:
-        if name == LOOK_AHEAD:
-            if look_ahead is None:
-                raise DrafterError(f"--drafter {LOOK_AHEAD} needs the embeddings; pass --look-ahead FOLDER")
-            named[name] = drafter_from(name, look_ahead)
-        else:
-            resolve(name)
-            named[name] = name
-    return named
+    if LOOK_AHEAD in words and look_ahead is None:
+        raise DrafterError(
+            f"--drafter {LOOK_AHEAD} needs the embeddings; pass --look-ahead FOLDER, or write "
+            f"{LOOK_AHEAD}:folder=FOLDER"
+        )
+    if drafters is None and look_ahead is not None:
+        return [LOOK_AHEAD]
+    return texts
+
+
+def named_drafters(
+    texts: Sequence[str], target: PreTrainedModel, draft: PreTrainedModel | None, look_ahead: str | None
+) -> dict[str, Drafter]:
+    """The drafters that were written, by their text."""
+    from specdec.drafters.registry import drafter_class, resolve
+
+    def given() -> dict[str, Drafter]:
+        """New ones each time: one instance serves one generation."""
+        found = {} if draft is None else {DRAFT_MODEL: resolve(draft)}
+        embeddings: Any = drafter_class(LOOK_AHEAD)
+        return found if look_ahead is None else {**found, LOOK_AHEAD: embeddings.load(look_ahead)}
+
+    return {text: resolve(text, target, given()) for text in texts}
 
 
 def invariant_if(wanted: bool, model: PreTrainedModel) -> AbstractContextManager:

@@ -42,12 +42,13 @@ def doctor(
     Exit status: 0 if the model, the draft and the memory suffice, 2 if one of them does not.
     """
     from specdec.check.doctor import diagnose
-    from specdec.cli.common import quiet_transformers
+    from specdec.cli.common import by_kind, quiet_transformers
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
     from specdec.network.refusals import check_model
 
     place = resolve_device(device)
     folder = find_checkpoint(model, "target")
+    draft, look_ahead = by_kind(draft, None)
     draft_folder = None if draft is None else find_checkpoint(draft, "draft")
     quiet_transformers()
     target = load_model(folder, "target", place, dtype)
@@ -57,7 +58,7 @@ def doctor(
     if length is None:
         positions = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
         length = min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
-    drafters, own = candidates(draft_model, tokenizer, draft_folder)
+    drafters, own = candidates(draft_model, tokenizer, draft_folder if look_ahead is None else Path(look_ahead))
     found = diagnose(target, drafters, draft_model, own, batch_size, length, num_speculative_tokens)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
@@ -70,21 +71,26 @@ def doctor(
 def candidates(
     draft: PreTrainedModel | None, tokenizer: object, folder: Path | None
 ) -> tuple[dict[str, Drafter | Lacking], str | None]:
-    """Every registered drafter, or what it lacks; and the name of the drafter for `draft`."""
+    """Every registered drafter, or what it lacks; and the name of the drafter in `folder`.
+
+    draft: the model in the folder; None where it holds no model, but look-ahead embeddings.
+    """
     from specdec.check.doctor import Lacking
     from specdec.drafters.registry import DRAFTERS, drafter_class, resolve
     from specdec.errors import DrafterError
     from specdec.files.loading import check_same_tokenizer
 
-    given = None if draft is None else resolve(draft)
+    given: Drafter | None = None
+    if draft is not None or folder is not None:
+        given = resolve(str(folder) if draft is None else draft)
     found: dict[str, Drafter | Lacking] = {}
-    for name, (module, owner, is_complete) in DRAFTERS.items():
-        if is_complete:
+    for name, entry in DRAFTERS.items():
+        if entry.is_complete:
             found[name] = resolve(name)
-        elif given is not None and isinstance(given, drafter_class(name)):  # type: ignore[arg-type]
+        elif given is not None and isinstance(given, drafter_class(name)):
             found[name] = given
         else:
-            found[name] = Lacking(f"not available by name: pass {module}.{owner}(...)")
+            found[name] = Lacking(f"not available by name: pass {entry.path}(...)")
     if given is None:
         found["draft_model"] = Lacking("needs a draft model: pass --draft FOLDER")
     elif folder is not None:

@@ -97,6 +97,7 @@ def generate(
     config says, unless sampling is requested. Without a drafter it decodes plainly.
     """
     from specdec.cli.completions import DEFAULT_NEW_TOKENS, Decoding, print_completions
+    from specdec.drafters.registry import only_one
     from specdec.errors import ConfigError, InputError
     from specdec.files.loading import Prompt, read_prompts
 
@@ -115,7 +116,8 @@ def generate(
     decoding = Decoding.of(generation_config, sampling, seed, verification)
     if out is not None and decoding != Decoding():
         raise ConfigError("--out writes greedy rows; remove the generation config and the sampling options")
-    models = replace(load_models(target, draft, drafter, device, dtype, look_ahead), is_chat=chat)
+    chosen = only_one(drafter) if drafter else None
+    models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat)
     if out is not None:
         from specdec.cli.to_file import write_completions
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
@@ -71,23 +72,26 @@ def check_drafter(drafter: Drafter, target: PreTrainedModel, layout: Layout, max
 
 
 def speculative_config(
-    drafter: Drafter | PreTrainedModel | str | None,
+    drafter: Drafter | PreTrainedModel | str | PathLike | Sequence | None,
     num_speculative_tokens: int | None,
     config: GenerationConfig | None = None,
     explicit: AbstractSet[str] = frozenset(),
     assistant_model: PreTrainedModel | None = None,
     layout: Layout | str = "ragged",
     length_policy: LengthPolicy | str = "fixed",
+    target: PreTrainedModel | None = None,
 ) -> SpeculativeConfig:
     """The speculation requested by our arguments and transformers'; without any, plain decoding.
 
     explicit: the fields of `config` that were keywords. If a drafter is chosen, fields set by a config object or the
-    model's own config count too, unless a keyword overrides them; transformers' defaults do not count.
+        model's own config count too, unless a keyword overrides them; transformers' defaults do not count.
+    target: the model that is decoded, for drafters that are named by a folder.
 
     Raises DrafterError or ConfigError for contradictions and for numbers outside 1 .. 32.
     """
-    from specdec.drafters.registry import resolve
+    from specdec.drafters.registry import only_one, resolve
 
+    drafter = only_one(drafter)
     chosen_layout = resolve_layout(layout)
     lookup = config.prompt_lookup_num_tokens if config is not None else None
     named = [
@@ -127,7 +131,7 @@ def speculative_config(
         return SpeculativeConfig(NoDrafts(), 1, chosen_layout)
     if ngram is not None and not (is_whole(ngram) and ngram >= 1):
         raise ConfigError(f"max_matching_ngram_size={ngram!r} is not a number of tokens; choose 1 or more")
-    chosen = resolve(drafter, **({} if ngram is None else {"max_ngram_size": ngram}))
+    chosen = resolve(drafter, target, **({} if ngram is None else {"max_ngram_size": ngram}))
     if length_policy == "fixed" and isinstance(policy, Heuristic):
         k = MAX_DRAFT_TOKENS  # transformers' number applies only to the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)

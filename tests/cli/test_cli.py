@@ -167,7 +167,15 @@ def bad_input(pair, tmp_path):
         "no list": (with_file("list.json"), "must be a list of strings"),
         "no target folder": ([*prompts, *drafter, "--target", tmp_path / "missing"], "is neither a folder"),
         "no checkpoint": ([*prompts, *drafter, "--target", tmp_path / "empty"], "no config.json"),
-        "no draft folder": ([*prompts, *good, "--draft", tmp_path / "empty"], "no config.json"),
+        "no draft folder": ([*prompts, *good, "--draft", tmp_path / "empty"], "is not a drafter's: it holds nothing"),
+        "no drafter in a folder": ([*prompts, *good, "--drafter", tmp_path / "empty"], "it holds nothing"),
+        "unknown option": ([*prompts, *good, "--drafter", "prompt_lookup:size=3"], "its keys are max_ngram_size=int"),
+        "empty drafter": ([*prompts, *good, "--drafter", "prompt_lookup,"], "has an empty entry"),
+        "no draft of a pair": ([*prompts, *good, "--drafter", "prompt_lookup+draft_model"], "pass --draft FOLDER, or"),
+        "other tokenizer in a pair": (
+            [*prompts, *good, "--drafter", f"prompt_lookup+{tmp_path / 'other'}"],
+            "tokenizer is different",
+        ),
         "other tokenizer": ([*prompts, *good, "--draft", tmp_path / "other"], "tokenizer is different"),
         "other vocabulary": ([*prompts, *good, "--draft", tmp_path / "small"], "vocabulary has 20 tokens"),
         "unknown drafter": ([*prompts, *good, "--drafter", "magic"], "unknown drafter 'magic'; known are draft_model"),
@@ -209,14 +217,61 @@ def test_an_interrupt_is_exit_status_130(pair, monkeypatch):
     assert result.exit_code == 130 and result.stderr.endswith("interrupted\n") and "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("drafter", [[], ["--drafter", "prompt_lookup"], ["--draft"]])
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        [],
+        ["--drafter", "prompt_lookup"],
+        ["--drafter", "prompt_lookup:max_ngram_size=4,min_ngram_size=2"],
+        ["--draft", "DRAFT"],
+        ["--drafter", "DRAFT"],
+        ["--drafter", "prompt_lookup+draft_model:folder=DRAFT"],
+        ["--drafter", "prompt_lookup+draft_model", "--draft", "DRAFT"],
+    ],
+    ids=" ".join,
+)
 def test_generate_streams_one_prompt(pair, expected, drafter):
-    drafter = [*drafter, pair / "draft"] if drafter == ["--draft"] else drafter
+    drafter = [word.replace("DRAFT", str(pair / "draft")) for word in drafter]
     result = generate(pair, "--prompt", PROMPTS[0], *drafter)
     assert result.exit_code == 0, result.output
     assert result.stdout == words(expected[0]) + "\n"
     assert f"{len(expected[0])} tokens in" in result.stderr
     assert ("mean acceptance length" in result.stderr) == bool(drafter)
+
+
+def test_candidates_are_refused_by_name(pair):
+    """Drafters among which nobody chooses yet."""
+    result = generate(pair, "--prompt", PROMPTS[0], "--drafter", "prompt_lookup", "--drafter", "draft_model:folder=x")
+    assert result.exit_code == 2 and "2 candidates, prompt_lookup, draft_model:folder=x:" in result.stderr
+    assert "pass one of them, or 'prompt_lookup+draft_model:folder=x'" in result.stderr
+
+
+def test_look_ahead_embeddings_as_the_draft(demo_pair):
+    """Their folder says what it is, to every command."""
+    folder = demo_pair.folder
+    options = ["--draft", folder / "look_ahead"]
+    result = run("doctor", folder / "target", *options, "--json")
+    assert json.loads(result.stdout)["drafters"]["look_ahead"]["fits"], result.output
+    options += ["--target", folder / "target"]
+    result = run("generate", "--prompt", "def f(x):", "--max-new-tokens", 4, "--num-speculative-tokens", 2, *options)
+    assert result.exit_code == 0, result.output
+    assert wanted_of(folder / "look_ahead").drafters() == ("none", "look_ahead", "prompt_lookup")
+
+
+def wanted_of(draft):
+    from specdec.cli.bench_run import Wanted
+
+    return Wanted("t", str(draft), None, None, "3", "1", {}, None, None, 8, None, 3, None, True, True, 0)
+
+
+def test_check_takes_drafters_with_options(pair, tmp_path):
+    """Each is a way of its own; a comma before an option does not end a drafter."""
+    drafters = "none,prompt_lookup:max_ngram_size=4,min_ngram_size=2,prompt_lookup+draft_model"
+    out = tmp_path / "report.json"
+    result = check(pair, "--drafter", drafters, "--draft", pair / "draft", "--json", out, "--limit", 2)
+    assert result.exit_code == 0, result.output
+    for name in ("plain", "prompt_lookup:max_ngram_size=4,min_ngram_size=2", "prompt_lookup+draft_model"):
+        assert name in result.stdout, result.stdout
 
 
 def test_generate_streams_while_it_decodes(pair, monkeypatch):

@@ -185,7 +185,7 @@ def test_the_command(tmp_path):
     assert generated.exit_code == 0, generated.output
     checked = CliRunner().invoke(
         app,
-        f"check --target {target} --look-ahead {tmp_path / 'out'} --num-speculative-tokens 1,2 --max-new-tokens 8 "
+        f"check --target {target} --draft {tmp_path / 'out'} --num-speculative-tokens 1,2 --max-new-tokens 8 "
         f"--prompts {tmp_path / 'held_out.json'} --batch-size 2".split(),
     )
     assert checked.exit_code == 0, checked.output

@@ -40,7 +40,11 @@ def check(
     draft: DraftOption = None,
     drafter: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Drafters: prompt_lookup, draft_model (of --draft), look_ahead, none."),
+        typer.Option(
+            metavar="NAME,...",
+            help="Drafters: prompt_lookup, draft_model (of --draft), look_ahead, a folder, a+b (a where it has a "
+            "draft, else b), none.",
+        ),
     ] = None,
     look_ahead: LookAheadOption = None,
     batch_size: Annotated[
@@ -102,7 +106,7 @@ def check(
     from specdec.cli.check import matrix as check_matrix
     from specdec.cli.check import outputs as check_outputs
     from specdec.cli.check import sampling as check_sampling
-    from specdec.cli.common import Reports
+    from specdec.cli.common import Reports, by_kind
     from specdec.errors import ConfigError, InputError
 
     if (prompts is None) == (outputs is None):
@@ -115,6 +119,8 @@ def check(
         raise ConfigError("--sampling generates, --outputs judges existing outputs; pass one of them")
     batch_sizes = batch_size or ("250" if sampling else "8")
     axes = {"layout": layout, "length_policy": length_policy}
+    if outputs is None:
+        draft, look_ahead = by_kind(draft, look_ahead)
     choice = check_matrix.Choice(draft, drafter, batch_sizes, num_speculative_tokens, axes, look_ahead)
     if sampling:
         assert prompts is not None

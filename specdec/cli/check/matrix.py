@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.check.equivalence import EquivalenceReport, check_matrix
 from specdec.check.referee import TIE_MULTIPLE
-from specdec.check.ways import PLAIN, Way, axis_values, ways, whole_numbers, words
+from specdec.check.ways import PLAIN, Way, axis_values, ways, whole_numbers
 from specdec.cli.common import (
+    DRAFT_MODEL,
     LOOK_AHEAD,
     Models,
     Reports,
@@ -22,12 +23,11 @@ from specdec.cli.common import (
     say_ignored,
     stage_bars,
 )
+from specdec.drafters.registry import listed
 from specdec.errors import DrafterError
 from specdec.files.junit import Case
 from specdec.files.loading import read_prompts
 from specdec.limits import MAX_DRAFT_TOKENS
-
-DRAFT_MODEL = "draft_model"
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,17 @@ class Choice:
         if not names and self.drafter is None:
             raise DrafterError("nothing to check against plain decoding; pass --draft FOLDER or --drafter NAME")
         if self.drafter is not None:
-            names = words("--drafter", self.drafter)
-        if self.draft is not None and DRAFT_MODEL not in names:
+            names = tuple(listed("--drafter", self.drafter))
+        is_used = any(DRAFT_MODEL in name.split("+") for name in names)
+        if self.draft is not None and not is_used:
             raise DrafterError(
                 f"--draft {self.draft} and --drafter {self.drafter} both choose a drafter; pass one of them, or both "
                 f"as --drafter {DRAFT_MODEL},{self.drafter}"
             )
-        if self.draft is None and DRAFT_MODEL in names:
-            raise DrafterError(f"drafter={DRAFT_MODEL!r} needs arguments; pass --draft FOLDER")
+        if self.draft is None and is_used:
+            raise DrafterError(
+                f"drafter={DRAFT_MODEL!r} needs arguments; pass --draft FOLDER, or write {DRAFT_MODEL}:folder=FOLDER"
+            )
         return names
 
     def ways(self) -> list[Way]:

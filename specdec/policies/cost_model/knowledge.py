@@ -100,7 +100,7 @@ def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Acceptance
 
     Each kind of estimate has its own: it errs in its own way and takes its own time.
     """
-    drafting: Hashable = type(drafter) if drafter.model is None else ref(drafter.model)
+    drafting: Hashable = (type(drafter), drafter.name) if drafter.model is None else ref(drafter.model)
     layout = None if drafter.context is None else drafter.context.layout.name
     key = (Knowledge, drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
     return kept_with(target, key, Knowledge)
