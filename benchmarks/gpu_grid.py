@@ -112,7 +112,6 @@ class EventClock:
         """event: makes an event recorded at this moment, with `elapsed_time` like torch's."""
         self.event = event
         self.marks: list[tuple[str, Any]] = []
-        self.is_verifying = False
 
     def mark(self, stage: str) -> None:
         self.marks.append((stage, self.event()))
@@ -121,8 +120,8 @@ class EventClock:
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
             drafting = [(*place, self.stage("draft")) for name in ("propose", "begin") for place in own_methods(name)]
-            verifying = [(Target, "begin", self.stage("verify")), (Target, "verify", self.verify)]
-            for owner, name, timed in [*drafting, *verifying, (Target, "_commit", self._commit)]:
+            verifying = [(Target, "forward", self.stage("verify")), (Target, "commit", self.stage("commit"))]
+            for owner, name, timed in [*drafting, *verifying]:
                 stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
             yield
 
@@ -137,25 +136,6 @@ class EventClock:
             return timed
 
         return timing
-
-    def verify(self, original: Callable) -> Callable:
-        def timed(*arguments: Any) -> Any:
-            self.mark("verify")
-            self.is_verifying = True
-            done = original(*arguments)
-            self.is_verifying = False
-            self.mark("host_gap")
-            return done
-
-        return timed
-
-    def _commit(self, original: Callable) -> Callable:
-        def timed(*arguments: Any) -> Any:
-            if self.is_verifying:  # not a prefill
-                self.mark("commit")
-            return original(*arguments)
-
-        return timed
 
     def ms_per_step(self) -> dict[str, float]:
         """Times between the first and the last mark; the events must have completed."""

@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer, LogitsProcessorList
 
 from specdec.batch.layout import Layout
-from specdec.drafter import Drafter
 from specdec.engine.callbacks import Callbacks
 from specdec.engine.engine import TOGETHER, Engine, OnCommit
 from specdec.engine.hooks import streamer_per_row, users_criteria
@@ -24,7 +23,14 @@ from specdec.network.refusals import check_model
 from specdec.options.generation import check_served, merge_config, whole_number
 from specdec.options.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.options.processors import users_own
-from specdec.options.speculation import POLICY_ALIASES, Randomness, SpeculativeConfig, speculative_config
+from specdec.options.speculation import (
+    POLICY_ALIASES,
+    DrafterLike,
+    Randomness,
+    SpeculativeConfig,
+    names_folder,
+    speculative_config,
+)
 from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy
 
@@ -34,7 +40,7 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    drafter: Drafter | PreTrainedModel | str | None = None,
+    drafter: DrafterLike = None,
     num_speculative_tokens: int | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: BaseStreamer | Sequence[BaseStreamer] | None = None,
@@ -56,7 +62,8 @@ def generate(
 
     input_ids: [rows, columns] integers, padded on the left. attention_mask: the same shape, 0 for padding; without it
         every token is part of its prompt.
-    drafter: a Drafter, a draft model with the target's tokenizer, or a name ("prompt_lookup"); None is plain decoding.
+    drafter: a Drafter, a draft model with the target's tokenizer, a checkpoint's folder, or text as for `--drafter`
+        ("prompt_lookup:max_ngram_size=4", "prompt_lookup+FOLDER"); None is plain decoding.
         transformers' `assistant_model=` and `prompt_lookup_num_tokens=` mean the same.
     num_speculative_tokens: tokens drafted per row and step, 1 to 32, by default 5; where `length_policy` decides, the
         most of them, by default 20. `num_assistant_tokens=` is the same.
@@ -94,7 +101,7 @@ def generate(
     config = merge_config(model, generation_config, options)
     check_served(config, explicit)
     speculation = speculative_config(
-        drafter, num_speculative_tokens, config, explicit, assistant_model, layout, length_policy
+        drafter, num_speculative_tokens, config, explicit, assistant_model, layout, length_policy, model
     )
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
@@ -103,7 +110,7 @@ def generate(
 
 
 def speculative(
-    drafter: Drafter | PreTrainedModel | str,
+    drafter: DrafterLike,
     num_speculative_tokens: int | None = None,
     *,
     streamer: BaseStreamer | Sequence[BaseStreamer] | None = None,
@@ -125,7 +132,9 @@ def speculative(
     if drafter is None:
         raise DrafterError("speculative() needs a drafter; for plain decoding call model.generate without it")
     choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
-    k = speculative_config(drafter, num_speculative_tokens, **choice).num_speculative_tokens
+    # A folder's drafter is built when the target is known.
+    known = "prompt_lookup" if names_folder(drafter) else drafter
+    k = speculative_config(known, num_speculative_tokens, **choice).num_speculative_tokens
     randomness = Randomness(seed, generator, verification)
     randomness.checked(None)
 
@@ -171,7 +180,7 @@ def speculative(
             config.stop_strings = stop_strings
         callbacks = Callbacks(streamer, own, allowed, criteria, tokenizer)
         # A drafter of its own for each call, unless the caller made one.
-        speculation = speculative_config(drafter, k, **choice)
+        speculation = speculative_config(drafter, k, **choice, target=model)
         checked = randomness.checked(bool(config.do_sample), speculation.drafter)
         return _generate(model, input_ids, mask, speculation, config, callbacks, checked)
 

@@ -13,7 +13,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import LogitsProcessorList
 
 from specdec.batch.layout import Layout
-from specdec.drafter import Drafter
 from specdec.engine.callbacks import Callbacks
 from specdec.engine.engine import Engine, OnCommit
 from specdec.engine.intake import criteria_of, prompt_of
@@ -23,7 +22,7 @@ from specdec.engine.schedule import Continuous
 from specdec.errors import ConfigError, InputError
 from specdec.network.refusals import check_model
 from specdec.options.generation import check_served, merge_config, whole_number
-from specdec.options.speculation import Randomness, speculative_config
+from specdec.options.speculation import DrafterLike, Randomness, speculative_config
 from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy
 
@@ -80,7 +79,7 @@ def generate_many(
     model: PreTrainedModel,
     prompts: Iterable[Tensor | Sequence[int]],
     *,
-    drafter: Drafter | PreTrainedModel | str | None = None,
+    drafter: DrafterLike = None,
     num_speculative_tokens: int | None = None,
     max_rows: int = 16,
     kv_tokens: int | None = None,
@@ -124,7 +123,9 @@ def generate_many(
     config = merge_config(model, generation_config, options)
     config.return_dict_in_generate = True  # scores and logits go into each completion
     check_served(config, explicit)
-    speculation = speculative_config(drafter, num_speculative_tokens, config, explicit, None, layout, length_policy)
+    speculation = speculative_config(
+        drafter, num_speculative_tokens, config, explicit, None, layout, length_policy, model
+    )
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     if not isinstance(prompts, Iterable) or (isinstance(prompts, Tensor) and not prompts.dim()):
         raise InputError(f"prompts is {prompts!r}; pass an iterable of prompts, [length] token ids each")
@@ -153,6 +154,8 @@ def generate_many(
     else:
         schedule.source = made
         schedule.peek()
+    if schedule.waiting:
+        engine.prepare()
     finished = completions(engine)
     return Completions(sorted_by_index(finished) if in_order else finished, schedule, engine.statistics)
 

@@ -9,7 +9,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from typing_extensions import Self
 
 from specdec.batch.layout import Layout
 from specdec.batch.report import StepReport
@@ -24,12 +23,12 @@ from specdec.engine.request import Event, Request
 from specdec.engine.schedule import ORDERS, Continuous, Schedule, Together
 from specdec.engine.target import Target
 from specdec.errors import BusyError, ConfigError, DrafterError
-from specdec.network.base import vocab_size_of
+from specdec.network.base import Network, vocab_size_of
 from specdec.network.invariant.swap import make_batch_invariant
 from specdec.network.memory import check_memory
 from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.generation import is_whole
-from specdec.options.speculation import Randomness, speculative_config
+from specdec.options.speculation import DrafterLike, Randomness, speculative_config
 from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy, TopBeta, Typical
 from specdec.verify.processors import Processors
@@ -62,7 +61,7 @@ class Engine:
     def __init__(
         self,
         model: PreTrainedModel,
-        drafter: Drafter | PreTrainedModel | str | None = None,
+        drafter: DrafterLike = None,
         *,
         policy: LengthPolicy | str = "fixed",
         num_speculative_tokens: int | None = None,
@@ -84,7 +83,9 @@ class Engine:
         Raises SpecDecError for what cannot be served.
         """
         check_model(model)
-        speculation = speculative_config(drafter, num_speculative_tokens, layout=layout, length_policy=policy)
+        speculation = speculative_config(
+            drafter, num_speculative_tokens, layout=layout, length_policy=policy, target=model
+        )
         Randomness(verification=verification).checked(None, speculation.drafter)
         check_sizes(max_rows, kv_tokens, prefill_tokens, order)
         check_shared_slots(speculation.drafter, order != TOGETHER or speculation.layout.takes_turns)
@@ -109,7 +110,7 @@ class Engine:
         self._longest = 1  # tokens of the longest sequence that was checked
         self._decoding: Decoding | None = None
         self._reports: Iterator[StepReport] | None = None
-        self._is_closed = False
+        self._is_closed = self._is_running = False
         self._any_sampled = False
         with ExitStack() as stack:
             for one in unique_models(model, self.drafter.kv_model) if exact else ():
@@ -194,7 +195,7 @@ class Engine:
         self._reports = None
         self._open.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -208,8 +209,10 @@ class Engine:
             return done
 
         try:
-            if self._decoding is None:
-                self._decoding = self._build()
+            self.prepare()
+            assert self._decoding is not None
+            if not self._is_running:
+                self._begin(self._decoding)
             if self._reports is None:
                 self._reports = decode_steps(self._decoding)
             report = next(self._reports, None)
@@ -254,8 +257,15 @@ class Engine:
     def _verification(self) -> MixedVerification:
         return MixedVerification(self.streams, self.processors, self.verification)
 
+    def prepare(self) -> None:
+        """Build the caches for the requests that are known, as the first step does by itself.
+
+        Raises ConfigError if they do not fit into the device's memory.
+        """
+        if self._decoding is None:
+            self._decoding = self._build()
+
     def _build(self) -> Decoding:
-        """Caches for the requests that are known, the networks over them, and everything that runs until `close`."""
         rows = self.schedule.rows()
         is_closed_batch = isinstance(self.schedule, Together)
         target = Target(
@@ -269,15 +279,9 @@ class Engine:
             verification=self._verification,
             hooks=self.hooks,
         )
+        check_tree(target.network, self.drafter, self.num_speculative_tokens)
         check_memory(target.network, self.layout, len(rows.slots), rows.capacity, self.drafter.kv_model)
 
-        # A closed batch of greedy rows never asks for samples, so its drafter need not be ready for them.
-        is_greedy = is_closed_batch and all(job.plan.truncation.is_greedy for job in self._jobs.values())
-        sampler = None if is_greedy else Sampler(self.processors, self.streams, vocab_size_of(self.model))
-        watcher = self.policy if self.policy.sees else None
-        context = Context(target.network, self.layout, self.num_speculative_tokens, sampler, watcher)
-        self._open.enter_context(target.network.running())
-        self._open.enter_context(drafting(self.drafter, self.policy, context, rows))
         return Decoding(
             target,
             self.drafter,
@@ -288,6 +292,20 @@ class Engine:
             self.num_speculative_tokens,
             self.statistics,
         )
+
+    def _begin(self, decoding: Decoding) -> None:
+        """Enter what runs until `close`: the target's attention, the drafter and the policy."""
+        # A closed batch of greedy rows never asks for samples, so its drafter need not be ready for them.
+        is_closed_batch = isinstance(self.schedule, Together)
+        is_greedy = is_closed_batch and all(job.plan.truncation.is_greedy for job in self._jobs.values())
+        sampler = None if is_greedy else Sampler(self.processors, self.streams, vocab_size_of(self.model))
+        watcher = self.policy if self.policy.sees else None
+        network = decoding.target.network
+        context = Context(network, self.layout, self.num_speculative_tokens, sampler, watcher)
+
+        self._open.enter_context(network.running())
+        self._open.enter_context(drafting(self.drafter, self.policy, context, decoding.rows))
+        self._is_running = True
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -343,6 +361,17 @@ def check_shared_slots(drafter: Drafter, is_needed: bool) -> None:
             f"drafter {drafter.name!r} serves fixed batches only, not rows that take turns or join later; call "
             "generate() on batches, with layout='ragged' or 'repad' (a drafter of your own that can follow such rows "
             "says so by shares_slots=True)"
+        )
+
+
+def check_tree(network: Network, drafter: Drafter, num_speculative_tokens: int) -> None:
+    """Extra queries after a draft see only the part of it that was accepted."""
+    needed = drafter.num_extra_queries + num_speculative_tokens if drafter.num_extra_queries else 0
+    if network.max_tree is not None and needed > network.max_tree:
+        raise ConfigError(
+            f"drafter {drafter.name!r} takes {drafter.num_extra_queries} extra queries after num_speculative_tokens="
+            f"{num_speculative_tokens}: {needed} columns, more than the {network.max_tree} of a batch-invariant step; "
+            "lower num_speculative_tokens, or train fewer helpers"
         )
 
 

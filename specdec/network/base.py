@@ -55,9 +55,11 @@ class Network(ABC):
     """One model and its cache. Rows are the first rows of the cache; `keep_rows` moves them when some leave.
 
     runs_ahead: `forward` returns long before the device has run it, and asks the host for no row's length.
+    max_tree: the most columns of a step that may be hidden from each other; None for any number.
     """
 
     runs_ahead = False
+    max_tree: int | None = None
 
     def __init__(
         self, model: PreTrainedModel, num_layers: int, max_rows: int, num_slots: int, layout: Layout | None = None

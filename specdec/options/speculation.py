@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -34,6 +34,8 @@ ENGINE_OPTIONS = (
     "assistant_confidence_threshold",
     "max_matching_ngram_size",
 )
+# What `drafter=` takes; `drafters/registry.py` has the grammar of text. A list names candidates.
+DrafterLike: TypeAlias = Drafter | PreTrainedModel | str | PathLike | Sequence | None
 VERIFICATIONS = ("token", "block")
 POLICY_ALIASES = ("num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
@@ -72,7 +74,7 @@ def check_drafter(drafter: Drafter, target: PreTrainedModel, layout: Layout, max
 
 
 def speculative_config(
-    drafter: Drafter | PreTrainedModel | str | PathLike | Sequence | None,
+    drafter: DrafterLike,
     num_speculative_tokens: int | None,
     config: GenerationConfig | None = None,
     explicit: AbstractSet[str] = frozenset(),
@@ -135,6 +137,14 @@ def speculative_config(
     if length_policy == "fixed" and isinstance(policy, Heuristic):
         k = MAX_DRAFT_TOKENS  # transformers' number applies only to the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
+
+
+def names_folder(drafter: object) -> bool:
+    """Whether a drafter is text that names a folder, from which it is loaded for a target."""
+    from specdec.drafters.registry import only_one, parse
+
+    drafter = only_one(drafter)
+    return isinstance(drafter, str | PathLike) and any(part.folder is not None for part in parse(str(drafter)))
 
 
 def asked_for(config: GenerationConfig | None, name: str, is_keyword: bool, by_config: bool) -> Any:

@@ -15,6 +15,7 @@ from tiny import tiny_llama
 from typer.testing import CliRunner
 
 import specdec
+from specdec.bench import methods
 from specdec.bench.latency import RowTimes
 from specdec.bench.report.page import page
 from specdec.bench.roofline import bytes_read, measured_bandwidth, weight_bytes
@@ -205,7 +206,7 @@ def test_a_wrong_method_is_shown_and_decides_the_exit_status(folder, tmp_path, m
             output.sequences[0, input_ids.shape[1]] += 1
         return output
 
-    monkeypatch.setattr(specdec, "generate", wrong_once)
+    monkeypatch.setattr(methods, "speculative_generate", wrong_once)
     done = run(*plain, "--json", tmp_path / "b.json")
     assert done.exit_code == 1
     assert "NOT EQUAL, not timed" in done.stdout

@@ -11,6 +11,7 @@ from tiny import tiny_llama
 
 import specdec
 from specdec.batch.report import StepReport
+from specdec.bench import methods
 from specdec.bench.latency import StepClock
 from specdec.bench.loops import ends_in_loop
 from specdec.bench.measure import Result, measure, observe
@@ -72,7 +73,7 @@ def test_a_wrong_method_is_never_timed(pair, reference, monkeypatch):
         output.sequences[0, input_ids.shape[1]] += 1
         return output
 
-    monkeypatch.setattr(specdec, "generate", wrong)
+    monkeypatch.setattr(methods, "speculative_generate", wrong)
     lines = []
     method = our_method(pair, Way("prompt_lookup", 2, 2), "prompt_lookup", NEW)
     (result,) = measure(pair, reference, [method], 3, lines.append)

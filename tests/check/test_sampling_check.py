@@ -168,7 +168,7 @@ def test_the_command_fails_on_a_bug(pair, tmp_path, monkeypatch):
         ((*SMALL, "--drafter", "prompt_lookup", "--verification", "tree"), "'tree' is unknown"),
         ((*SMALL, "--drafter", "prompt_lookup", "--layout", "repad"), "--layout has no meaning"),
         (("--sampling", "--drafter", "prompt_lookup", "--num-samples", 50), "num_samples=50"),
-        (("--drafter", "prompt_lookup", "--seed", 3), "--seed 3 is of sampling; pass --sampling"),
+        (("--drafter", "prompt_lookup", "--seed", 3), "--seed 3 applies only to sampling; add --sampling"),
     ],
 )
 def test_bad_input(pair, options, message):

@@ -193,7 +193,7 @@ def test_samples_behind_plain_steps_depend_on_neither_batch_nor_launch(pattern):
         assert torch.equal(alone.sequences[0, len(prompt) :], waiting.sequences[row, 5:])
 
 
-@pytest.mark.parametrize("helpers, pattern", [(31, (1, 1, 0)), (70, (1, 0)), (4, (1, 1, 0))])
+@pytest.mark.parametrize("helpers, pattern", [(31, (1, 1, 0)), (62, (1, 0)), (4, (1, 1, 0))])
 def test_nothing_begins_while_extra_queries_may_be_asked(helpers, pattern):
     """What is behind them is computed in a forward of its own, where they are too many for the step's."""
     target = tiny_llama(1, vocab_size=7)
@@ -211,6 +211,17 @@ def test_nothing_begins_while_extra_queries_may_be_asked(helpers, pattern):
         expected = [plain_greedy(target, prompt, **options) for prompt in prompts]
     assert found[:, 5:].tolist() == expected
     assert counts["begun"] == counts["used"]
+
+
+def test_more_extra_queries_than_a_mask_tells_apart_are_refused():
+    """A batch-invariant step has 64 bits for what a column sees of the others."""
+    target, ids = tiny_llama(1), torch.tensor([[5, 6]])
+    embeddings = LookAheadEmbeddings(3, 32, 60)
+    embeddings.trained_for(target, {})
+    options = dict(drafter=LookAhead(embeddings), num_speculative_tokens=2, max_new_tokens=4)
+    specdec.generate(target, ids, **options)
+    with specdec.batch_invariant(target), pytest.raises(specdec.ConfigError, match=r"63 extra queries .* 65 columns"):
+        specdec.generate(target, ids, **options)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from specdec.cli.app import app
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.training.data import Batch, TokenStream
-from specdec.drafters.training.look_ahead import recipe as module
+from specdec.drafters.training.look_ahead import recipe as training_recipe
 from specdec.drafters.training.look_ahead.recipe import (
     LookAheadLoss,
     LookAheadRecipe,

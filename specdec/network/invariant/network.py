@@ -199,6 +199,7 @@ class InvariantNetwork(Network):
     """Runs the kernels over the model's own weights in the ragged layout; the modules are not touched."""
 
     must_be_exact = True  # whether the output depends on this model's bits, as it does on a target's
+    max_tree = TREE_SLOTS
 
     def __init__(
         self,
