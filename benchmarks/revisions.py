@@ -104,7 +104,7 @@ def run_worker(checkout: Path) -> dict:
 def compared(key: str, found: dict[str, list[dict]]) -> dict[str, Any]:
     """One setting in all processes: medians, their ratio and its interval."""
     speeds = {name: [run["tokens_per_second"][key] for run in runs] for name, runs in found.items()}
-    hashes = {run["hashes"][key] for runs in found.values() for run in runs}
+    hashes = {name: sorted({run["hashes"][key] for run in runs}) for name, runs in found.items()}
 
     def median(name: str, rounds: list[int]) -> float:
         return statistics.median(speed for index in rounds for speed in speeds[name][index])
@@ -125,7 +125,8 @@ def compared(key: str, found: dict[str, list[dict]]) -> dict[str, Any]:
     before, after = median("before", everything), median("after", everything)
     return {
         "setting": key,
-        "is_equal": len(hashes) == 1,
+        "is_equal": hashes["before"] == hashes["after"] and len(hashes["after"]) == 1,
+        "hashes": hashes,
         "before": before,
         "after": after,
         "ratio": after / before,

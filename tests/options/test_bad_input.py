@@ -179,7 +179,7 @@ def test_unknown_drafter_name_lists_the_names():
 
 
 def test_drafter_name_that_needs_arguments():
-    refused(DrafterError, "draft_model", "the model itself", drafter="draft_model")
+    refused(DrafterError, "draft_model:folder=PATH", "draft_model.DraftModel(...)", drafter="draft_model")
 
 
 def test_two_drafters():
