@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
 from specdec.errors import DrafterError
 from specdec.files.loading import DTYPES, find_checkpoint, load_model, read_json
+from specdec.kept import kept_with
 
 CONFIG, LOOK_AHEAD = "config.json", "look_ahead.json"
 HEADS = ("acceptance_head", "disco")  # trained parts that decide how far to draft, and draft nothing
 NEEDED = f"a drafter's folder holds {CONFIG} (a draft model, or an XLNet) or {LOOK_AHEAD} (look-ahead embeddings)"
 MAX_LISTED = 5
-
-# The newest draft model that was loaded for a target, so that the next call with the same folder finds it.
-_loaded: WeakKeyDictionary[PreTrainedModel, tuple[tuple, PreTrainedModel]] = WeakKeyDictionary()
 
 
 def kind_of(folder: Path) -> str:
@@ -60,11 +57,10 @@ def model_in(folder: str | Path, target: PreTrainedModel) -> PreTrainedModel:
     files = sorted((file.name, file.stat().st_mtime_ns) for file in path.iterdir() if file.is_file())
     key = str(path.resolve()), target.device, dtype, tuple(files)
 
-    kept = _loaded.get(target)
-    if kept is None or kept[0] != key:
-        model = load_model(path, "draft", target.device, dtype if dtype in DTYPES else None)
-        kept = _loaded[target] = key, model
-    return kept[1]
+    def load() -> PreTrainedModel:
+        return load_model(path, "draft", target.device, dtype if dtype in DTYPES else None)
+
+    return kept_with(target, model_in, load, key)
 
 
 def load_target_first(name: str, folder: str | Path) -> DrafterError:

@@ -18,13 +18,13 @@ from specdec.engine.hooks import streamer_per_row, users_criteria
 from specdec.engine.intake import criteria_of
 from specdec.engine.job import Job
 from specdec.engine.output import SpeculativeOutput, assembled, per_token
-from specdec.errors import ConfigError, DrafterError
+from specdec.errors import DrafterError
 from specdec.network.refusals import check_model
+from specdec.options.aliases import refuse_aliases
 from specdec.options.generation import check_served, merge_config, whole_number
 from specdec.options.inputs import check_input_ids, refuse_model_inputs, split_prompts
 from specdec.options.processors import users_own
 from specdec.options.speculation import (
-    POLICY_ALIASES,
     DrafterLike,
     Randomness,
     SpeculativeConfig,
@@ -145,30 +145,13 @@ def speculative(
         stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
         **model_kwargs: Any,
-    ):
+    ) -> Tensor | SpeculativeOutput:
         check_model(model)
         config = model.generation_config if generation_config is None else generation_config
         defaults = model.generation_config._get_default_generation_params()
         check_served(config, None, defaults)
-        for name in ("num_assistant_tokens", "prompt_lookup_num_tokens"):
-            if getattr(config, name, None) not in (None, k, defaults.get(name)):
-                raise ConfigError(
-                    f"{name}={getattr(config, name)} contradicts speculative(..., num_speculative_tokens={k}); the "
-                    "drafter and its number of tokens are chosen there"
-                )
-        if (ngram := getattr(config, "max_matching_ngram_size", None)) not in (
-            None,
-            defaults.get("max_matching_ngram_size"),
-        ):
-            raise ConfigError(
-                f"max_matching_ngram_size={ngram!r} is chosen in speculative(PromptLookup(max_ngram_size=...)), of "
-                "specdec.drafters.prompt_lookup; leave it out here"
-            )
-        for name in POLICY_ALIASES:
-            if getattr(config, name, None) not in (None, 0, "constant", defaults.get(name)):
-                raise ConfigError(
-                    f"{name}={getattr(config, name)!r} is chosen by speculative(..., length_policy=); leave it out here"
-                )
+        refuse_aliases(config, defaults, k)
+
         mask = model_kwargs.get("attention_mask")
         # transformers has turned max_new_tokens into the max_length it goes with, and knows what is padding.
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -240,13 +223,13 @@ def _generate(
     if copies > 1:
         input_ids = input_ids.repeat_interleave(copies, 0)
     output = SpeculativeOutput(
-        sequences=assembled(jobs, input_ids, options.pad_token_id),  # type: ignore[arg-type]
+        sequences=assembled(jobs, input_ids, options.pad_token_id),
         scores=per_token([job.scores for job in jobs], options.pad_token_id) if options.output_scores else None,
         logits=per_token([job.logits for job in jobs], options.pad_token_id) if options.output_logits else None,
         speculation=engine.statistics,
     )
     raise_failure(jobs, output)
-    return output if options.return_dict else output.sequences  # type: ignore[return-value]
+    return output if options.return_dict else output.sequences
 
 
 def raise_failure(jobs: Sequence[Job], output: SpeculativeOutput) -> None:

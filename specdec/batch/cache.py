@@ -10,6 +10,8 @@ The class is also a transformers `Cache`, so that any model can run its own modu
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ class RaggedLayer(CacheLayerMixin):
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [rows, heads, width, head_dim] and return all slots in use, [rows, heads, slots, head_dim] views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -131,7 +133,7 @@ class RaggedCache(Cache):
         with torch.inference_mode(False):  # rows are moved later, outside any inference mode
             memory = torch.zeros(shape, dtype=dtype, device=self.device)[:, :size]
             self._buffers = memory.view(-1, self.max_rows, self.num_slots, width)
-            buffers = self._buffers.unflatten(3, (num_heads, head_dim))
+            buffers = self._buffers.view(-1, self.max_rows, self.num_slots, num_heads, head_dim)
             for layer, keys, values in zip(self.layers, buffers[::2], buffers[1::2], strict=True):
                 layer.hold(keys, values)
 

@@ -54,7 +54,7 @@ def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:
         return values.cpu().numpy
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    has_arrived = torch.cuda.Event()
+    has_arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     has_arrived.record(torch.cuda.current_stream(values.device))
 
     def arrive() -> np.ndarray:

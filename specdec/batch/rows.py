@@ -100,7 +100,7 @@ class Rows:
     @property
     def max_length(self) -> int:
         """The longest row's committed length on the host."""
-        return max(self.host_lengths.tolist())  # for a few numbers Python's own maximum is the fastest
+        return int(max(self.host_lengths.tolist()))  # for a few numbers Python's own maximum is the fastest
 
     @property
     def max_limit(self) -> int:
@@ -110,12 +110,13 @@ class Rows:
     @property
     def max_remaining(self) -> int:
         """The most tokens that any row may still commit, as of the last report."""
-        return max((self.host_limits - self.host_lengths).tolist())
+        return int(max((self.host_limits - self.host_lengths).tolist()))
 
     @property
     def num_new_tokens(self) -> np.ndarray:
         """Tokens that each row has committed after its prompt, [rows] int64 on the host."""
-        return self.host_lengths - self.host_prompt_lengths
+        num_new: np.ndarray = self.host_lengths - self.host_prompt_lengths
+        return num_new
 
     def last_tokens(self, count: int) -> Tensor:
         """The last `count` committed tokens of each row, [rows, count]; rows must be at least that long."""

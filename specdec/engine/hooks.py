@@ -6,6 +6,7 @@ An exception of a callback ends its own row and no other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def check_streamer(streamer: object) -> None:
         raise ConfigError(f"streamer is a {type(streamer).__name__}; it needs transformers' put() and end()")
 
 
-def streamer_per_row(streamer: object, num_rows: int) -> list:
+def streamer_per_row(streamer: object, num_rows: int) -> list[Any]:
     """One streamer per row, or none for all. Raises ConfigError for any other number."""
     if streamer is None:
         return [None] * num_rows

@@ -22,10 +22,11 @@ from specdec.engine.job import Job
 from specdec.engine.request import Request
 from specdec.errors import ConfigError, InputError
 from specdec.network.base import vocab_size_of
+from specdec.options.aliases import refuse_engine_options
 from specdec.options.generation import GenerationOptions, check_served, is_whole, merge_config, resolve_options
 from specdec.options.inputs import check_input_ids
 from specdec.options.processors import plan_of
-from specdec.options.speculation import ENGINE_OPTIONS, Randomness
+from specdec.options.speculation import Randomness
 from specdec.verify.processors import Plan
 
 
@@ -35,7 +36,7 @@ class Intake:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None):
         self.model, self.tokenizer = model, tokenizer
         self.num_jobs = 0
-        self._plans: dict[tuple, tuple[Plan, Any]] = {}
+        self._plans: dict[tuple[Any, ...], tuple[Plan, Any]] = {}
 
     def resolve(self, config: GenerationConfig, num_columns: int) -> GenerationOptions:
         """Numbers out of a merged config for a prompt of so many columns."""
@@ -138,9 +139,7 @@ def criteria_of(
 
 def check_request(request: Request, config: GenerationConfig, most_draft_tokens: int) -> None:
     """Raise ConfigError for what contradicts the engine, or would be ignored."""
-    for name in ENGINE_OPTIONS:
-        if name in request.options:
-            raise ConfigError(f"{name}={request.options[name]!r} is chosen by the engine for all rows; leave it out")
+    refuse_engine_options(request.options)
     if config.num_return_sequences not in (None, 1):
         raise ConfigError(
             f"num_return_sequences={config.num_return_sequences}: a request is one row; add as many requests, each "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,7 @@ class Speculation:
         self.predicted_accepted = _sum(self.predicted_accepted or [0] * NUM_BINS, accepted.astype(np.int64).tolist())
         self.predicted_sums = _sum(self.predicted_sums or [0.0] * NUM_BINS, sums.tolist())
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Counts and rates, for JSON."""
         names = (
             "mean_acceptance_length",
@@ -142,5 +143,5 @@ def _counted(histogram: list[int], values: list[int], length: int) -> list[int]:
     return counted
 
 
-def _sum(total: list, more: list) -> list:
+def _sum(total: list[Any], more: list[Any]) -> list[Any]:
     return [a + b for a, b in zip(total, more, strict=True)]

@@ -9,7 +9,6 @@ first prefill chunks need none.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from specdec.batch.cache import RaggedLayer
 from specdec.batch.columns import Columns
 from specdec.batch.layout import Layout
 from specdec.draft import ExtraQueries
+from specdec.kept import kept_with
 from specdec.network.base import Network, NetworkOutput, layer_numbers
 from specdec.network.known_classes import LLAMA_LIKE, head_norm_eps, is_known_class, is_plain, windows
 from specdec.network.packed_linear import MergedLinear, can_pack
@@ -118,7 +118,6 @@ class FusedWeights:
         pack = can_pack([linear.weight for linear in linears])
         self.layers = [FusedLayer(layer, window, pack) for layer, window in zip(layers, windows(model), strict=True)]
         self.head = MergedLinear([model.lm_head], pack)
-        self.fingerprint = fingerprint(model)
 
 
 def fingerprint(model: PreTrainedModel) -> list[tuple]:
@@ -148,14 +147,8 @@ def _direction(size: int, like: Tensor) -> Tensor:
     return torch.rand(size, generator=generator).to(like)
 
 
-_weights: WeakKeyDictionary[PreTrainedModel, FusedWeights] = WeakKeyDictionary()
-
-
 def fused_weights(model: PreTrainedModel) -> FusedWeights:
-    known = _weights.get(model)
-    if known is None or known.fingerprint != fingerprint(model):
-        known = _weights[model] = FusedWeights(model)
-    return known
+    return kept_with(model, FusedWeights, lambda: FusedWeights(model), fingerprint(model))
 
 
 class FusedNetwork(Network):

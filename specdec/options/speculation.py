@@ -17,6 +17,7 @@ from specdec.errors import ConfigError, DrafterError
 from specdec.limits import MAX_DRAFT_TOKENS
 from specdec.network.extra_queries import check_extra_queries
 from specdec.network.refusals import check_architecture
+from specdec.options.aliases import POLICY_ALIASES
 from specdec.options.generation import is_whole
 from specdec.policies.by_estimate import Confidence
 from specdec.policies.fixed import DEFAULT_FIXED, Fixed
@@ -26,18 +27,9 @@ from specdec.policy import LengthPolicy
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
 from specdec.verify.random_streams import RowStreams
 
-# Options of a generation config that choose a drafter or a policy: an engine has one of each, for all rows.
-ENGINE_OPTIONS = (
-    "prompt_lookup_num_tokens",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold",
-    "max_matching_ngram_size",
-)
 # What `drafter=` takes; `drafters/registry.py` has the grammar of text. A list names candidates.
 DrafterLike: TypeAlias = Drafter | PreTrainedModel | str | PathLike | Sequence | None
 VERIFICATIONS = ("token", "block")
-POLICY_ALIASES = ("num_assistant_tokens_schedule", "assistant_confidence_threshold")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
 
 
