@@ -92,7 +92,7 @@ def export(revision: str, target: Path) -> None:
     archive = subprocess.run(["git", "archive", revision], cwd=REPOSITORY, check=True, capture_output=True).stdout
     target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
-        kept = [member for member in tar.getmembers() if not member.name.startswith(LEFT_OUT)]
+        kept = [member for member in tar.getmembers() if not f"{member.name}/".startswith(LEFT_OUT)]
         tar.extractall(target, members=kept, filter="data")
 
 
