@@ -29,7 +29,7 @@ from specdec.verify.truncations import HasTruncations
 
 
 class Proposal(NamedTuple):
-    """draft: at most `room` tokens a row. first: [rows, vocab], the target's scores behind the committed tokens, where
+    """draft: at most `room` tokens a row. first: [rows, vocab], the target's scores after the committed tokens, where
     drafting has computed them already."""
 
     draft: Draft
@@ -38,7 +38,7 @@ class Proposal(NamedTuple):
 
 class InfillDrafter(Protocol):
     num_calls: int  # network calls for drafting alone
-    num_ahead: int  # marginals that the verifying call shall give behind every token of the draft
+    num_ahead: int  # marginals that the verifying call is to give after every token of the draft
 
     def propose(self, rows: Rows, room: Tensor, max_tokens: int) -> Proposal:
         """Up to `max_tokens` (>= 1) tokens, and row i at most room[i] ([rows] int64)."""
@@ -107,7 +107,7 @@ class SelfDraft:
 class AheadDraft:
     """The model's own marginals, asked for in the call that verifies the draft before: one call a step.
 
-    Behind every place where that draft may end, the marginals of the next tokens are asked for. They have not seen the
+    After every place where that draft may end, the marginals of the next tokens are asked for. They have not seen the
     token that the verification itself adds there, so they are worse than `SelfDraft`'s, but cost no call.
     """
 
@@ -123,7 +123,7 @@ class AheadDraft:
 
     def observe(self, scores: Tensor, done: Committed) -> None:
         row = torch.arange(len(scores), device=scores.device)[:, None]
-        # A place behind the recovered or bonus token, or where there was no bonus, the next place itself.
+        # The place after the recovered or bonus token; where there was no bonus, the next place itself.
         first = done.num_committed - done.num_accepted
         place = first[:, None] + torch.arange(self.num_ahead, device=scores.device)
         self._scores = scores[row, done.num_accepted[:, None], place]

@@ -218,7 +218,7 @@ def probs_of(draft: Draft, width: int, like: Tensor) -> Tensor:
     if draft.probs is not None:
         return F.pad(draft.probs, (0, 0, 0, width - draft.probs.shape[1]))
     ids, vocab_size = padded(draft.token_ids, width), like.shape[2]
-    # What is no token of the target is cut before it is verified.
+    # Ids that are not tokens of the target are cut before they are verified.
     is_token = (ids >= 0) & (ids < vocab_size)
     one_hot = like.new_zeros(len(ids), width, vocab_size)
     return one_hot.scatter_(2, ids.clamp(0, vocab_size - 1)[..., None], is_token[..., None].to(like.dtype))

@@ -63,7 +63,7 @@ class LengthPolicy(ABC):
         """What `widths` will say of every row in the next step, whatever becomes of this one, at most `max_tokens`, the
         most of any step; None if that is not known yet.
 
-        The next step may then begin before this one's report is read (`ahead.py`), so this is a promise. Asked behind
+        The next step may then begin before this one's report is read (`ahead.py`), so this is a promise. Asked after
         `drafted`, once a step at most.
         """
         return None

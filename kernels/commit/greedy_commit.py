@@ -1,8 +1,8 @@
 """Greedy verification and commit: how far the draft agrees, what is appended, which rows end.
 
 A draft token is accepted while it equals the target's argmax at its place; the first disagreement is replaced by the
-target's token (recovered), and behind a fully accepted draft the target's next token is the bonus. The commit is cut
-behind the first end-of-sequence token and at the row's length limit. Nothing is read back to the host.
+target's token (recovered), and after a fully accepted draft the target's next token is the bonus. The commit is cut
+after the first end-of-sequence token and at the row's length limit. Nothing is read back to the host.
 
 On a GPU two launches: the best of every block of the vocabulary, then one program a row that decides and commits.
 """
@@ -22,7 +22,7 @@ if triton is not None:
 
 NO_TOKEN = -1
 BAD_SCORES = 1  # a fault: the scores hold a NaN at a place that counts
-# Columns of a report; the committed tokens stand behind them.
+# Columns of a report; the committed tokens follow them.
 NUM_COMMITTED, NUM_ACCEPTED, NUM_DRAFTED, FINISHED, FAULT, FIRST_TOKEN = range(6)
 
 
@@ -32,7 +32,7 @@ class Committed:
 
     report: [rows, 5 + k + 1] int64, for the host to read in one copy: num_committed (1 .. k + 1), num_accepted (0 ..
         k), num_drafted, finished, fault (0 = none; what the row committed means nothing otherwise), and the committed
-        tokens, NO_TOKEN behind them.
+        tokens, NO_TOKEN after them.
     """
 
     report: Tensor
@@ -71,11 +71,11 @@ def greedy_commit(
 ) -> Committed:
     """Verify greedy drafts and append the result to every row.
 
-    scores: [rows, k + 1, vocab] float, the target's behind each input token. Of equal ones the lowest index wins; a
+    scores: [rows, k + 1, vocab] float, the target's after each input token. Of equal ones the lowest index wins; a
         NaN is a fault, and wins over all others.
     draft_ids: [rows, k] int64, NO_TOKEN where nothing was drafted.
     eos_ids: [num_eos] int64 of all rows, or [rows, num_eos] of each, filled up with -1; may be empty.
-    token_ids: [rows, >= max(lengths) + k + 1] int64, written in place behind each row's length.
+    token_ids: [rows, >= max(lengths) + k + 1] int64, written in place after each row's length.
     lengths: [rows] int64, advanced in place. limits: [rows] int64, each at least lengths + 1.
     passes: [rows, k] bool, drafts to accept that are not the argmax, of a lossy rule.
     implementation: "torch", "triton", or "auto": Triton for CUDA tensors, the torch reference elsewhere.
@@ -106,7 +106,7 @@ def greedy_commit_reference(
 
 
 def nan_within(is_nan: Tensor, num_accepted: Tensor) -> Tensor:
-    """[rows] bool: a NaN at a place that counts. Behind a rejected draft anything may stand. is_nan: [rows, k + 1]."""
+    """[rows] bool: a NaN at a place that counts. After a rejected draft anything may stand. is_nan: [rows, k + 1]."""
     column = torch.arange(is_nan.shape[1], device=is_nan.device)
     return (is_nan & (column <= num_accepted[:, None])).any(1)
 
@@ -132,7 +132,7 @@ def commit(
     lengths: Tensor,
     limits: Tensor,
 ) -> Committed:
-    """Append to every row its accepted drafts and the token behind them, cut at the end of sequence and the limit.
+    """Append to every row its accepted drafts and the token after them, cut at the end of sequence and the limit.
 
     candidates: [rows, k + 1] int64; the first num_agreed + 1 of a row count, the others must be valid token ids.
     num_agreed: [rows] int64, 0 .. k. The others are those of `greedy_commit`; token_ids and lengths change in place.
@@ -294,7 +294,7 @@ if triton is not None:
         if HAS_PASSES:
             passes = tl.load(passes_ptr + row * (width - 1) + column, mask=is_draft, other=0) != 0
             target = tl.where(passes, draft, target)
-        # Nothing drafted is -1, which no target is: the first place behind the draft disagrees.
+        # Nothing drafted is -1, which no target is: the first place after the draft disagrees.
         num_agreed = tl.min(tl.where((target != draft) & inside, column, width - 1), 0)
         num_drafted = tl.sum((draft != -1).to(tl.int32), 0)
         commit_row(

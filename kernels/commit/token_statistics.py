@@ -19,7 +19,7 @@ if triton is not None:
 
 
 def token_statistics(logits: Tensor, token_ids: Tensor, implementation: str = "auto") -> Tensor:
-    """logits: [rows, vocab]; token_ids: [rows] int64, of which those that are no token are taken as the nearest one.
+    """logits: [rows, vocab]; token_ids: [rows] int64, where ids outside the vocabulary count as the nearest token.
 
     Returns [rows, 3] float32, NaN where a logit is: log q of the token, log q of the most probable other token (-inf
     where there is none), and the entropy of the distribution in nats.

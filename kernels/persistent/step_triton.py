@@ -22,7 +22,7 @@ if triton is not None:
 
     @triton.jit
     def _arrive(arrived_ptr, POLLS: tl.constexpr):
-        """Behind this program's stores; what it loads next is in flight while others arrive."""
+        """Comes after this program's stores; its next loads are in flight while others arrive."""
         tl.debug_barrier()
         if POLLS:
             tl.inline_asm_elementwise(

@@ -88,7 +88,7 @@ def generate(
     options: the fields of GenerationConfig, over `generation_config` over the model's own; those that would need
         beams are refused.
 
-    Returns [rows, columns + new tokens] int64, each row padded behind its end; with `return_dict_in_generate=True` a
+    Returns [rows, columns + new tokens] int64, each row padded after its end; with `return_dict_in_generate=True` a
     `SpeculativeOutput` with `.sequences` and `.speculation`, and with output_scores or output_logits `.scores`
     (processed) and `.logits` (raw): one [rows, vocab] float32 tensor per new token. A row that has ended is certain of
     its padding: 0 for that token and -inf for the others.

@@ -100,7 +100,7 @@ def generate_many(
     length_policy: LengthPolicy | str = "fixed",
     **options: Any,
 ) -> Completions:
-    """Decode any number of prompts in a batch of `max_rows`: whoever finishes is replaced at once.
+    """Decode any number of prompts in a batch of `max_rows`: a row that finishes is replaced at once.
 
     prompts: [length] token ids each, without padding; an iterator is read as far as places become free.
     kv_tokens: the most tokens for which the target's cache has room (a draft model's has as many); the newest row

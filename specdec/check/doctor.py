@@ -138,7 +138,7 @@ def diagnose(
         memory = memory_for(model, draft, layout, batch_size, length, num_speculative_tokens)
         if not memory.fits:
             problems.append(
-                f"{batch_size} rows of {length} tokens need {memory.still_needed / 2**20:.0f} MiB beside the weights, "
+                f"{batch_size} rows of {length} tokens need {memory.still_needed / 2**20:.0f} MiB besides the weights, "
                 f"{memory.available / 2**20:.0f} are free: {memory.max_rows} rows fit"
             )
     return Diagnosis(

@@ -45,8 +45,9 @@ def read_outputs(
 
 def output_row(item: Any, place: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> OutputRow:
     if not isinstance(item, dict):
-        raise InputError(f"{place} is no JSON object; it must hold `prompt_ids` or `prompt`, and `completion_ids` or "
-                         "`completion`")  # fmt: skip
+        raise InputError(
+            f"{place} is not a JSON object; it must hold `prompt_ids` or `prompt`, and `completion_ids` or `completion`"
+        )
     prompt_ids, _ = ids_or_text(item, "prompt", place, tokenizer, vocab_size)
     if not prompt_ids:
         raise InputError(f"{place} has an empty prompt; greedy decoding continues at least one token")

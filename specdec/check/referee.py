@@ -62,7 +62,7 @@ class Referee:
 
     @torch.no_grad()
     def judge(self, prompt: Tensor, new_tokens: Sequence[int], expected: int, actual: int) -> Judgement:
-        """prompt: [length] int64. new_tokens: what both runs wrote behind it before they differed."""
+        """prompt: [length] int64. new_tokens: what both runs wrote after it before they differed."""
         token_ids = torch.cat([prompt.cpu(), torch.tensor(new_tokens, dtype=torch.long)]).to(self.model.device)
         one, several = self.decode_both_ways(token_ids, len(prompt))
         exact = last_logits(self.exact, token_ids, one.shape[1]).double()
@@ -75,7 +75,7 @@ class Referee:
     def decode_both_ways(self, token_ids: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
         """The model's logits at the last K + 1 tokens (or all, if fewer), [1, width, vocab] and [rows, width, vocab].
 
-        Behind the prompt, the first way feeds one token at a time, as plain decoding does; the second K + 1 tokens at
+        After the prompt, the first way feeds one token at a time, as plain decoding does; the second K + 1 tokens at
         a time in a batch of copies, as verification of drafts that are all accepted does.
         """
         length = len(token_ids)

@@ -1,6 +1,6 @@
 """Does sampled output follow the target? Two tests of the decoder as it runs here, and a planted bug for each.
 
-Next token: each prompt is continued many times. Wherever many continuations share a beginning, the tokens behind it are
+Next token: each prompt is continued many times. Wherever many continuations share a beginning, the tokens after it are
 a sample of the target's distribution there, which one plain forward and transformers' own warpers tell exactly. The
 places are tested one by one (Williams-corrected G) and all together, and so are the ranks that all tokens take in their
 distributions, whatever they follow. Whole sequence: a tiny random model whose every output can be enumerated.
@@ -254,7 +254,7 @@ class Continuations:
             part = rows[first : first + size]
             texts = [[*prompt.tolist(), *tokens[:-1]] for tokens in part]
             longest = max(map(len, texts))
-            # Attention is causal: what stands behind a text's end changes nothing before it.
+            # Attention is causal: tokens after a text's end change nothing before it.
             ids = torch.tensor([text + text[:1] * (longest - len(text)) for text in texts], device=self.model.device)
             logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, len(prompt) - 1 :]
             for tokens, own in zip(part, logits, strict=True):

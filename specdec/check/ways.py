@@ -11,8 +11,8 @@ from specdec.errors import ConfigError
 from specdec.options.generation import is_whole
 
 PLAIN = "none"  # no drafter
-# Keywords of `specdec.generate` that can be varied beside drafter, K and batch size, with the value that is meant where
-# nothing is said. A new axis is one line here; those of DRAFTED mean nothing without a drafter.
+# Keywords of `specdec.generate` that can be varied besides drafter, K and batch size, with the value that is meant if
+# none is given. A new axis is one line here; those of DRAFTED mean nothing without a drafter.
 AXES: dict[str, str] = {
     "layout": "ragged",
     "length_policy": "fixed",
@@ -82,7 +82,7 @@ def whole_numbers(option: str, text: str, most: int | None = None) -> tuple[int,
         value = int(part) if part.strip().isdecimal() else None
         if not is_whole(value) or value is None or value < 1 or (most is not None and value > most):
             limit = "" if most is None else f" to {most}"
-            raise ConfigError(f"{option} {text}: {part.strip()!r} is no whole number from 1{limit}; pass 4 or 1,4,8")
+            raise ConfigError(f"{option} {text}: {part.strip()!r} is not a whole number from 1{limit}; pass 4 or 1,4,8")
         found.append(value)
     return tuple(dict.fromkeys(found))
 

@@ -309,7 +309,7 @@ class Engine:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Refuse whoever comes while a step of these models runs: another thread, another engine, a callback."""
+        """Refuse calls from another thread, another engine or a callback while a step of these models runs."""
         if self._is_closed:
             raise BusyError("this engine is closed; make a new one")
         models = unique_models(self.model, self.drafter.kv_model, self.drafter.model)

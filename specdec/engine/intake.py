@@ -39,7 +39,7 @@ class Intake:
         self._plans: dict[tuple[Any, ...], tuple[Plan, Any]] = {}
 
     def resolve(self, config: GenerationConfig, num_columns: int) -> GenerationOptions:
-        """Numbers out of a merged config for a prompt of so many columns."""
+        """Numbers out of a merged config for a prompt of `num_columns` columns."""
         positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return resolve_options(config, num_columns, positions, vocab_size_of(self.model))
 

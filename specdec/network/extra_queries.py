@@ -1,7 +1,7 @@
-"""Whether a model takes queries beside its text (`specdec/batch/columns.py`), found out before the first token.
+"""Whether a model takes queries next to its text (`specdec/batch/columns.py`), found out before the first token.
 
-Behind every place of the text such a query is to see what it would see if it and those before it were the text. So the
-model's own uncached forward over the text up to there and the queries behind it says what is right, and masks,
+After every place of the text such a query must see what it would see if it and those before it were the text. So the
+model's own uncached forward over the text up to there and the queries after it says what is right, and masks,
 positions or embeddings that a model treats in ways of its own show as a difference.
 """
 
@@ -46,14 +46,14 @@ def _sound_difference(model: PreTrainedModel, layout: Layout) -> float:
             difference = probe(model, network, attempt)
         except PROBE_ERRORS as error:
             raise UnsupportedModelError(
-                f"{name} does not take queries beside its text ({type(error).__name__}: {str(error)[:200]}); use "
+                f"{name} does not take queries next to its text ({type(error).__name__}: {str(error)[:200]}); use "
                 "another drafter for it"
             ) from error
         if difference <= tolerance:
             return difference
 
     raise UnsupportedModelError(
-        f"{name} gives other logits for queries beside its text than for the same in its place (relative difference "
+        f"{name} gives other logits for queries next to its text than for the same in its place (relative difference "
         f"{difference:.1e}, limit {tolerance:.0e} in {model.dtype}); use another drafter for it"
     )
 

@@ -14,7 +14,7 @@ class Alias(NamedTuple):
     """A field of GenerationConfig that chooses a drafter, its number of tokens, or a length policy.
 
     chosen_in: what to say where `speculative()` has chosen already. neutral: values that choose nothing.
-    is_number: a number of draft tokens; the one that was chosen is no contradiction.
+    is_number: a number of draft tokens; the number that was chosen does not contradict.
     """
 
     name: str

@@ -21,9 +21,9 @@ class ByEstimate(LengthPolicy):
     """Stops a row by the acceptance that is estimated for its drafted tokens."""
 
     def __init__(self, threshold: float, min_tokens: int = 1):
-        """min_tokens: a row never stops before it has drafted so many."""
+        """min_tokens: a row never stops before it has drafted this many."""
         if not 0 <= threshold <= 1:
-            raise ConfigError(f"{self.name}: threshold={threshold} is no probability; choose 0 to 1")
+            raise ConfigError(f"{self.name}: threshold={threshold} is not a probability; choose 0 to 1")
         if min_tokens < 1:
             raise ConfigError(f"{self.name}: min_tokens={min_tokens} must be at least 1")
         self.threshold, self.min_tokens = threshold, min_tokens
@@ -62,7 +62,7 @@ class ByEstimate(LengthPolicy):
 
 
 class Confidence(ByEstimate):
-    """Stop behind a token that the drafter itself gave less than `threshold`, as transformers'
+    """Stop after a token that the drafter itself gave less than `threshold`, as transformers'
     `assistant_confidence_threshold` does; its probability is taken at temperature 1, before any processor."""
 
     name = "confidence"
@@ -97,7 +97,7 @@ class ByAcceptanceHead(ByEstimate):
 
 
 class ByDisco(ByEstimate):
-    """DISCO: stop behind a token whose classifier C_i is below the threshold."""
+    """DISCO: stop after a token whose classifier C_i is below the threshold."""
 
     name = "disco"
     sees = frozenset({"logits"})

@@ -14,7 +14,7 @@ from specdec.policy import LengthPolicy
 
 
 class Heuristic(LengthPolicy):
-    """transformers' schedule, row by row: two more behind a draft that was accepted in full, else one fewer."""
+    """transformers' schedule, row by row: two more after a draft that was accepted in full, else one fewer."""
 
     name = "heuristic"
 

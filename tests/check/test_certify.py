@@ -222,7 +222,7 @@ def lines(path, *items):
     ("line", "message"),
     [
         ("{", "line 2 is not JSON"),
-        ([1], "line 2 is no JSON object"),
+        ([1], "line 2 is not a JSON object"),
         ({"completion_ids": [4]}, "line 2 has neither a list `prompt_ids` nor a string `prompt`"),
         ({"prompt_ids": [4]}, "line 2 has neither a list `completion_ids` nor a string `completion`"),
         ({"prompt_ids": [], "completion_ids": [4]}, "line 2 has an empty prompt"),

@@ -42,7 +42,7 @@ def span_mask(
 
     attention_mask: [rows, positions] bool, False for padding. Slot i holds position kv_offset + i.
 
-    Raises InputError if what a query sees is no interval: the attention mask has holes.
+    Raises InputError if a query sees more than one interval: the attention mask has holes.
     """
     assert mask_function is not None
     visible = visible_slots(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, device)[:, 0]

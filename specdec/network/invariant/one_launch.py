@@ -24,7 +24,7 @@ def one_launch_step(
 ) -> PersistentStep | None:
     """The step of a llama-like model over the cache's first rows, None where only the longer way serves.
 
-    cos, sin: [slots, head_dim]. num_text_slots: no text is longer; rows that start there or behind are padding.
+    cos, sin: [slots, head_dim]. num_text_slots: no text is longer; rows that start there or later are padding.
     """
     if triton is None or not can_persist(model.device) or not is_known_class(model, LLAMA_LIKE):
         return None

@@ -36,7 +36,7 @@ LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.
 
 @contextmanager
 def batch_invariant(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """`with batch_invariant(model): ...`; the model is restored behind it, also after an error or an interrupt.
+    """`with batch_invariant(model): ...`; the model is restored at its end, also after an error or an interrupt.
 
     Inference only: the swapped modules record no gradients. Raises as `make_batch_invariant` does.
     """
@@ -173,7 +173,7 @@ def rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
     A copy with random weights is asked, so that weights of one or zero hide nothing.
     """
     refusal = UnsupportedModelError(
-        f"{name} ({type(module).__name__}) is no RMSNorm that the kernel knows; it cannot be made batch-invariant"
+        f"{name} ({type(module).__name__}) is not an RMSNorm that the kernel knows; it cannot be made batch-invariant"
     )
     epsilons = [getattr(module, key) for key in EPSILON_NAMES if isinstance(getattr(module, key, None), float)]
     parameters = dict(module.named_parameters(recurse=False))
