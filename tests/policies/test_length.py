@@ -459,7 +459,7 @@ def test_refusals_come_before_any_work(options, message, monkeypatch):
 
 def test_thresholds_are_probabilities():
     for kind in (Confidence, ByAcceptanceHead, ByDisco):
-        with pytest.raises(ConfigError, match="no probability"):
+        with pytest.raises(ConfigError, match="not a probability"):
             kind(1.2)
         with pytest.raises(ConfigError, match="min_tokens=0"):
             kind(0.5, min_tokens=0)
