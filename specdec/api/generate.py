@@ -13,11 +13,12 @@ from transformers.generation import BaseStreamer, LogitsProcessorList
 
 from specdec.batch.layout import Layout
 from specdec.engine.callbacks import Callbacks
-from specdec.engine.engine import TOGETHER, Engine, OnCommit
+from specdec.engine.engine import Engine, OnCommit
 from specdec.engine.hooks import streamer_per_row, users_criteria
 from specdec.engine.intake import criteria_of
 from specdec.engine.job import Job
 from specdec.engine.output import SpeculativeOutput, assembled, per_token
+from specdec.engine.schedule import TOGETHER
 from specdec.errors import DrafterError
 from specdec.network.refusals import check_model
 from specdec.options.aliases import refuse_aliases

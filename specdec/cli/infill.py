@@ -61,7 +61,7 @@ def infill(
     import specdec
     from specdec.errors import ConfigError, DrafterError, InputError
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
-    from specdec.infill.infill import DRAFTERS
+    from specdec.infill.checks import DRAFTERS
     from specdec.infill.masked_text import mask_lines, parse_masks
     from specdec.network.any_subset.model import XLNet
 

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.batch.layout import Layout
 from specdec.batch.report import StepReport
-from specdec.drafter import Context, Drafter
+from specdec.drafter import Context
 from specdec.engine.decode import decode_steps
 from specdec.engine.decoding import Decoding
+from specdec.engine.guard import at_work, check_shared_slots, drafting, unique_models
 from specdec.engine.hooks import Hooks
 from specdec.engine.intake import Intake
 from specdec.engine.job import Job
 from specdec.engine.metrics import Speculation
 from specdec.engine.request import Event, Request
-from specdec.engine.schedule import ORDERS, Continuous, Schedule, Together
-from specdec.engine.target import Target
-from specdec.errors import BusyError, ConfigError, DrafterError
-from specdec.network.base import Network, vocab_size_of
+from specdec.engine.schedule import TOGETHER, Continuous, Schedule, Together, check_sizes
+from specdec.engine.target import Target, check_tree
+from specdec.errors import BusyError, ConfigError
+from specdec.network.base import vocab_size_of
 from specdec.network.invariant.swap import make_batch_invariant
 from specdec.network.memory import check_memory
 from specdec.network.refusals import check_architecture, check_lengths, check_model
-from specdec.options.generation import is_whole
 from specdec.options.speculation import DrafterLike, Randomness, speculative_config
 from specdec.policy import LengthPolicy
 from specdec.verify.lossy import Lossy, TopBeta, Typical
@@ -37,10 +35,6 @@ from specdec.verify.sampler import Sampler
 from specdec.verify.verification import MixedVerification
 
 OnCommit = Callable[[StepReport], None]
-TOGETHER = "together"  # an order of our own: all requests are there before the first step, and none joins
-
-_lock = threading.Lock()
-_at_work: WeakKeyDictionary[PreTrainedModel, Engine] = WeakKeyDictionary()  # models within a step
 
 
 class Engine:
@@ -312,72 +306,5 @@ class Engine:
         """Refuse calls from another thread, another engine or a callback while a step of these models runs."""
         if self._is_closed:
             raise BusyError("this engine is closed; make a new one")
-        models = unique_models(self.model, self.drafter.kv_model, self.drafter.model)
-        with _lock:
-            for model in models:
-                other = _at_work.get(model)
-                if other is not None:
-                    who = "this engine" if other is self else "another engine"
-                    raise BusyError(
-                        f"{who} is within a step of this {type(model).__name__}, in another thread or below this call; "
-                        "an engine and its models serve one caller at a time, and none from inside a callback"
-                    )
-            for model in models:
-                _at_work[model] = self
-        try:
+        with at_work(self, unique_models(self.model, self.drafter.kv_model, self.drafter.model)):
             yield
-        finally:
-            with _lock:
-                for model in models:
-                    del _at_work[model]
-
-
-@contextmanager
-def drafting(drafter: Drafter, policy: LengthPolicy, context: Context, rows: Any) -> Iterator[None]:
-    for kind, one in (("drafter", drafter), ("length_policy", policy)):
-        if one.is_busy:
-            raise DrafterError(
-                f"{kind} {one.name!r} is already at work in another generate call; make one {kind} for each"
-            )
-
-    drafter.is_busy = policy.is_busy = True
-    try:
-        drafter.start(context, rows)
-        policy.start(context.target, drafter, context.max_draft_tokens)
-        yield
-    finally:
-        drafter.is_busy = policy.is_busy = False
-        drafter.finish()
-        drafter.context = None
-
-
-def unique_models(*models: PreTrainedModel | None) -> list[PreTrainedModel]:
-    return list({id(model): model for model in models if model is not None}.values())
-
-
-def check_shared_slots(drafter: Drafter, is_needed: bool) -> None:
-    if is_needed and not drafter.shares_slots:
-        raise DrafterError(
-            f"drafter {drafter.name!r} serves fixed batches only, not rows that take turns or join later; call "
-            "generate() on batches, with layout='ragged' or 'repad' (a drafter of your own that can follow such rows "
-            "says so by shares_slots=True)"
-        )
-
-
-def check_tree(network: Network, drafter: Drafter, num_speculative_tokens: int) -> None:
-    """Extra queries after a draft see only the part of it that was accepted."""
-    needed = drafter.num_extra_queries + num_speculative_tokens if drafter.num_extra_queries else 0
-    if network.max_tree is not None and needed > network.max_tree:
-        raise ConfigError(
-            f"drafter {drafter.name!r} takes {drafter.num_extra_queries} extra queries after num_speculative_tokens="
-            f"{num_speculative_tokens}: {needed} columns, more than the {network.max_tree} of a batch-invariant step; "
-            "lower num_speculative_tokens, or train fewer helpers"
-        )
-
-
-def check_sizes(max_rows: int, kv_tokens: int | None, prefill_tokens: int | None, order: str) -> None:
-    for name, value in (("max_rows", max_rows), ("kv_tokens", kv_tokens), ("prefill_tokens", prefill_tokens)):
-        if value is not None and not (is_whole(value) and value >= 1):
-            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
-    if order not in (*ORDERS, TOGETHER):
-        raise ConfigError(f"order={order!r}; choose {' or '.join(map(repr, ORDERS))}")

@@ -25,8 +25,10 @@ from specdec.engine.job import Job
 from specdec.engine.target import Target
 from specdec.errors import ConfigError
 from specdec.network.base import prefill_budget
+from specdec.options.generation import is_whole
 
 ORDERS = ("arrival", "longest_first")
+TOGETHER = "together"  # an order of our own: all requests are there before the first step, and none joins
 ROUNDING = 64  # a row's capacity grows by this many tokens at a time
 PIECE = {"cpu": 128}  # newcomers' tokens per forward between two steps: about what a step costs
 PIECE_ELSEWHERE = 2048
@@ -304,3 +306,11 @@ class Continuous(Schedule):
                 break
             self.add(job)
         return list(self.waiting)[:count]
+
+
+def check_sizes(max_rows: int, kv_tokens: int | None, prefill_tokens: int | None, order: str) -> None:
+    for name, value in (("max_rows", max_rows), ("kv_tokens", kv_tokens), ("prefill_tokens", prefill_tokens)):
+        if value is not None and not (is_whole(value) and value >= 1):
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+    if order not in (*ORDERS, TOGETHER):
+        raise ConfigError(f"order={order!r}; choose {' or '.join(map(repr, ORDERS))}")

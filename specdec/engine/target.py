@@ -15,8 +15,8 @@ from specdec.batch.rows import Rows
 from specdec.draft import Draft, Verified
 from specdec.drafter import Drafter
 from specdec.engine.hooks import Hooks
-from specdec.errors import DrafterError, NumericalError
-from specdec.network.base import NetworkOutput, vocab_size_of
+from specdec.errors import ConfigError, DrafterError, NumericalError
+from specdec.network.base import Network, NetworkOutput, vocab_size_of
 from specdec.network.choose import build_network
 from specdec.verify.processors import Processors
 from specdec.verify.verification import BAD_DRAFT, Verification
@@ -154,3 +154,14 @@ def bad_scores(row: int, logits: Tensor, scores: Tensor, is_processed: bool) -> 
         f"the target's logits are NaN in row {row}; check the weights and the dtype "
         "(float16 overflows where bfloat16 or float32 do not)"
     )
+
+
+def check_tree(network: Network, drafter: Drafter, num_speculative_tokens: int) -> None:
+    """Extra queries after a draft see only the part of it that was accepted."""
+    needed = drafter.num_extra_queries + num_speculative_tokens if drafter.num_extra_queries else 0
+    if network.max_tree is not None and needed > network.max_tree:
+        raise ConfigError(
+            f"drafter {drafter.name!r} takes {drafter.num_extra_queries} extra queries after num_speculative_tokens="
+            f"{num_speculative_tokens}: {needed} columns, more than the {network.max_tree} of a batch-invariant step; "
+            "lower num_speculative_tokens, or train fewer helpers"
+        )

@@ -1,0 +1,72 @@
+"""Who may run: one caller at a time per model, and one generation at a time per drafter and policy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
+
+from specdec.batch.rows import Rows
+from specdec.drafter import Context, Drafter
+from specdec.errors import BusyError, DrafterError
+from specdec.policy import LengthPolicy
+
+_lock = threading.Lock()
+_at_work: WeakKeyDictionary[PreTrainedModel, object] = WeakKeyDictionary()  # models within a step -> their engine
+
+
+@contextmanager
+def at_work(engine: object, models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Hold these models for one step. Raises BusyError if one of them is within a step already."""
+    with _lock:
+        for model in models:
+            other = _at_work.get(model)
+            if other is not None:
+                who = "this engine" if other is engine else "another engine"
+                raise BusyError(
+                    f"{who} is within a step of this {type(model).__name__}, in another thread or below this call; "
+                    "an engine and its models serve one caller at a time, and none from inside a callback"
+                )
+        for model in models:
+            _at_work[model] = engine
+    try:
+        yield
+    finally:
+        with _lock:
+            for model in models:
+                del _at_work[model]
+
+
+@contextmanager
+def drafting(drafter: Drafter, policy: LengthPolicy, context: Context, rows: Rows) -> Iterator[None]:
+    for kind, one in (("drafter", drafter), ("length_policy", policy)):
+        if one.is_busy:
+            raise DrafterError(
+                f"{kind} {one.name!r} is already at work in another generate call; make one {kind} for each"
+            )
+
+    drafter.is_busy = policy.is_busy = True
+    try:
+        drafter.start(context, rows)
+        policy.start(context.target, drafter, context.max_draft_tokens)
+        yield
+    finally:
+        drafter.is_busy = policy.is_busy = False
+        drafter.finish()
+        drafter.context = None
+
+
+def unique_models(*models: PreTrainedModel | None) -> list[PreTrainedModel]:
+    return list({id(model): model for model in models if model is not None}.values())
+
+
+def check_shared_slots(drafter: Drafter, is_needed: bool) -> None:
+    if is_needed and not drafter.shares_slots:
+        raise DrafterError(
+            f"drafter {drafter.name!r} serves fixed batches only, not rows that take turns or join later; call "
+            "generate() on batches, with layout='ragged' or 'repad' (a drafter of your own that can follow such rows "
+            "says so by shares_slots=True)"
+        )
