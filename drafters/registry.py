@@ -194,6 +194,10 @@ def _parse_part(text: str, given: Mapping[str, Drafter] | Sequence[str]) -> Part
     options: dict[str, Any] = {}
     for pair in written.split(",") if written else []:
         key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if key not in types and FOLDER in types and not equals and Path(key).expanduser().exists():
+            raise DrafterError(
+                f"drafter {text!r}: a folder has a key; write {name}:{FOLDER}={key}, or the folder alone"
+            )
         if key not in types:
             raise DrafterError(f"drafter {name!r} has no key {key!r}; {_keys_that_exist(name)}")
         if key in options:

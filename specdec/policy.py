@@ -76,6 +76,9 @@ class LengthPolicy(ABC):
     def drafted(self, draft: Draft) -> None:  # noqa: B027 - optional hook
         """The draft is there; its verification is next."""
 
+    def row_ended(self, row_id: int) -> None:  # noqa: B027 - optional hook
+        """This row will not come again; let go of what is known of it."""
+
     def learn(self, report: StepReport) -> StepReport:
         """See the step's outcome; returns the report, with predictions if the policy makes any."""
         return report

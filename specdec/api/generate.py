@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ def _generate(
 ) -> Tensor | SpeculativeOutput:
     """Every row is a request of one engine. copies: rows per prompt."""
     check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
-    prompts = split_prompts(input_ids, attention_mask, config.pad_token_id)
+    prompts = split_prompts(input_ids, attention_mask, config.pad_token_id, ends_in(config))
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     streamers = streamer_per_row(callbacks.streamer, len(prompts))
     engine = Engine(
@@ -233,9 +234,17 @@ def _generate(
     return output if options.return_dict else output.sequences
 
 
+def ends_in(config: GenerationConfig) -> list[Any]:
+    """The end-of-sequence tokens of a config."""
+    ends = config.eos_token_id
+    ends = ends.flatten().tolist() if isinstance(ends, Tensor) else ends
+    return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+
 def raise_failure(jobs: Sequence[Job], output: SpeculativeOutput) -> None:
     """Raise what a row's own callback raised, now that all others have ended. Their tokens are in `error.output`."""
     for job in jobs:
         if job.error is not None:
-            job.error.output = output  # type: ignore[attr-defined]
+            with suppress(AttributeError):  # an exception class may not take it
+                job.error.output = output  # type: ignore[attr-defined]
             raise job.error

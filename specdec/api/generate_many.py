@@ -156,8 +156,7 @@ def generate_many(
         schedule.peek()
     if schedule.waiting:
         engine.prepare()
-    finished = completions(engine)
-    return Completions(sorted_by_index(finished) if in_order else finished, schedule, engine.statistics)
+    return Completions(completions(engine, in_order), schedule, engine.statistics)
 
 
 class Jobs:
@@ -234,19 +233,27 @@ def limited(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
     return own
 
 
-def completions(engine: Engine) -> Iterator[Completion]:
+def completions(engine: Engine, in_order: bool) -> Iterator[Completion]:
     """Decode, and yield each row when it ends. Raises what a row's own callback raised after all others have ended."""
-    failures = []
+    failures: list[Exception] = []
+    early: dict[int, Job] = {}  # ended, and not yielded yet
+    following = 0
     with engine:
         while not engine.is_finished:
             with engine.working():
-                ended = [job for job, _ in engine.advance() if job.finish_reason is not None]
-            for job in ended:
+                early |= {job.index: job for job, _ in engine.advance() if job.finish_reason is not None}
+            while early and (following in early or not in_order):
+                job = early.pop(following if in_order else next(iter(early)))
+                following += 1
                 if job.error is None:
                     yield completion(job)
                 else:
                     failures.append(job.error)
-    for error in failures:
+    if failures:
+        # A generator may not raise StopIteration itself.
+        error = failures[0]
+        if isinstance(error, StopIteration):
+            raise RuntimeError("a row's callback raised StopIteration") from error
         raise error
 
 
@@ -264,14 +271,3 @@ def completion(job: Job) -> Completion:
         torch.stack(job.scores) if job.options.output_scores else None,
         torch.stack(job.logits) if job.options.output_logits else None,
     )
-
-
-def sorted_by_index(completions: Iterator[Completion]) -> Iterator[Completion]:
-    """Hold back what is early."""
-    early: dict[int, Completion] = {}
-    following = 0
-    for completion in completions:
-        early[completion.index] = completion
-        while following in early:
-            yield early.pop(following)
-            following += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from specdec.batch.report import StepReport
 from specdec.drafter import Context
 from specdec.engine.decode import decode_steps
 from specdec.engine.decoding import Decoding
-from specdec.engine.guard import at_work, check_shared_slots, drafting, unique_models
+from specdec.engine.guard import at_work, check_idle, check_shared_slots, drafting, unique_models
 from specdec.engine.hooks import Hooks
 from specdec.engine.intake import Intake
 from specdec.engine.job import Job
@@ -83,6 +84,7 @@ class Engine:
         Randomness(verification=verification).checked(None, speculation.drafter)
         check_sizes(max_rows, kv_tokens, prefill_tokens, order)
         check_shared_slots(speculation.drafter, order != TOGETHER or speculation.layout.takes_turns)
+        check_idle(speculation.drafter, speculation.length_policy)
         check_architecture(model, speculation.layout)
         speculation.check(model, 1)
 
@@ -105,11 +107,14 @@ class Engine:
         self._decoding: Decoding | None = None
         self._reports: Iterator[StepReport] | None = None
         self._is_closed = self._is_running = False
+        self._cause: BaseException | None = None  # of the end
         self._any_sampled = False
         with ExitStack() as stack:
             for one in unique_models(model, self.drafter.kv_model) if exact else ():
                 stack.callback(make_batch_invariant(one))
             self._open = stack.pop_all()
+        # An engine that is never closed gives the models back when it is collected.
+        weakref.finalize(self, self._open.close).atexit = False
 
     def add_request(self, request: Request) -> int:
         """Queue a request; returns its id, counted from 0.
@@ -156,7 +161,7 @@ class Engine:
     @property
     def is_finished(self) -> bool:
         """Whether every request that was added has had its last event."""
-        return not (self._jobs or self._aborted) and self.schedule.is_done
+        return self._is_closed or (not (self._jobs or self._aborted) and self.schedule.is_done)
 
     def step(self) -> list[Event]:
         """Decode one step of the batch, or the first tokens of newcomers. Returns what it did for each request."""
@@ -216,7 +221,8 @@ class Engine:
             done += self._progress(report)
             if self.on_commit is not None:
                 self.on_commit(report)
-        except BaseException:
+        except BaseException as error:
+            self._cause = error
             self._close()
             raise
         return done
@@ -235,7 +241,8 @@ class Engine:
                 job.num_draft_tokens += drafted
                 job.num_accepted_draft_tokens += accepted
             if report.finished[slot]:
-                job.finish(ids, self.processors.failed.get(index))
+                failure = self.hooks.failed.pop(index, None)
+                job.finish(ids, None if failure is None else failure.error)
                 self._forget(job)
             done.append((job, ids))
         return done
@@ -244,7 +251,9 @@ class Engine:
         del self._jobs[job.index]
         self.schedule.running.pop(job.index, None)
         self.processors.drop(job.index)
-        self.processors.failed.pop(job.index, None)
+        self.hooks.failed.pop(job.index, None)
+        if self._is_running:
+            self.policy.row_ended(job.index)
         self.streams.drop(job.index)
 
     @property
@@ -305,6 +314,7 @@ class Engine:
     def working(self) -> Iterator[None]:
         """Refuse calls from another thread, another engine or a callback while a step of these models runs."""
         if self._is_closed:
-            raise BusyError("this engine is closed; make a new one")
+            cause = "" if self._cause is None else f" by {type(self._cause).__name__}: {self._cause}"
+            raise BusyError(f"this engine was closed{cause}; make a new one")
         with at_work(self, unique_models(self.model, self.drafter.kv_model, self.drafter.model)):
             yield

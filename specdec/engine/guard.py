@@ -40,14 +40,18 @@ def at_work(engine: object, models: Sequence[PreTrainedModel]) -> Iterator[None]
                 del _at_work[model]
 
 
-@contextmanager
-def drafting(drafter: Drafter, policy: LengthPolicy, context: Context, rows: Rows) -> Iterator[None]:
+def check_idle(drafter: Drafter, policy: LengthPolicy) -> None:
+    """Raise DrafterError if one of them is at work in another generation."""
     for kind, one in (("drafter", drafter), ("length_policy", policy)):
         if one.is_busy:
             raise DrafterError(
-                f"{kind} {one.name!r} is already at work in another generate call; make one {kind} for each"
+                f"{kind} {one.name!r} is already at work in another generation; make one {kind} for each"
             )
 
+
+@contextmanager
+def drafting(drafter: Drafter, policy: LengthPolicy, context: Context, rows: Rows) -> Iterator[None]:
+    check_idle(drafter, policy)
     drafter.is_busy = policy.is_busy = True
     try:
         drafter.start(context, rows)
@@ -66,7 +70,7 @@ def unique_models(*models: PreTrainedModel | None) -> list[PreTrainedModel]:
 def check_shared_slots(drafter: Drafter, is_needed: bool) -> None:
     if is_needed and not drafter.shares_slots:
         raise DrafterError(
-            f"drafter {drafter.name!r} serves fixed batches only, not rows that take turns or join later; call "
-            "generate() on batches, with layout='ragged' or 'repad' (a drafter of your own that can follow such rows "
-            "says so by shares_slots=True)"
+            f"drafter {drafter.name!r} serves fixed batches only, not rows that take turns or join later. Call "
+            "generate() on batches, with layout='ragged' or 'repad'; or set shares_slots = True in your own drafter "
+            "if it keeps nothing of a row, or keeps it by slot or by rows.row_ids"
         )

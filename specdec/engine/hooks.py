@@ -6,7 +6,7 @@ An exception of a callback ends its own row and no other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +21,34 @@ from specdec.errors import ConfigError
 from specdec.verify.processors import Processors
 
 
+class Failure(NamedTuple):
+    """num_kept: of the tokens of the step in which the row ends, those that were committed before the error."""
+
+    error: Exception
+    num_kept: int
+
+
 class Hooks:
     """The callbacks of the rows that are in the batch.
 
-    jobs: the running ones by row id. failed: row id -> the exception that the row is to end with; shared with
-        `Processors`, whose own failures it holds too.
+    jobs: the running ones by row id. failed: row id -> how the row is to end.
     """
 
     def __init__(self, jobs: dict[int, Job], processors: Processors):
-        self.jobs, self.processors, self.failed = jobs, processors, processors.failed
+        self.jobs, self.processors = jobs, processors
+        self.failed: dict[int, Failure] = {}
+
+    def fail(self, row: int, error: Exception, num_kept: int = 0) -> None:
+        """End a row with an exception. num_kept: tokens of this step that were committed before."""
+        self.failed.setdefault(row, Failure(error, num_kept))
+
+    def note_processors(self, report: StepReport) -> None:
+        """A processor that raised about a place counts if the row has got there: if it has a token of that place."""
+        for slot, row in enumerate(report.row_ids.tolist()):
+            if row in self.processors.raised:
+                column, error = self.processors.raised[row]
+                if report.num_committed[slot] > column:
+                    self.fail(row, error, column)
 
     def keeps_logits(self, rows: Rows) -> bool:
         """Whether any of these rows keeps the logits or scores of its tokens."""
@@ -64,10 +83,11 @@ class Hooks:
 
         num_committed, finished = report.num_committed.copy(), report.finished.copy()
         for slot, job in enumerate(jobs):
-            if job.index not in self.failed and job.stopping:
+            if job.stopping:
                 num_committed[slot], finished[slot] = self._stopped(job, rows, slot, report)
             if job.index in self.failed:
-                num_committed[slot], finished[slot] = 0, True
+                num_committed[slot] = min(self.failed[job.index].num_kept, num_committed[slot])
+                finished[slot] = True
         report = rows.cut(report, num_committed, finished)
 
         if any(job.streamer is not None for job in jobs):
@@ -78,16 +98,19 @@ class Hooks:
     def _stopped(self, job: Job, rows: Rows, slot: int, report: StepReport) -> tuple[int, bool]:
         """How many of this step's tokens stay, and whether the row ends: after the first for which a criterion says so.
 
-        The criteria see the row alone, without padding. Only rows with criteria are walked through like this.
+        The criteria see the row alone, without padding. Only rows with criteria are walked through like this. A row
+        that stops before the place of its failure has not failed.
         """
         count = int(report.num_committed[slot])
         begin = int(rows.host_lengths[slot]) - count
+        failure = self.failed.get(job.index)
         try:
-            for kept in range(1, count + 1):
+            for kept in range(1, (count if failure is None else min(failure.num_kept, count)) + 1):
                 if bool(job.stopping(rows.token_ids[slot : slot + 1, : begin + kept], None).all()):
+                    self.failed.pop(job.index, None)
                     return kept, True
         except Exception as error:  # of the user's code: it ends this row and no other
-            self.failed[job.index] = error
+            self.fail(job.index, error, kept - 1)
         return count, bool(report.finished[slot])
 
     def _streamed(self, job: Job, slot: int, report: StepReport) -> bool:
@@ -100,7 +123,8 @@ class Hooks:
             if report.finished[slot]:
                 job.streamer.end()
         except Exception as error:  # of the user's code: it ends this row and no other
-            self.failed.setdefault(job.index, error)
+            self.fail(job.index, error)
+            job.streamer = None
             return False
         return True
 
@@ -110,7 +134,8 @@ class Hooks:
             try:
                 job.streamer.put(job.prompt[None])
             except Exception as error:  # of the user's code: it ends this row and no other
-                self.failed[job.index] = error
+                self.fail(job.index, error)
+                job.streamer = None
 
 
 def check_streamer(streamer: object) -> None:

@@ -81,12 +81,19 @@ class Intake:
 
     def job_of(self, request: Request, most_draft_tokens: int) -> Job:
         """Raises SpecDecError for a request that the engine cannot serve."""
+        if not isinstance(request, Request):
+            raise ConfigError(f"add_request got a {type(request).__name__}; pass a Request(prompt_ids, ...)")
         prompt = prompt_of(request.prompt_ids, self.model)
         explicit = set(request.options)
         config = merge_config(self.model, request.generation_config, request.options)
+        refuse_outputs(config)
         check_served(config, explicit)
         check_request(request, config, most_draft_tokens)
         options = self.resolve(config, len(prompt))
+        if options.stop_strings and self.tokenizer is None:
+            raise ConfigError(
+                f"stop_strings={list(options.stop_strings)} needs the tokenizer; pass Engine(tokenizer=...)"
+            )
         plan = plan_of(
             self.model,
             config,
@@ -122,7 +129,7 @@ def prompt_of(ids: Tensor | Sequence[int], model: PreTrainedModel, name: str = "
         check_input_ids(tensor[None], model.get_input_embeddings().weight.shape[0])
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    return tensor.long().cpu()
+    return tensor.to("cpu", torch.long, copy=True)  # the caller may use its tensor again
 
 
 def criteria_of(
@@ -137,6 +144,13 @@ def criteria_of(
     return criteria
 
 
+def refuse_outputs(config: GenerationConfig) -> None:
+    """Raise ConfigError for tensors that an event does not carry."""
+    for name in ("output_scores", "output_logits"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}=True: events carry no tensors; ask for logprobs=n, or call generate()")
+
+
 def check_request(request: Request, config: GenerationConfig, most_draft_tokens: int) -> None:
     """Raise ConfigError for what contradicts the engine, or would be ignored."""
     refuse_engine_options(request.options)
@@ -145,13 +159,9 @@ def check_request(request: Request, config: GenerationConfig, most_draft_tokens:
             f"num_return_sequences={config.num_return_sequences}: a request is one row; add as many requests, each "
             "with a stream of its own"
         )
-    for name in ("output_scores", "output_logits"):
-        if getattr(config, name):
-            raise ConfigError(f"{name}=True: events carry no tensors; ask for logprobs=n, or call generate()")
-
-    for name, value, least in (("stream", request.stream, 0), ("logprobs", request.logprobs, 0)):
-        if not is_whole(value) or value < least:
-            raise ConfigError(f"{name}={value!r} is not a whole number of at least {least}")
+    for name, value, most in (("stream", request.stream, 2**32 - 1), ("logprobs", request.logprobs, 2**31)):
+        if not (is_whole(value) and 0 <= value <= most):
+            raise ConfigError(f"{name}={value!r} is not a whole number from 0 to {most}")
     cap = request.num_speculative_tokens
     if cap is not None and not (is_whole(cap) and 0 <= cap <= most_draft_tokens):
         raise ConfigError(

@@ -12,6 +12,21 @@ from transformers.generation import BaseStreamer, LogitsProcessor, StoppingCrite
 
 from specdec.errors import ConfigError
 
+# Arguments of `generate` that a request takes under another name, or not at all.
+ELSEWHERE = {
+    "logits_processor": "pass processors=[...]",
+    "stopping_criteria": "pass stopping=[...]",
+    "tokenizer": "pass Engine(tokenizer=...)",
+    "drafter": "pass Engine(drafter=...): all rows have one",
+    "assistant_model": "pass Engine(drafter=...): all rows have one",
+    "length_policy": "pass Engine(policy=...): all rows have one",
+    "layout": "pass Engine(layout=...)",
+    "verification": "pass Engine(verification=...)",
+    "generator": "pass seed=",
+    "attention_mask": "pass prompt_ids without padding",
+    "input_ids": "pass prompt_ids, [length] token ids",
+}
+
 
 class Request:
     """One prompt to continue. Requests of different options share a batch, and each equals its own call alone.
@@ -49,6 +64,13 @@ class Request:
         generation_config: GenerationConfig | None = None,
         **options: Any,
     ):
+        for name, remedy in ELSEWHERE.items():
+            if name in options:
+                raise ConfigError(f"{name}= is not an option of a Request; {remedy}")
+        for name, given in (("processors", processors), ("stopping", stopping)):
+            if not isinstance(given, Sequence) or isinstance(given, str):
+                raise ConfigError(f"{name}={given!r}; pass a list of callables")
+
         self.prompt_ids = prompt_ids
         self.seed, self.stream = seed, stream
         self.processors, self.prefix_allowed_tokens_fn = list(processors), prefix_allowed_tokens_fn

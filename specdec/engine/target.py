@@ -119,6 +119,8 @@ class Target:
 
         def read() -> tuple[StepReport, Verified]:
             report = reading()
+            if self.processors.raised:
+                self.hooks.note_processors(report)
             if report.fault.any():
                 self._note_faults(report, logits, scores)
             if keeps_logits:
@@ -139,8 +141,10 @@ class Target:
                 raise DrafterError(
                     f"the drafter's probabilities in row {row} are not a distribution: each must be finite and sum to 1"
                 )
-            if row not in self.processors.failed:
-                self.processors.failed[row] = bad_scores(row, logits[slot], scores[slot], scores is not logits)
+            error = bad_scores(row, logits[slot], scores[slot], scores is not logits)
+            is_bad = scores[slot].isnan().any(-1) | (scores[slot] == float("-inf")).all(-1)
+            # A captured forward that was launched early has overwritten the logits: then nothing of the step is kept.
+            self.hooks.fail(row, error, int(is_bad.long().argmax()) if is_bad.any() and not self.is_free else 0)
 
 
 def bad_scores(row: int, logits: Tensor, scores: Tensor, is_processed: bool) -> NumericalError:

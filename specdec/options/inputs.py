@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,14 +43,18 @@ def check_input_ids(input_ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def split_prompts(input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None) -> list[Tensor]:
+def split_prompts(
+    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None, eos_token_ids: Sequence[int] = ()
+) -> list[Tensor]:
     """The rows of a left-padded batch without their padding, [length] int64 each, on the host.
 
     Only the mask decides what is padding: a prompt may itself contain the pad or the end-of-sequence token. Without a
     mask every token is part of the prompt.
     """
     if attention_mask is None:
-        if pad_token_id is not None and len(input_ids) > 1 and (input_ids[:, 0] == pad_token_id).any():
+        # Of one row too, transformers takes leading pads for padding, unless the token also ends sequences.
+        is_ambiguous = len(input_ids) > 1 or pad_token_id not in eos_token_ids
+        if pad_token_id is not None and is_ambiguous and (input_ids[:, 0] == pad_token_id).any():
             row = int((input_ids[:, 0] == pad_token_id).long().argmax())
             raise InputError(
                 f"row {row} begins with pad_token_id={pad_token_id} and there is no attention_mask to tell "

@@ -33,6 +33,9 @@ class Heuristic(LengthPolicy):
         self._asked = dict(zip(rows.row_ids.tolist(), tokens, strict=True))
         return np.array(tokens, dtype=np.int64)
 
+    def row_ended(self, row_id: int) -> None:
+        self._tokens.pop(row_id, None)
+
     def learn(self, report: StepReport) -> StepReport:
         if not report.is_prefill:
             for row, accepted in zip(report.row_ids.tolist(), report.num_accepted.tolist(), strict=True):

@@ -64,11 +64,12 @@ class Plan:
 class Processors:
     """The plans of all rows of a generation, and what they make of a step's logits.
 
-    failed: row id -> the exception that the row is to end with; one of its processors raised it, or another callback.
+    raised: row id -> (column, exception) of the step that is being verified: the row's processors raised it when they
+        were asked about the token after `column` draft tokens. It counts only if these are accepted.
     """
 
-    def __init__(self, failed: dict[int, Exception] | None = None) -> None:
-        self.failed = {} if failed is None else failed
+    def __init__(self) -> None:
+        self.raised: dict[int, tuple[int, Exception]] = {}
         self._plans: dict[int, Plan] = {}
         self._num_naming = self._num_sampled = 0  # rows whose plans name tokens; rows that are sampled
         self._truncations: Truncations | None = None
@@ -122,11 +123,40 @@ class Processors:
             self._ended = row_ids
         return self._eos
 
-    def __call__(self, rows: Rows, draft_ids: Tensor, logits: Tensor, first: int = 0) -> Tensor:
-        """Processed scores, [rows, width, vocab], of the raw logits after `first` .. `first + width - 1` draft tokens.
+    def __call__(self, rows: Rows, draft_ids: Tensor, logits: Tensor) -> Tensor:
+        """Processed scores of a step to verify, [rows, k + 1, vocab], of the raw logits after 0 .. k draft tokens.
 
-        draft_ids: [rows, at least first + width - 1] int64. Scores after tokens that a row did not draft mean nothing.
+        draft_ids: [rows, k] int64. Scores after tokens that a row did not draft mean nothing.
         Scores are float32 if there is anything to process, as in transformers, and otherwise the logits themselves.
+        """
+        self.raised = {}
+        return self._process(rows, draft_ids, logits, 0, self.raised)
+
+    def of_draft(self, rows: Rows, draft_ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores that a sampled row's next draft token is drawn from, [rows, vocab], of the drafter's logits.
+
+        draft_ids: [rows, j] int64, drafted so far. Greedy rows keep their logits, as where no row is sampled. Where a
+        processor raises, nothing can be drafted (-inf): plain decoding may never reach this text.
+        """
+        raised: dict[int, tuple[int, Exception]] = {}
+        scores = self._process(rows, draft_ids, logits[:, None], draft_ids.shape[1], raised, are_drafted=True)[:, 0]
+        if raised:
+            scores = scores.clone()
+            scores[[slot for slot, row in enumerate(rows.row_ids.tolist()) if row in raised]] = float("-inf")
+        return scores
+
+    def _process(
+        self,
+        rows: Rows,
+        draft_ids: Tensor,
+        logits: Tensor,
+        first: int,
+        raised: dict[int, tuple[int, Exception]],
+        are_drafted: bool = False,
+    ) -> Tensor:
+        """[rows, width, vocab] scores after `first` .. `first + width - 1` draft tokens. raised: filled in.
+
+        are_drafted: of sampled rows alone.
         """
         if not self._num_naming:
             return logits
@@ -134,6 +164,8 @@ class Processors:
         by_plan: dict[int, list[int]] = {}
         row_ids = rows.row_ids.tolist()
         for slot, row in enumerate(row_ids):
+            if are_drafted and self._plans[row].truncation.is_greedy:
+                continue
             by_plan.setdefault(id(self._plans[row]), []).append(slot)
         groups = [(self._plans[row_ids[slots[0]]], np.array(slots)) for slots in by_plan.values()]
 
@@ -158,20 +190,9 @@ class Processors:
                     rows.row_ids[slots].repeat(width),
                     draft_ids[index, first : first + width - 1],
                 )
-                processed = self._processed(plan, positions, scores[index].flatten(0, 1))
+                processed = processed_by(plan, positions, scores[index].flatten(0, 1), raised)
                 scores[index] = processed.unflatten(0, (len(slots), width))
         return scores
-
-    def _processed(self, plan: Plan, positions: Positions, scores: Tensor) -> Tensor:
-        """scores: [positions, vocab] float32, of rows that share the plan. Those of failed rows stay as they are."""
-        processed = scores
-        for processor in plan.processors:
-            try:
-                processed = apply_processor(processor, positions, processed, self.failed)
-            except Exception as error:  # a built-in one, asked about all rows at once
-                self.failed |= dict.fromkeys(positions.row_ids.tolist(), error)
-                return scores
-        return processed
 
     def warped(self, row_ids: np.ndarray, scores: Tensor) -> Tensor:
         """Scores with the truncation applied by transformers' own warpers, float32.
@@ -191,6 +212,18 @@ class Processors:
                     return part
                 scores[places] = part
         return scores
+
+
+def processed_by(plan: Plan, positions: Positions, scores: Tensor, raised: dict[int, tuple[int, Exception]]) -> Tensor:
+    """scores: [positions, vocab] float32, of rows that share the plan. raised: see `Processors`; filled in."""
+    processed = scores
+    for processor in plan.processors:
+        try:
+            processed = apply_processor(processor, positions, processed, raised)
+        except Exception as error:  # a built-in one, asked about all rows at once
+            raised |= dict.fromkeys(positions.row_ids.tolist(), (0, error))
+            return scores
+    return processed
 
 
 def forbid_early_end(rows: Rows, plan: Plan, slots: np.ndarray, logits: Tensor, first: int) -> Tensor:
@@ -232,9 +265,9 @@ class Positions(NamedTuple):
 
 
 def apply_processor(
-    processor: LogitsProcessor, positions: Positions, scores: Tensor, failed: dict[int, Exception]
+    processor: LogitsProcessor, positions: Positions, scores: Tensor, raised: dict[int, tuple[int, Exception]]
 ) -> Tensor:
-    """scores: [positions, vocab] float32, as the processors before left them. failed: see `Processors`."""
+    """scores: [positions, vocab] float32, as the processors before left them. raised: see `Processors`."""
     kind = type(processor)
     if kind in BLIND:
         return processor(positions.texts, scores)
@@ -242,37 +275,36 @@ def apply_processor(
         return processor(positions.padded(None), scores)
     if kind in ENDING and getattr(processor, "ngram_size", 2) > 1:
         return processor(positions.padded(NO_TOKEN), scores)
-    return one_by_one(processor, positions, scores, failed)
+    return one_by_one(processor, positions, scores, raised)
 
 
 def one_by_one(
-    processor: LogitsProcessor, positions: Positions, scores: Tensor, failed: dict[int, Exception]
+    processor: LogitsProcessor, positions: Positions, scores: Tensor, raised: dict[int, tuple[int, Exception]]
 ) -> Tensor:
     """Ask about each position of each row in turn, as far as the row's draft can be accepted.
 
     Nothing is asked after a token that was not drafted, or that the processor itself forbids: plain decoding could
-    never reach such a text, and the processor may not know what to say. A row whose processor raises is not asked any
-    further, and keeps the scores that it had.
+    never reach such a text, and the processor may not know what to say. Where a processor raises, the row is not asked
+    any further, and keeps the scores that it had.
     """
     drafts = positions.draft_ids.tolist()
     width = positions.draft_ids.shape[1] + 1
     out = scores.clone()
     for slot, draft in enumerate(drafts):
         row = int(positions.row_ids[slot * width])
-        if row in failed:
-            continue
-
         is_prefix = type(processor) is hf.PrefixConstrainedLogitsProcessor
         own = for_row(processor, row) if is_prefix else processor
         for column in range(width):
             place = slot * width + column
+            if row in raised and raised[row][0] <= column:
+                break
             if column and (draft[column - 1] < 0 or out[place - 1, draft[column - 1]] == float("-inf")):
                 break
             text = positions.texts[place : place + 1, : positions.ends[place]]
             try:
                 out[place] = own(text, scores[place : place + 1])[0]
-            except Exception as error:  # of the user's code: it ends this row and no other
-                failed[row] = error
+            except Exception as error:  # of the user's code: it ends this row and no other, if it gets here
+                raised[row] = column, error
                 break
     return out
 

@@ -42,5 +42,5 @@ class Sampler:
         """
         if self.processors.name_tokens:
             logits = F.pad(logits, (0, self.vocab_size - logits.shape[1]), value=float("-inf"))
-        scores = self.processors(rows, drafted, logits[:, None], first=drafted.shape[1])[:, 0]
+        scores = self.processors.of_draft(rows, drafted, logits)
         return sample(scores[:, : self.vocab_size], self.processors.truncations(rows), uniforms, probs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from functools import cache
 from unittest import mock
@@ -496,3 +497,167 @@ def test_a_drafter_reads_the_states_of_every_row(kv_tokens, monkeypatch):
         for place, found in enumerate(states[row][: len(text) - 1]):
             for layer, state in zip(drafter.target_layers, found, strict=True):
                 torch.testing.assert_close(state, expected[layer][0, place], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Request([5], logits_processor=[]), r"logits_processor= is not an option .* pass processors="),
+        (lambda: Request([5], tokenizer=3), r"pass Engine\(tokenizer="),
+        (lambda: Request([5], drafter="prompt_lookup"), r"pass Engine\(drafter="),
+        (lambda: Request([5], processors=print), "pass a list of callables"),
+        (lambda: Engine(TARGET).add_request([5]), r"pass a Request\(prompt_ids"),
+        (lambda: Engine(TARGET).add_request(Request([5], stop_strings="a")), r"pass Engine\(tokenizer="),
+        (lambda: Engine(TARGET).add_request(Request([5], output_scores=True)), "events carry no tensors"),
+    ],
+)
+def test_what_belongs_elsewhere_is_named(make, message):
+    with pytest.raises(specdec.ConfigError, match=message):
+        make()
+
+
+def test_an_exception_of_the_drafter_closes_the_engine_and_is_named():
+    class Broken(PromptLookup):
+        def propose(self, rows, max_tokens):
+            raise KeyError("lost")
+
+    engine = Engine(TARGET, Broken())
+    engine.add_request(Request([5, 6], max_new_tokens=4))
+    with pytest.raises(KeyError, match="lost"):
+        while not engine.is_finished:
+            engine.step()
+    with pytest.raises(specdec.BusyError, match="closed by KeyError: 'lost'"):
+        engine.step()
+    assert not engine.drafter.is_busy
+    specdec.generate(TARGET, torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
+def test_a_drafter_at_work_is_refused_before_any_request():
+    drafter = PromptLookup()
+    with Engine(TARGET, drafter) as engine:
+        engine.add_request(Request([5, 6], max_new_tokens=4, eos_token_id=None))
+        engine.step()
+        with pytest.raises(specdec.DrafterError, match="already at work"):
+            Engine(OTHER, drafter)
+
+
+def run_many(*prompts, **options):
+    """What generate_many yields, by index, and what it raises."""
+    found, error = {}, None
+    try:
+        for one in specdec.generate_many(TARGET, list(prompts), max_new_tokens=4, eos_token_id=None, **options):
+            found[one.index] = one.token_ids
+    except KeyError as raised:
+        error = raised
+    return found, error
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_results_after_a_failed_row_are_not_lost(in_order):
+    def picky(row, ids):
+        if row == 0:
+            raise KeyError("mine")
+        return list(range(VOCAB))
+
+    found, error = run_many([5, 6], [8, 9], [3, 4, 5], prefix_allowed_tokens_fn=picky, in_order=in_order)
+    assert sorted(found) == [1, 2] and isinstance(error, KeyError)
+
+
+class Boom:
+    """Raises about texts for which `is_bad` says so."""
+
+    def __init__(self, is_bad):
+        self.is_bad = is_bad
+
+    def __call__(self, ids, scores):
+        if self.is_bad(ids[0].tolist()):
+            raise KeyError("mine")
+        return scores
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup", "other", "close"])
+@pytest.mark.parametrize("neighbour", ["none", "greedy", "sampled"])
+@pytest.mark.parametrize("samples", [{}, {"do_sample": True, "seed": 1}])
+def test_a_processor_counts_where_the_row_gets_alone(drafter, neighbour, samples):
+    """It may raise about drafted texts that the row never reaches: past its length, its end, a rejected token."""
+    settings = {"max_new_tokens": 6, "eos_token_id": None, **samples}
+    k = {} if drafter == "none" else {"num_speculative_tokens": 4}
+
+    def tokens(own, is_bad=lambda ids: False):
+        with Engine(TARGET, DRAFTERS[drafter](), **k) as engine:
+            engine.add_request(Request([5, 6, 7], **{**settings, **own}, processors=[Boom(is_bad)]))
+            if neighbour != "none":
+                other = {"do_sample": True, "seed": 9} if neighbour == "sampled" else {}
+                engine.add_request(Request([9, 8], max_new_tokens=30, eos_token_id=None, **other))
+            found, last = [], None
+            while last is None:
+                for event in engine.step():
+                    if event.id == 0:
+                        found += event.token_ids
+                        last = event.finish_reason
+        return found, last
+
+    text, _ = tokens({})
+    true = [5, 6, 7, *text]
+    # Only the row's own text is known to the processor: nothing else may end it.
+    assert tokens({}, lambda ids: ids != true[: len(ids)] or len(ids) == 9) == (text, "length")
+    ended = tokens({"eos_token_id": text[2]}, lambda ids: text[2] in ids[3:])
+    assert ended == (text[: text.index(text[2]) + 1], "eos")
+    stopped = tokens(
+        {"stopping": [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 5])]}, lambda ids: len(ids) >= 5
+    )
+    assert stopped == (text[:2], "stop")
+    # It raises about the row's own text: what came before stays, however far a step went.
+    assert tokens({}, lambda ids: len(ids) >= 6) == (text[:3], "error")
+
+
+def test_a_greedy_row_is_drafted_alike_next_to_sampled_ones():
+    """Under a lossy rule the drafts decide the output."""
+    rule = specdec.Lenient(0.2)
+    for first in range(3, 12):
+        row = Request([first, 6, 7], max_new_tokens=14, eos_token_id=None, repetition_penalty=1.3)
+        sampled = Request([9, 8], max_new_tokens=20, eos_token_id=None, do_sample=True, seed=1)
+        alone, mixed = (
+            decode(Engine(TARGET, DraftModel(CLOSE), verification=rule, num_speculative_tokens=3), *requests)[0]
+            for requests in ([row], [row, sampled])
+        )
+        assert alone == mixed
+
+
+def test_the_callers_tensor_is_its_own():
+    prompt = torch.tensor([5, 6, 7])
+    expected = plain_greedy(TARGET, prompt, max_new_tokens=5, eos_token_id=None)
+    with Engine(TARGET) as engine:
+        engine.add_request(Request(prompt, max_new_tokens=5, eos_token_id=None))
+        prompt.fill_(9)
+        tokens = []
+        while not engine.is_finished:
+            tokens += [token for event in engine.step() for token in event.token_ids]
+    assert tokens == expected
+
+
+def test_an_engine_that_is_never_closed_gives_the_models_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        target = tiny_llama(0)
+        own = target.config._attn_implementation
+        engine = Engine(target, "prompt_lookup", exact=True)
+        engine.add_request(Request([5, 6], max_new_tokens=6, eos_token_id=None))
+        engine.step()
+        del engine
+        gc.collect()
+        assert target.config._attn_implementation == own
+        Engine(target, exact=True).close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nothing_is_kept_of_requests_that_have_ended():
+    with Engine(TARGET, PromptLookup(), policy="heuristic") as engine:
+        for _ in range(20):
+            engine.add_request(Request([5, 6], max_new_tokens=3, eos_token_id=None))
+        while not engine.is_finished:
+            engine.step()
+        assert not (engine._jobs or engine.policy._tokens or engine.hooks.failed or engine.schedule.running)
+        assert not (engine.processors._plans or engine.streams._of_row)
