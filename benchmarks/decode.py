@@ -19,7 +19,7 @@ from pairs import DEMO_PAIR, numbers, positive, write_record
 
 from specdec.bench.measure import log_to_stderr
 from specdec.bench.report.tables import all_tables, markdown, summary
-from specdec.bench.run import Plan, Subject, run
+from specdec.bench.run import BenchPlan, Subject, run
 from specdec.bench.suite import read_questions
 from specdec.check.ways import PLAIN, ways
 from specdec.cli.common import load_models
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
                          arguments.dtype)  # fmt: skip
     subject = Subject(folder.resolve().name, models.target, models.draft, models.tokenizer, models.drafters())
     questions = read_questions(folder / "prompts.json", arguments.num_prompts)
-    plan = Plan(ways(DRAFTERS, ks, sizes), sizes, ks, arguments.max_new_tokens, arguments.repeats, arguments.seed,
+    plan = BenchPlan(ways(DRAFTERS, ks, sizes), sizes, ks, arguments.max_new_tokens, arguments.repeats, arguments.seed,
                 profiling=arguments.profile)  # fmt: skip
     record = run(subject, questions, plan, ["python", "benchmarks/decode.py", *argv], log_to_stderr)
     for title, table in all_tables(record):

@@ -19,7 +19,7 @@ from specdec.files.loading import first_line
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainBatch:
     """Texts of different lengths, padded on the right, where causal attention never sees the padding.
 
     token_ids: [rows, columns] int64. counted: [rows, columns] bool, the tokens whose prediction the loss counts:
@@ -29,8 +29,8 @@ class Batch:
     token_ids: Tensor
     counted: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.token_ids.to(device), self.counted.to(device))
+    def to(self, device: torch.device) -> TrainBatch:
+        return TrainBatch(self.token_ids.to(device), self.counted.to(device))
 
     @property
     def predicts(self) -> Tensor:
@@ -73,9 +73,9 @@ class TokenStream:
         starts = [int(orders[n // self.rows_per_epoch][n % self.rows_per_epoch]) for n in numbers]
         return torch.stack([self._row(start) for start in starts])
 
-    def batch(self, first: int, count: int) -> Batch:
+    def batch(self, first: int, count: int) -> TrainBatch:
         rows = self.rows(first, count)
-        return Batch(rows, torch.ones_like(rows, dtype=torch.bool))
+        return TrainBatch(rows, torch.ones_like(rows, dtype=torch.bool))
 
     def _row(self, start: int) -> Tensor:
         return torch.as_tensor(np.asarray(self.token_ids[start : start + self.row_tokens]).astype(np.int64))
@@ -88,7 +88,7 @@ def order_of(seed: int, epoch: int, num_rows: int, row_tokens: int) -> np.ndarra
     return random.permutation(num_rows) * row_tokens + int(random.integers(row_tokens + 1))
 
 
-def pad_right(rows: Sequence[Tensor], counted_from: Sequence[int], pad_token_id: int) -> Batch:
+def pad_right(rows: Sequence[Tensor], counted_from: Sequence[int], pad_token_id: int) -> TrainBatch:
     """One batch of rows of different lengths ([length] int64 each); in row i, tokens from counted_from[i] on count."""
     lengths = torch.tensor([len(row) for row in rows])
     token_ids = torch.full((len(rows), int(lengths.max())), pad_token_id)
@@ -96,7 +96,7 @@ def pad_right(rows: Sequence[Tensor], counted_from: Sequence[int], pad_token_id:
         token_ids[index, : len(row)] = row
     column = torch.arange(token_ids.shape[1])
     counted = (column < lengths[:, None]) & (column >= torch.tensor(counted_from)[:, None])
-    return Batch(token_ids, counted)
+    return TrainBatch(token_ids, counted)
 
 
 def read_stream(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:

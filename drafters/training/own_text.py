@@ -18,7 +18,7 @@ from specdec.api.generate import generate
 from specdec.check.padding import left_pad, until_end
 from specdec.check.settings import ends_of, greedy_settings
 from specdec.drafters.training.checkpoint import written_whole
-from specdec.drafters.training.data import Batch, TokenStream, pad_right
+from specdec.drafters.training.data import TokenStream, TrainBatch, pad_right
 from specdec.errors import ConfigError
 
 MIN_PROMPT_TOKENS = 8
@@ -113,12 +113,12 @@ class Pool:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def batch(self, first: int, count: int) -> Batch:
+    def batch(self, first: int, count: int) -> TrainBatch:
         """Rows first .. first + count - 1 of the endlessly repeated pool, cut to the longest of them."""
         index = torch.arange(first, first + count) % len(self)
         token_ids, counted = self.token_ids[index], self.counted[index]
         columns = int(counted.any(0).nonzero().max()) + 1
-        return Batch(token_ids[:, :columns], counted[:, :columns])
+        return TrainBatch(token_ids[:, :columns], counted[:, :columns])
 
     def save(self, path: Path) -> None:
         with written_whole(path) as temporary:

@@ -79,7 +79,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainStep:
     """The step function's place in the run: which step (from 0), which process of how many, on which device.
 
     Data and random numbers should be functions of these (`index` and `shard`), so that a resumed run sees the same.
@@ -116,7 +116,7 @@ class TrainRecord:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-LossOf = Callable[[nn.Module, Step], Tensor]
+LossOf = Callable[[nn.Module, TrainStep], Tensor]
 
 
 def make_accelerator(device: torch.device) -> Accelerator:
@@ -160,7 +160,7 @@ def train(
     pending: list[tuple[int, Tensor]] = []
     with progress_bar(config.num_steps, first, accelerator.is_main_process) as show:
         for index in range(first, config.num_steps):
-            step = Step(index, accelerator.process_index, accelerator.num_processes, accelerator.device)
+            step = TrainStep(index, accelerator.process_index, accelerator.num_processes, accelerator.device)
             loss = optimise_once(wrapped, loss_of, step, optimizer, list(trained.values()), config, accelerator)
             pending.append((index, loss))
             at_checkpoint = (index + 1) % config.checkpoint_every == 0 or index + 1 == config.num_steps
@@ -178,7 +178,7 @@ def train(
 def optimise_once(
     wrapped: nn.Module,
     loss_of: LossOf,
-    step: Step,
+    step: TrainStep,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     config: TrainConfig,

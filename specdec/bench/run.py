@@ -36,7 +36,7 @@ from specdec.options.speculation import speculative_config
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """ways: our methods, run at every batch size. rates: forced acceptances to sweep. context_lengths: prompt lengths
     to sweep.
     with_peers: whether transformers' speculating methods run too; its plain decoding always does. repeats: timed runs
@@ -70,7 +70,7 @@ class Subject:
 def run(
     subject: Subject,
     questions: Sequence[Question],
-    plan: Plan,
+    plan: BenchPlan,
     command: Sequence[str],
     log: Callable[[str], None],
     answers: Path | None = None,
@@ -121,7 +121,7 @@ def run(
     }
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: BenchPlan) -> None:
     for name in ("max_new_tokens", "repeats"):
         if getattr(plan, name) < 1:
             raise ConfigError(f"{name}={getattr(plan, name)} must be at least 1")
@@ -130,7 +130,7 @@ def check_plan(plan: Plan) -> None:
             raise ConfigError(f"acceptance rate {rate} is not a probability; choose 0 to 1")
 
 
-def check_ways(subject: Subject, plan: Plan) -> None:
+def check_ways(subject: Subject, plan: BenchPlan) -> None:
     """Raise the errors that `generate` would raise for any of our methods, early and once."""
     for way in plan.ways:
         if way.drafter != NO_DRAFTER and way.drafter not in subject.drafters:
@@ -138,7 +138,7 @@ def check_ways(subject: Subject, plan: Plan) -> None:
         speculative_config(subject.drafters.get(way.drafter), way.num_speculative_tokens, **generate_options(way))
 
 
-def check_suite(pair: Pair, subject: Subject, plan: Plan) -> None:
+def check_suite(pair: Pair, subject: Subject, plan: BenchPlan) -> None:
     for way in plan.ways:
         config = speculative_config(
             subject.drafters.get(way.drafter), way.num_speculative_tokens, **generate_options(way)
@@ -146,7 +146,7 @@ def check_suite(pair: Pair, subject: Subject, plan: Plan) -> None:
         check_prompts(pair.target, pair.prompts, config, way.batch_size, plan.max_new_tokens)
 
 
-def methods_of(subject: Subject, pair: Pair, suite: Suite, plan: Plan) -> list[Method]:
+def methods_of(subject: Subject, pair: Pair, suite: Suite, plan: BenchPlan) -> list[Method]:
     length = plan.max_new_tokens
     found = peers(pair, length, plan.batch_sizes) if plan.with_peers else plain_peers(pair, length, plan.batch_sizes)
     found += our_methods(pair, plan.ways, subject.drafters, length)
@@ -162,7 +162,7 @@ def entry_of(
     results: Sequence[Result],
     suite: Suite,
     pair: Pair,
-    plan: Plan,
+    plan: BenchPlan,
     bandwidth: float | None,
     log: Callable[[str], None],
 ) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Exactness:
 
 
 @dataclass(frozen=True)
-class Fit:
+class DrafterFit:
     """Whether a drafter serves the model, or what it needs or lacks."""
 
     fits: bool
@@ -97,7 +97,7 @@ class Diagnosis:
     model: dict[str, Any]
     layouts: dict[str, Served]
     exactness: Exactness
-    drafters: dict[str, Fit]
+    drafters: dict[str, DrafterFit]
     memory: Memory | None
     versions: dict[str, str]
     machine: dict[str, Any]
@@ -206,16 +206,16 @@ def swappable(model: PreTrainedModel) -> tuple[dict[str, int], list[str]]:
     return dict(found), obstacles
 
 
-def fit(drafter: Drafter | Lacking, model: PreTrainedModel, length: int, layout: Layout | None) -> Fit:
+def fit(drafter: Drafter | Lacking, model: PreTrainedModel, length: int, layout: Layout | None) -> DrafterFit:
     """Whether the drafter can draft for the model over caches of this layout."""
     if isinstance(drafter, Lacking):
-        return Fit(False, drafter.reason)
+        return DrafterFit(False, drafter.reason)
 
     try:
         check_drafter(drafter, model, layout or Ragged(), length)
     except SpecDecError as error:
-        return Fit(False, str(error))
-    return Fit(True)
+        return DrafterFit(False, str(error))
+    return DrafterFit(True)
 
 
 def memory_for(

@@ -13,7 +13,7 @@ MIN_EXPECTED = 10  # samples that a cell must expect; smaller ones are pooled
 POWER = 0.9  # the detectable deviation is found with this probability
 
 
-class Fit(NamedTuple):
+class GoodnessOfFit(NamedTuple):
     """statistic: about chi-square distributed with `freedom` degrees of freedom if the sample follows; inf if something
     happened that cannot."""
 
@@ -25,14 +25,14 @@ class Fit(NamedTuple):
         return chi_square_tail(self.statistic, self.freedom)
 
 
-def g_test(counts: Tensor, probs: Tensor) -> Fit:
+def g_test(counts: Tensor, probs: Tensor) -> GoodnessOfFit:
     """The likelihood-ratio test with Williams' correction, without which many small tests do not add up.
 
     counts: [cells] integers. probs: [cells] float64, sums to 1. Cells that expect too few are pooled into one.
     """
     n = int(counts.sum())
     if bool(((probs == 0) & (counts > 0)).any()):
-        return Fit(math.inf, 1)
+        return GoodnessOfFit(math.inf, 1)
     big = probs * n >= MIN_EXPECTED
     observed, expected = counts[big].double(), probs[big] * n
     rest = n - float(expected.sum())
@@ -45,15 +45,15 @@ def g_test(counts: Tensor, probs: Tensor) -> Fit:
         expected[smallest] += rest
     freedom = len(expected) - 1
     if freedom < 1:
-        return Fit(0.0, 0)
+        return GoodnessOfFit(0.0, 0)
     statistic = 2 * float(torch.xlogy(observed, observed / expected).sum())
     correction = 1 + (float((n / expected).sum()) - 1) / (6 * n * freedom)
-    return Fit(statistic / correction, freedom)
+    return GoodnessOfFit(statistic / correction, freedom)
 
 
-def pooled(fits: Sequence[Fit]) -> Fit:
+def pooled(fits: Sequence[GoodnessOfFit]) -> GoodnessOfFit:
     """Independent tests as one."""
-    return Fit(sum(fit.statistic for fit in fits), sum(fit.freedom for fit in fits))
+    return GoodnessOfFit(sum(fit.statistic for fit in fits), sum(fit.freedom for fit in fits))
 
 
 def chi_square_tail(value: float, freedom: float | Tensor) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specdec.api.generate import generate
-from specdec.check.goodness import MIN_EXPECTED, POWER, Fit, detectable_distance, g_test, pooled
+from specdec.check.goodness import MIN_EXPECTED, POWER, GoodnessOfFit, detectable_distance, g_test, pooled
 from specdec.check.progress import OnProgress, tell
 from specdec.check.settings import greedy_settings
 from specdec.check.ways import PLAIN, Way
@@ -168,7 +168,7 @@ class Continuations:
     ):
         self.model, self.drafter, self.way, self.method = model, drafter, way, method
         self.max_new_tokens, self.options = max_new_tokens, dict(options)
-        self.fits: list[Fit] = []
+        self.fits: list[GoodnessOfFit] = []
         self.num_continuations, self.num_samples, self.lengths = 0, 0, [0, 0]  # accepted tokens and steps
         self.ranks = torch.zeros(RANK_CELLS, dtype=torch.long)
         self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())

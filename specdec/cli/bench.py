@@ -46,7 +46,7 @@ def bench(
         ),
     ] = None,
     drafter: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="NAME,...",
             help="none, draft_model, prompt_lookup, a folder, a+b (a where it has a draft, else b); by default all "
@@ -94,6 +94,7 @@ def bench(
 
     Exit status: 0 if all our methods are equal, 1 if not, 2 for bad input.
     """
+    drafters = ",".join(drafter) if drafter else None  # repeated, or as a list with commas
     if context.invoked_subcommand is not None:
         refuse_options(context)
         return
@@ -101,7 +102,7 @@ def bench(
 
     axes = {"layout": layout, "length_policy": length_policy}
     wanted = bench_run.Wanted(
-        target, draft, prompts, drafter, num_speculative_tokens, batch_size, axes, acceptance_rates, context_lengths,
+        target, draft, prompts, drafters, num_speculative_tokens, batch_size, axes, acceptance_rates, context_lengths,
         max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, seed,
     )  # fmt: skip
     files = bench_run.Files(json_path, markdown, html, answers).checked()

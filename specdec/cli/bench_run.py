@@ -15,7 +15,7 @@ from specdec.bench.report.compare import Comparison, compare, read_record, table
 from specdec.bench.report.page import page
 from specdec.bench.report.plots import plots
 from specdec.bench.report.tables import all_tables, document, summary
-from specdec.bench.run import Plan, Subject
+from specdec.bench.run import BenchPlan, Subject
 from specdec.bench.run import run as run_plan
 from specdec.bench.suite import read_questions
 from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers
@@ -71,13 +71,13 @@ class Wanted:
         own = [name for name, folder in ((DRAFT_MODEL, draft), (LOOK_AHEAD, look_ahead)) if folder is not None]
         return (PLAIN, *own, *complete)
 
-    def plan(self) -> Plan:
+    def plan(self) -> BenchPlan:
         """Raises ConfigError for values that cannot be read."""
         ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, MAX_DRAFT_TOKENS)
         sizes = whole_numbers("--batch-size", self.batch_size)
         lengths = () if self.context_lengths is None else whole_numbers("--context-lengths", self.context_lengths)
         rates = () if self.acceptance_rates is None else probabilities("--acceptance-rates", self.acceptance_rates)
-        return Plan(
+        return BenchPlan(
             ways(self.drafters(), ks, sizes, axis_values(self.axes)), sizes, ks, self.max_new_tokens, self.repeats,
             self.seed, rates, lengths, self.peers, self.stages, self.max_prompt_tokens,
         )  # fmt: skip

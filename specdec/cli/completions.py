@@ -31,7 +31,7 @@ DEFAULT_NEW_TOKENS = 128
 
 
 @dataclass
-class Completion:
+class PromptCompletion:
     """The continuation of one prompt so far, and how much of it was drafted."""
 
     index: int
@@ -58,7 +58,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingOptions:
     """How to decode, if not plain greedy. config: read from a file. sampling: options that imply do_sample."""
 
     config: GenerationConfig | None = None
@@ -67,11 +67,11 @@ class Decoding:
     verification: str | Lossy = "token"
 
     @staticmethod
-    def of(path: Path | None, sampling: dict[str, Any], seed: int | None, verification: str) -> Decoding:
+    def of(path: Path | None, sampling: dict[str, Any], seed: int | None, verification: str) -> DecodingOptions:
         given = tuple((name, value) for name, value in sampling.items() if value is not None)
         config = None if path is None else read_generation_config(path)
         check_temperature(sampling.get("temperature"), "leave it out")
-        found = Decoding(config, given, seed, verification_named(verification))
+        found = DecodingOptions(config, given, seed, verification_named(verification))
         rule = found.verification
         is_of_samples = rule == "block" or (isinstance(rule, SAMPLED) and not isinstance(rule, GREEDY))
         for name, is_given in ((f"--seed {seed}", seed is not None), (f"--verification {verification}", is_of_samples)):
@@ -131,10 +131,10 @@ def print_completions(
     as_json: bool,
     layout: str = "ragged",
     length_policy: str = "fixed",
-    decoding: Decoding | None = None,
+    decoding: DecodingOptions | None = None,
 ) -> None:
     """Stream the text of a single prompt, or print several as they finish; a summary goes to stderr."""
-    model, token_ids, decoding = models.target, models.encode(prompts), decoding or Decoding()
+    model, token_ids, decoding = models.target, models.encode(prompts), decoding or DecodingOptions()
     choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
     speculation = speculative_config(models.drafter, num_speculative_tokens, decoding.config, **choice)
     lengths, most = decoding.limit(max_new_tokens, max(map(len, token_ids)))
@@ -149,9 +149,11 @@ def print_completions(
         begin = now(model)
         for first in range(0, len(prompts), batch_size):
             batch = range(first, min(first + batch_size, len(prompts)))
-            completions = [Completion(index, prompts[index].text, speculation=decoding.statistics()) for index in batch]
+            completions = [
+                PromptCompletion(index, prompts[index].text, speculation=decoding.statistics()) for index in batch
+            ]
 
-            def on_commit(report: StepReport, completions: list[Completion] = completions) -> None:
+            def on_commit(report: StepReport, completions: list[PromptCompletion] = completions) -> None:
                 total.add(report)
                 for slot, row in enumerate(report.row_ids):
                     completions[row].add(report, slot)

@@ -96,7 +96,7 @@ def generate(
     One prompt streams, several are printed as they finish. Decodes greedily whatever the checkpoint's own generation
     config says, unless sampling is requested. Without a drafter it decodes plainly.
     """
-    from specdec.cli.completions import DEFAULT_NEW_TOKENS, Decoding, print_completions
+    from specdec.cli.completions import DEFAULT_NEW_TOKENS, DecodingOptions, print_completions
     from specdec.drafters.registry import only_one
     from specdec.errors import ConfigError, InputError
     from specdec.files.loading import Prompt, read_prompts
@@ -113,8 +113,8 @@ def generate(
     elif as_json:
         raise ConfigError("--json prints rows, --out writes them to a file; pass one of them")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    decoding = Decoding.of(generation_config, sampling, seed, verification)
-    if out is not None and decoding != Decoding():
+    decoding = DecodingOptions.of(generation_config, sampling, seed, verification)
+    if out is not None and decoding != DecodingOptions():
         raise ConfigError("--out writes greedy rows; remove the generation config and the sampling options")
     chosen = only_one(drafter) if drafter else None
     models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from specdec.check.goodness import POWER, Fit, chi_square_tail, detectable_distance, g_test, pooled
+from specdec.check.goodness import POWER, GoodnessOfFit, chi_square_tail, detectable_distance, g_test, pooled
 
 
 @pytest.mark.parametrize("freedom", [1, 7, 80, 2500])
@@ -40,7 +40,7 @@ def test_small_cells_are_pooled():
     assert g_test(torch.tensor([66, 22, 12, 4, 3, 3]), probs).freedom == 3
     assert g_test(torch.tensor([35, 10, 5, 0, 0, 0]), probs).freedom == 1
     alone = g_test(torch.tensor([99, 1]), torch.tensor([0.999, 0.001]).double())
-    assert alone == Fit(0.0, 0) and alone.p_value == 1
+    assert alone == GoodnessOfFit(0.0, 0) and alone.p_value == 1
 
 
 def test_what_cannot_happen_is_a_certain_rejection():

@@ -559,3 +559,10 @@ def test_python_m_specdec(tmp_path):
     done = subprocess.run([*command, "--prompts", str(prompts)], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, ""), done
     assert done.stderr.startswith("error: unknown drafter 'magic'") and done.stderr.count("\n") == 1
+
+
+def test_a_repeated_drafter_is_checked_too(pair):
+    target = ("--target", pair / "target", "--prompts", pair / "prompts.json", "--max-new-tokens", NEW, "--limit", 2)
+    done = run("check", *target, "--drafter", "prompt_lookup", "--drafter", "none", "--batch-size", "1,2")
+    assert done.exit_code == 0, done.output
+    assert "4/4 ways equal plain greedy" in done.output

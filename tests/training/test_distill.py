@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from specdec.cli.app import app
-from specdec.drafters.training.data import Batch, TokenStream
+from specdec.drafters.training.data import TokenStream, TrainBatch
 from specdec.drafters.training.distill.divergences import NAMES, divergence_of, forward_kl, jensen_shannon, reverse_kl
 from specdec.drafters.training.distill.recipe import (
     Distillation,
@@ -29,7 +29,7 @@ from specdec.drafters.training.distill.recipe import (
 )
 from specdec.drafters.training.distill.validation import Validation
 from specdec.drafters.training.own_text import Prompts, Writing, write
-from specdec.drafters.training.trainer import Step, TrainConfig, make_accelerator
+from specdec.drafters.training.trainer import TrainConfig, TrainStep, make_accelerator
 from specdec.errors import ConfigError, InputError
 
 CPU = torch.device("cpu")
@@ -80,16 +80,16 @@ def test_prompts_and_padding_count_for_nothing():
     ids = torch.randint(3, VOCAB, (2, 9))
     counted = torch.zeros(2, 9, dtype=torch.bool)
     counted[0, 4:7], counted[1, 3:] = True, True
-    loss = distillation_loss(target, draft, Batch(ids, counted), divergence_of("fkl"))
+    loss = distillation_loss(target, draft, TrainBatch(ids, counted), divergence_of("fkl"))
     changed = ids.clone()
     changed[0, 7:] = 5  # behind the last counted token
-    assert torch.equal(distillation_loss(target, draft, Batch(changed, counted), divergence_of("fkl")), loss)
+    assert torch.equal(distillation_loss(target, draft, TrainBatch(changed, counted), divergence_of("fkl")), loss)
     logits = [model(ids).logits.log_softmax(-1) for model in (target, draft)]
     by_hand = forward_kl(*logits)
     assert loss.item() == pytest.approx((by_hand[0, 3:6].mean() + by_hand[1, 2:8].mean()).item() / 2, rel=1e-5)
     labels = logits[1][:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     expected = -(labels[0, 3:6].mean() + labels[1, 2:8].mean()) / 2
-    assert cross_entropy(draft, Batch(ids, counted)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert cross_entropy(draft, TrainBatch(ids, counted)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_rows_without_a_counted_position_do_not_count():
@@ -99,7 +99,7 @@ def test_rows_without_a_counted_position_do_not_count():
 
 def test_the_target_gets_no_gradient():
     target, draft = tiny_llama(), tiny_llama(1)
-    batch = Batch(torch.randint(3, VOCAB, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
+    batch = TrainBatch(torch.randint(3, VOCAB, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
     distillation_loss(target, draft, batch, divergence_of("jsd")).backward()
     assert all(parameter.grad is None for parameter in target.parameters())
     assert all(parameter.grad is not None for parameter in draft.parameters())
@@ -107,7 +107,7 @@ def test_the_target_gets_no_gradient():
 
 def test_a_padded_vocabulary_is_cut_to_the_shared_tokens():
     target, draft = tiny_llama(), tiny_llama(1, vocab_size=64)
-    batch = Batch(torch.randint(3, VOCAB, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
+    batch = TrainBatch(torch.randint(3, VOCAB, (2, 6)), torch.ones(2, 6, dtype=torch.bool))
     assert distillation_loss(target, draft, batch, divergence_of("fkl")).isfinite()
 
 
@@ -146,7 +146,7 @@ def test_batches_mix_sources_by_their_shares(tmp_path):
     text = TokenStream(np.full(100, 4), 10)
     pool = target_texts(target, prompts(), data, 0, tmp_path, make_accelerator(CPU))
     reader = Reader(data, text, prompts(), pool, draft, 0)
-    batches = [reader.batch(Step(index, 0, 1, CPU)) for index in range(3)]
+    batches = [reader.batch(TrainStep(index, 0, 1, CPU)) for index in range(3)]
     assert all(batch.token_ids.shape == (8, 10) for batch in batches)
     for batch in batches:
         assert (batch.token_ids[4:] == 4).all() and batch.counted[4:].all()
@@ -159,7 +159,7 @@ def test_batches_mix_sources_by_their_shares(tmp_path):
     state = reader.state_dict()
     again = Reader(data, text, prompts(), pool, draft, 0)
     again.load_state_dict(state)
-    assert torch.equal(again.batch(Step(3, 0, 1, CPU)).token_ids, reader.batch(Step(3, 0, 1, CPU)).token_ids)
+    assert torch.equal(again.batch(TrainStep(3, 0, 1, CPU)).token_ids, reader.batch(TrainStep(3, 0, 1, CPU)).token_ids)
 
 
 def test_own_text_is_read_so_often_and_then_renewed():
@@ -169,7 +169,7 @@ def test_own_text_is_read_so_often_and_then_renewed():
     )
     reader, pools, found = Reader(data, None, prompts(), None, draft, 0), [], []
     for index in range(8):
-        found.append(reader.batch(Step(index, 0, 1, CPU)).token_ids)
+        found.append(reader.batch(TrainStep(index, 0, 1, CPU)).token_ids)
         pools.append(reader.own)
     assert all(pool is pools[0] for pool in pools[:4]) and all(pool is pools[4] for pool in pools[4:])
     assert pools[4] is not pools[0] and len(pools[0]) == 4

@@ -26,7 +26,7 @@ from specdec.drafters.training.any_subset.recipe import (
 )
 from specdec.drafters.training.any_subset.run import load_xlnet
 from specdec.drafters.training.data import TokenStream
-from specdec.drafters.training.trainer import Step
+from specdec.drafters.training.trainer import TrainStep
 from specdec.errors import ConfigError
 from specdec.network.any_subset.model import Order, XLNet
 
@@ -99,7 +99,7 @@ def test_gaps():
 def test_steps_are_functions_of_their_number():
     module = AnySubsetLoss(tiny_xlnet())
     step_of = AnySubsetStep(TokenStream(torch.arange(2000) % VOCAB, 16), 4, MaskRecipe(ramp_steps=3))
-    losses = [float(step_of(module, Step(i, 0, 1, torch.device("cpu"))).detach()) for i in (5, 6, 5)]
+    losses = [float(step_of(module, TrainStep(i, 0, 1, torch.device("cpu"))).detach()) for i in (5, 6, 5)]
     assert losses[0] == losses[2] != losses[1]
 
 

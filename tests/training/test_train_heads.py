@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from specdec.api.generate import generate
 from specdec.cli.app import app
-from specdec.drafters.training.data import Batch
+from specdec.drafters.training.data import TrainBatch
 from specdec.drafters.training.heads.labels import draft_places, propose_everywhere
 from specdec.drafters.training.heads.recipe import (
     AcceptanceHeadRecipe,
@@ -38,7 +38,7 @@ SMALL = 7  # tokens of a vocabulary that brute force can walk
 def batch(rows=3, columns=9, vocab_size=SMALL):
     counted = torch.ones(rows, columns, dtype=torch.bool)
     counted[:, :3] = False
-    return Batch(torch.randint(3, vocab_size, (rows, columns)), counted)
+    return TrainBatch(torch.randint(3, vocab_size, (rows, columns)), counted)
 
 
 def generator():
@@ -76,7 +76,7 @@ def test_labels_by_brute_force(vocab_size):
 
 def test_sampled_proposals_follow_the_drafter():
     target, draft = tiny_llama(vocab_size=SMALL), tiny_llama(1, vocab_size=SMALL)
-    text = Batch(torch.tensor([[3, 4]]).repeat(20_000, 1), torch.ones(20_000, 2, dtype=torch.bool))
+    text = TrainBatch(torch.tensor([[3, 4]]).repeat(20_000, 1), torch.ones(20_000, 2, dtype=torch.bool))
     found = propose_everywhere(target, draft, text, torch.ones(20_000, dtype=torch.bool), generator())
     q = draft(text.token_ids[:1, :1]).logits[0, 0].softmax(-1)
     shares = torch.bincount(found.token_ids[:, 0], minlength=SMALL) / 20_000
@@ -208,7 +208,7 @@ def test_simulated_speed_counts_as_the_decoder_does(demo_pair):
     text = out.sequences
     counted = torch.zeros_like(text, dtype=torch.bool)
     counted[:, ids.shape[1] + 1 :] = True  # the first new token comes from the prefill
-    found = propose_everywhere(target, draft, Batch(text, counted), torch.tensor([False]), generator())
+    found = propose_everywhere(target, draft, TrainBatch(text, counted), torch.tensor([False]), generator())
     accepted = found.acceptance[0][found.counted[0]].bool().numpy()
     trace = Trace(accepted, np.ones(len(accepted)), np.ones(len(accepted)))
     assert speed([trace], fixed(4), 1e-9) == pytest.approx(64 / out.speculation.num_spec_steps, rel=1e-6)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from specdec.cli.app import app
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
-from specdec.drafters.training.data import Batch, TokenStream
+from specdec.drafters.training.data import TokenStream, TrainBatch
 from specdec.drafters.training.look_ahead import recipe as training_recipe
 from specdec.drafters.training.look_ahead.recipe import (
     LookAheadLoss,
@@ -72,7 +72,7 @@ def test_splits_and_weights():
     """Embedding 1 always has a counted token to predict; others count where theirs is."""
     counted = torch.zeros(3, 9, dtype=torch.bool)
     counted[0, 4:7], counted[1, 8] = True, True  # row 2 has none
-    batch = Batch(torch.zeros(3, 9, dtype=torch.long), counted)
+    batch = TrainBatch(torch.zeros(3, 9, dtype=torch.long), counted)
     splits = draw_splits(batch, 50, torch.Generator().manual_seed(0))
     assert set(splits[0].tolist()) == {2, 3, 4} and set(splits[1].tolist()) == {6}
     weights = loss_weights(batch, splits, 3, 0.5)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
 
 from specdec.drafters.training.data import TokenStream
-from specdec.drafters.training.trainer import Step
+from specdec.drafters.training.trainer import TrainStep
 from specdec.errors import ConfigError
 from specdec.network.any_subset.two_stream import TwoStreamText
 
@@ -125,7 +125,7 @@ class AnySubsetStep:
     batch_rows: int
     recipe: MaskRecipe
 
-    def __call__(self, module: nn.Module, step: Step) -> Tensor:
+    def __call__(self, module: nn.Module, step: TrainStep) -> Tensor:
         generator = torch.Generator().manual_seed(self.stream.seed * 1_000_003 + step.shard)
         token_ids = self.stream.rows(step.shard * self.batch_rows, self.batch_rows)
         shape = (self.batch_rows, self.stream.row_tokens)

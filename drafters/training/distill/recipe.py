@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from specdec.drafters.training.data import Batch, TokenStream
+from specdec.drafters.training.data import TokenStream, TrainBatch
 from specdec.drafters.training.distill.divergences import Divergence, divergence_of
 from specdec.drafters.training.own_text import Pool, Prompts, Writing, fill_pool
-from specdec.drafters.training.trainer import Step, TrainConfig, TrainRecord, as_json, train
+from specdec.drafters.training.trainer import TrainConfig, TrainRecord, TrainStep, as_json, train
 from specdec.errors import ConfigError, InputError
 
 CROSS_ENTROPY = "ce"
@@ -95,24 +95,24 @@ class Reader:
         self.draft, self.seed = draft, seed
         self.own: Pool | None = None
 
-    def batch(self, step: Step) -> Batch:
+    def batch(self, step: TrainStep) -> TrainBatch:
         parts = [
             getattr(self, "_" + name.replace("-", "_"))(step, n) for name, n in self.data.rows_of_sources().items()
         ]
         columns = max(part.token_ids.shape[1] for part in parts)
         padded = [[F.pad(t, (0, columns - t.shape[1])) for t in (part.token_ids, part.counted)] for part in parts]
         token_ids, counted = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
-        return Batch(token_ids, counted).to(step.device)
+        return TrainBatch(token_ids, counted).to(step.device)
 
-    def _fixed(self, step: Step, num_rows: int) -> Batch:
+    def _fixed(self, step: TrainStep, num_rows: int) -> TrainBatch:
         assert self.text is not None
         return self.text.batch(step.shard * num_rows, num_rows)
 
-    def _target(self, step: Step, num_rows: int) -> Batch:
+    def _target(self, step: TrainStep, num_rows: int) -> TrainBatch:
         assert self.target_pool is not None
         return self.target_pool.batch(step.index * num_rows, num_rows)
 
-    def _on_policy(self, step: Step, num_rows: int) -> Batch:
+    def _on_policy(self, step: TrainStep, num_rows: int) -> TrainBatch:
         assert self.prompts is not None
         place = step.index % self.data.renew_every
         num_texts = num_rows * -(-self.data.renew_every // self.data.own_reads)
@@ -193,7 +193,7 @@ def distill(
     reader = Reader(data, text, prompts, pool, draft, config.seed)
     divergence = None if data.loss == CROSS_ENTROPY else divergence_of(data.loss, data.beta)
 
-    def loss_of(module: nn.Module, step: Step) -> Tensor:
+    def loss_of(module: nn.Module, step: TrainStep) -> Tensor:
         batch = reader.batch(step)
         if divergence is None:
             return cross_entropy(module, batch)
@@ -203,7 +203,7 @@ def distill(
     return train(draft, loss_of, config, work, accelerator, settings, reader)
 
 
-def distillation_loss(target: nn.Module, draft: nn.Module, batch: Batch, divergence: Divergence) -> Tensor:
+def distillation_loss(target: nn.Module, draft: nn.Module, batch: TrainBatch, divergence: Divergence) -> Tensor:
     """The mean over rows of the mean divergence at a row's counted positions, over the tokens that both models have."""
     inputs = batch.token_ids[:, :-1]
     with torch.no_grad():
@@ -214,7 +214,7 @@ def distillation_loss(target: nn.Module, draft: nn.Module, batch: Batch, diverge
     return row_mean(divergence(log_p, log_q), batch.predicts)
 
 
-def cross_entropy(draft: nn.Module, batch: Batch) -> Tensor:
+def cross_entropy(draft: nn.Module, batch: TrainBatch) -> Tensor:
     logits = draft(input_ids=batch.token_ids[:, :-1], use_cache=False).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), batch.token_ids[:, 1:].flatten(), reduction="none")
     return row_mean(losses.view(len(logits), -1), batch.predicts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.drafters.training.data import Batch
+from specdec.drafters.training.data import TrainBatch
 from specdec.kernels.commit.token_statistics import token_statistics
 
 
@@ -37,7 +37,7 @@ class Proposals:
 def propose_everywhere(
     target: PreTrainedModel,
     draft: PreTrainedModel,
-    batch: Batch,
+    batch: TrainBatch,
     is_sampled: Tensor,
     generator: torch.Generator,
     mix_share: float = 0.0,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from specdec.drafters.training.heads.labels import Proposals, draft_places, propose_everywhere
 from specdec.drafters.training.heads.simulate import Trace, compare_rules
 from specdec.drafters.training.own_text import Pool, Prompts, Writing, fill_pool
-from specdec.drafters.training.trainer import Step, TrainConfig, as_json, finish, train
+from specdec.drafters.training.trainer import TrainConfig, TrainStep, as_json, finish, train
 from specdec.errors import ConfigError, InputError
 from specdec.policies.heads.acceptance_head import NUM_NUMBERS, AcceptanceHead
 from specdec.policies.heads.disco import Disco
@@ -152,7 +152,7 @@ def train_head(
     recipe = recipe_of(head, data.max_draft_tokens)
     recipe.initialise()
 
-    def loss_of(module: torch.nn.Module, step: Step) -> Tensor:
+    def loss_of(module: torch.nn.Module, step: TrainStep) -> Tensor:
         batch = training.batch(step.index * data.batch_rows, data.batch_rows).to(step.device)
         proposals, accepted = proposals_at(target, draft, batch, data, [config.seed, 2, step.shard])
         with torch.autocast(step.device.type, enabled=False):

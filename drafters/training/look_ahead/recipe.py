@@ -18,9 +18,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.batch.columns import Columns
 from specdec.drafters.look_ahead import LookAheadEmbeddings
-from specdec.drafters.training.data import Batch
+from specdec.drafters.training.data import TrainBatch
 from specdec.drafters.training.distill.recipe import CROSS_ENTROPY, Distillation, Reader, seed_of
-from specdec.drafters.training.trainer import Step
+from specdec.drafters.training.trainer import TrainStep
 from specdec.errors import ConfigError
 from specdec.network.model_cache import cache_argument
 
@@ -125,7 +125,7 @@ def label_places(splits: Tensor, num_ahead: int) -> Tensor:
     return splits[..., None] + 2 + torch.arange(num_ahead, device=splits.device)
 
 
-def draw_splits(batch: Batch, num_splits: int, generator: torch.Generator) -> Tensor:
+def draw_splits(batch: TrainBatch, num_splits: int, generator: torch.Generator) -> Tensor:
     """Split points at which embedding 1 has a counted token to predict, drawn with replacement: [rows, splits] int64.
 
     A row without such a point gets splits whose losses do not count.
@@ -135,7 +135,7 @@ def draw_splits(batch: Batch, num_splits: int, generator: torch.Generator) -> Te
     return torch.multinomial(usable, num_splits, replacement=True, generator=generator)
 
 
-def loss_weights(batch: Batch, splits: Tensor, num_ahead: int, decay: float) -> Tensor:
+def loss_weights(batch: TrainBatch, splits: Tensor, num_ahead: int, decay: float) -> Tensor:
     """Weights, [rows, splits, num_ahead] float32, 0 where the token to predict does not count."""
     places = label_places(splits, num_ahead)
     counted = F.pad(batch.counted, (0, num_ahead + 1)).gather(1, places.flatten(1)).view_as(places)
@@ -150,12 +150,12 @@ class LookAheadStep:
     recipe: LookAheadRecipe
     seed: int
 
-    def __call__(self, module: nn.Module, step: Step) -> Tensor:
-        batch = self.reader.batch(Step(step.index, step.rank, step.num_processes, torch.device("cpu")))
+    def __call__(self, module: nn.Module, step: TrainStep) -> Tensor:
+        batch = self.reader.batch(TrainStep(step.index, step.rank, step.num_processes, torch.device("cpu")))
         generator = torch.Generator().manual_seed(seed_of(self.seed, 6, step.shard))
         # One shape for all steps, for the sake of a compiled module.
         missing = self.recipe.row_tokens - batch.token_ids.shape[1]
-        batch = Batch(F.pad(batch.token_ids, (0, missing)), F.pad(batch.counted, (0, missing)))
+        batch = TrainBatch(F.pad(batch.token_ids, (0, missing)), F.pad(batch.counted, (0, missing)))
         splits = draw_splits(batch, self.recipe.num_splits, generator)
         weights = loss_weights(batch, splits, self.recipe.num_tokens, self.recipe.decay).to(step.device)
         losses = module(batch.token_ids.to(step.device), splits.to(step.device))

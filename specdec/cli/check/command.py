@@ -39,7 +39,7 @@ def check(
     ] = None,
     draft: DraftOption = None,
     drafter: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="NAME,...",
             help="Drafters: prompt_lookup, draft_model (of --draft), look_ahead, a folder, a+b (a where it has a "
@@ -103,6 +103,7 @@ def check(
     Exit status: 0 if all prompts are equal (or differ only by ties, where ties pass) or all tests give the required
     result, 1 if not, 2 for bad input.
     """
+    drafters = ",".join(drafter) if drafter else None  # repeated, or as a list with commas
     from specdec.cli.check import matrix as check_matrix
     from specdec.cli.check import outputs as check_outputs
     from specdec.cli.check import sampling as check_sampling
@@ -112,7 +113,7 @@ def check(
     if (prompts is None) == (outputs is None):
         raise InputError("pass either --prompts FILE, to decode, or --outputs FILE, to certify decoded outputs")
     reports = Reports(json_path, junit).checked()
-    sampled = check_sampling.Sampling(num_samples, verification, temperature, top_k, top_p, seed)
+    sampled = check_sampling.SamplingOptions(num_samples, verification, temperature, top_k, top_p, seed)
     if not sampling:
         sampled.refuse()
     elif outputs is not None:
@@ -121,7 +122,7 @@ def check(
     axes = {"layout": layout, "length_policy": length_policy}
     if outputs is None:
         draft, look_ahead = by_kind(draft, look_ahead)
-    choice = check_matrix.Choice(draft, drafter, batch_sizes, num_speculative_tokens, axes, look_ahead)
+    choice = check_matrix.Choice(draft, drafters, batch_sizes, num_speculative_tokens, axes, look_ahead)
     if sampling:
         assert prompts is not None
         passed = check_sampling.run(
@@ -135,7 +136,7 @@ def check(
     else:
         given = {
             "--draft": draft,
-            "--drafter": drafter,
+            "--drafter": drafters,
             "--look-ahead": look_ahead,
             "--layout": layout,
             "--length-policy": length_policy,

@@ -22,7 +22,7 @@ MAX_PROMPTS = 8  # without --limit; each is continued many times
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """The options that only `--sampling` has; None where not given."""
 
     num_samples: int | None = None
@@ -49,7 +49,7 @@ def run(
     target: str,
     prompts: Path,
     choice: Choice,
-    sampling: Sampling,
+    sampling: SamplingOptions,
     max_new_tokens: int,
     batch_invariant: bool,
     reports: Reports,
