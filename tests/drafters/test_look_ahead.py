@@ -301,7 +301,7 @@ def test_a_model_without_such_queries_is_refused():
 
     model = tiny("bloom")
     made = LookAheadEmbeddings(2, model.config.hidden_size).trained_for(model, {})
-    with pytest.raises(UnsupportedModelError, match="beside its text"):
+    with pytest.raises(UnsupportedModelError, match="next to its text"):
         specdec.generate(
             model, torch.tensor([[3, 4]]), drafter=LookAhead(made), max_new_tokens=4, num_speculative_tokens=2
         )

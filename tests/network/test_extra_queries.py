@@ -50,7 +50,7 @@ def check_family(family, layout):
     except UnsupportedModelError:
         pytest.skip("not served at all by this transformers; test_families.py says so")
     if family in NO_EXTRA_QUERIES:
-        with pytest.raises(UnsupportedModelError, match=r"beside its text.*another drafter"):
+        with pytest.raises(UnsupportedModelError, match=r"next to its text.*another drafter"):
             check_extra_queries(model, layout)
     else:
         check_extra_queries(model, layout)
