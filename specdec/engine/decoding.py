@@ -39,8 +39,8 @@ class Decoding:
 
     def widths(self, max_tokens: int) -> np.ndarray:
         """The most draft tokens of each row in this step, [rows] integers: the policy's, within the row's own cap."""
-        widths = widths_of(self.policy, self.rows, max_tokens)
-        return widths if self.caps is None else np.minimum(widths, self.caps)
+        widths, caps = widths_of(self.policy, self.rows, max_tokens), self.caps
+        return widths if caps is None else np.minimum(widths, caps)
 
     @property
     def caps(self) -> np.ndarray | None:
