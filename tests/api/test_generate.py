@@ -363,3 +363,13 @@ def test_a_target_whose_layers_lie_on_two_gpus(layout):
         layout=layout,
     )  # fmt: skip
     assert continuations(out.cpu(), ids.shape[1], expected, PAD) == expected
+
+
+def test_one_row_that_begins_with_the_pad_token_needs_a_mask():
+    """transformers would infer one, so the same call would mean another prompt. A token that also ends is text."""
+    ids = torch.tensor([[PAD, PAD, 5, 6]])
+    options = {"pad_token_id": PAD, "max_new_tokens": 3}
+    with pytest.raises(specdec.InputError, match="no attention_mask to tell padding from prompt"):
+        specdec.generate(TARGET, ids, eos_token_id=2, **options)
+    assert specdec.generate(TARGET, ids, torch.ones_like(ids), eos_token_id=2, **options).shape[1] > 4
+    assert specdec.generate(TARGET, ids, eos_token_id=PAD, **options).shape[1] > 4
