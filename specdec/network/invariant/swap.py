@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.kept import kept_with
 from specdec.kernels.linear.in_order_linear import in_order_linear
 from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.network.attention import configs_of
@@ -56,9 +57,31 @@ def make_batch_invariant(model: PreTrainedModel) -> Callable[[], None]:
     if is_batch_invariant(model):
         return lambda: None
     check_settings(model)
-    invariant_attention.register()
+    kept_with(model, ("batch-invariant", *invariance_key(model)), lambda: _checked(model))
+    return _swap(model)
+
+
+def invariance_key(model: PreTrainedModel) -> tuple:
+    """All that `check_invariance` depends on, apart from the weights."""
+    config = model.config
+    return model.dtype, model.device, config._attn_implementation, config.to_json_string(use_diff=False)
+
+
+def _checked(model: PreTrainedModel) -> bool:
+    """Swap, check, restore."""
     with evaluating(model):
         expected = logits_of(model)
+        restore = _swap(model)
+        try:
+            check_invariance(model, expected)
+        finally:
+            restore()
+    return True
+
+
+def _swap(model: PreTrainedModel) -> Callable[[], None]:
+    """Swap without a check; returns what restores the model."""
+    invariant_attention.register()
     with ExitStack() as stack:
         for name, module in model.named_modules():
             forward = invariant_forward(name, module)
@@ -69,8 +92,6 @@ def make_batch_invariant(model: PreTrainedModel) -> Callable[[], None]:
         for config in configs_of(model):
             stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
             config._attn_implementation_internal = INVARIANT
-        with evaluating(model):
-            check_invariance(model, expected)
         return stack.pop_all().close
 
 
@@ -166,12 +187,19 @@ def _rms_norm(module: nn.Module, eps: float, unit_offset: bool, round_first: boo
         return rms_norm(x, getattr(module, "weight", None), eps, unit_offset, round_first)
 
 
-@torch.no_grad()
 def rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
     """eps, unit_offset and round_first of the kernel that computes what the module does on random numbers.
 
-    A copy with random weights is asked, so that weights of one or zero hide nothing.
+    A copy with random weights is asked, once, so that weights of one or zero hide nothing.
     """
+    state = [(p.dtype, p.device, p.shape) for p in module.parameters(recurse=False)]
+    epsilons = [getattr(module, key, None) for key in EPSILON_NAMES]
+    key = ("RMSNorm", type(module).forward)
+    return kept_with(module, key, lambda: _rms_norm_variant(name, module), (epsilons, state))
+
+
+@torch.no_grad()
+def _rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
     refusal = UnsupportedModelError(
         f"{name} ({type(module).__name__}) is not an RMSNorm that the kernel knows; it cannot be made batch-invariant"
     )
