@@ -87,10 +87,11 @@ def service_of(
         return short or Service(_own_modules(model, layout), True, "batch_invariant is active around this call")
 
     if exact and model.device.type in EXACT_DEVICES:
-        reason = _refusal(model)
-        service = None
+        reason, service = _settings_problem(model), None
         if not reason:
             service = _short(model, layout, must_be_exact)
+        if not reason and service is None:
+            reason = attachment(model)
         if not reason and service is None and must_be_exact:
             service, reason = _swapped(model, layout)
         if service is not None:
@@ -105,9 +106,9 @@ def service_of(
 
 def _short(model: PreTrainedModel, layout: Layout, must_be_exact: bool) -> Service | None:
     """The short forward, for the classes that it knows."""
-    if layout.one_length or not can_shorten(model) or not _is_sound(model, InvariantNetwork, layout):
-        return None
     kind = InvariantNetwork if must_be_exact else InvariantDraftNetwork
+    if layout.one_length or not can_shorten(model) or not _is_sound(model, kind, layout):
+        return None
     return Service(kind, True, "batch-invariant kernels over the model's weights")
 
 
@@ -151,17 +152,21 @@ def _captures(model: PreTrainedModel, kind: NetworkType, layout: Layout) -> bool
 def _is_sound(model: PreTrainedModel, kind: NetworkType, layout: Layout) -> bool:
     """Whether it gives the model's own logits. Where it does not, something about the model is edited, and its own
     modules decide."""
-    try:
-        probe_once(model, kind, layout)
-    except UnsupportedModelError:
-        return False
-    return True
+
+    def try_out() -> bool:
+        try:
+            probe_once(model, kind, layout)
+        except UnsupportedModelError as error:
+            logger.info("%s does not serve %s: %s", kind.__name__, type(model).__name__, error)
+            return False
+        return True
+
+    return kept_with(model, ("sound", *probe_key(model, kind, layout)), try_out)
 
 
-def _refusal(model: PreTrainedModel) -> str:
-    """Why batch-invariant kernels cannot serve the model as it stands, in words; empty if nothing speaks against it."""
-    if found := attachment(model):
-        return f"{found}, so the model keeps its own modules"
+def _settings_problem(model: PreTrainedModel) -> str:
+    """Why batch-invariant kernels cannot serve here, in words; empty if nothing about devices, dtypes and torch's
+    settings speaks against it."""
     if autocast_dtype(model) is not None:
         return "torch.autocast is for a model's own modules"
     try:

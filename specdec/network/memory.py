@@ -95,6 +95,8 @@ def check_memory(
         needs["draft model"] = cache_bytes(draft_type, draft_model, max_rows, num_slots, layout)
 
     needed = sum(bytes_ for bytes_, _ in needs.values())
+    if not needed:
+        return
     freed = sum(freed_bytes for _, freed_bytes in needs.values())
     available = free_bytes(device) + freed
     if needed > available:
@@ -128,16 +130,15 @@ def kv_bytes_per_token(network_type: NetworkType, model: PreTrainedModel, layout
 
     # Other families cache in shapes of their own, so the size is measured once, in a forward over one token.
     key = ("bytes of a token", *probe_key(model, network_type, layout))
-    return kept_with(
-        model, key, lambda: measured_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)) / PROBE_SLOTS
-    )
+    return kept_with(model, key, lambda: measured_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)))
 
 
 @torch.no_grad()
-def measured_bytes(network: Network) -> int:
-    """Bytes of the network's cache after a forward over one token of one row."""
+def measured_bytes(network: Network) -> float:
+    """Bytes that the network's cache takes for a token of a row, found by a forward over one token."""
     device = network.model.device
     with network.running():
         nothing = torch.zeros(1, dtype=torch.long, device=device)
         network.forward(nothing[:, None], nothing, 1)
-    return network.cache.nbytes
+        cache = network.cache  # a captured network has rounded its size up
+        return cache.nbytes / (cache.max_rows * cache.num_slots)

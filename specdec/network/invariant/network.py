@@ -30,6 +30,7 @@ from specdec.network.base import CachePlan, Network, NetworkOutput, layer_number
 from specdec.network.invariant.graphs import (
     MAX_STEP_WIDTH,
     Forward,
+    PromptGraphs,
     StepGraphs,
     addresses,
     rounded_up,
@@ -72,6 +73,7 @@ class InvariantForward:
         head_dim = model.model.layers[0].self_attn.head_dim
         self.cache.allocate(model.config.num_key_value_heads, head_dim, self.embedding.weight.dtype)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
+        self.prompts = PromptGraphs(model.device) if model.device.type == "cuda" else None
         self.graphs_with_extra: dict[int, tuple[StepGraphs, ExtraQueries]] = {}  # by the number of extra queries
         self.one_launch = None
         if not must_be_exact:
@@ -80,7 +82,7 @@ class InvariantForward:
     @property
     def nbytes(self) -> int:
         graphs = [graphs for graphs, _ in self.graphs_with_extra.values()]
-        return self.cache.nbytes + sum(one.nbytes for one in (*graphs, *([self.graphs] if self.graphs else ())))
+        return self.cache.nbytes + sum(one.nbytes for one in (self.graphs, self.prompts, *graphs) if one is not None)
 
     def serves(self, model: PreTrainedModel, max_rows: int, num_slots: int) -> bool:
         return max_rows <= self.max_rows and num_slots <= self.num_slots and self.weights == addresses(model)
@@ -125,6 +127,18 @@ class InvariantForward:
 
         branches = hidden[:, width:].unflatten(1, (width, -1))
         return NetworkOutput(self.logits(hidden[:, :width]), (*(state[:, :width] for state in states), branches))
+
+    @torch.no_grad()
+    def first_columns(self, token_ids: Tensor, last: Tensor, first_row: int) -> Tensor:
+        """Cache prompts from their first token on; the logits after one column of each, [rows, 1, vocab].
+
+        last: [rows] int64, that column.
+        """
+        rows, width = token_ids.shape
+        starts = torch.zeros(rows, dtype=torch.long, device=token_ids.device)
+        step = step_of(Columns.chain(starts, width), width, self.windows)
+        hidden, _ = self.run(self.embed(token_ids), step, slice(first_row, first_row + rows), ())
+        return self.logits(hidden[torch.arange(rows, device=hidden.device), last][:, None])
 
     @torch.no_grad()
     def branch_alone(self, starts: Tensor, width: int, after: Tensor, used_slots: int, extra: ExtraQueries) -> Tensor:
@@ -330,6 +344,24 @@ class InvariantNetwork(Network):
         inputs.embeddings.copy_(extra.embeddings[repeated])  # where the graphs read them
         inputs.ahead.copy_(extra.ahead[repeated])
         return graphs, inputs
+
+    def prefill_columns(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        first_row: int,
+        begin: int,
+        end: int,
+        layers: tuple[int, ...] = (),
+    ) -> NetworkOutput:
+        kept, cache = self.kept, self.cache
+        if kept.prompts is not None and self.captures and begin == 0 and not layers:
+            last = (lengths - 1).clamp(0, end - 1)
+            logits = kept.prompts.replay(kept.first_columns, token_ids[:, :end], last, first_row, cache.num_slots)
+            if logits is not None:
+                cache.num_filled = max(cache.num_filled, end)
+                return NetworkOutput(logits, ())
+        return super().prefill_columns(token_ids, lengths, first_row, begin, end, layers)
 
     def keep_rows(self, index: Tensor) -> None:
         self._num_moves += 1

@@ -187,15 +187,19 @@ def _rms_norm(module: nn.Module, eps: float, unit_offset: bool, round_first: boo
         return rms_norm(x, getattr(module, "weight", None), eps, unit_offset, round_first)
 
 
+_rms_norm_variants: dict[tuple, tuple[float, bool, bool]] = {}
+
+
 def rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
     """eps, unit_offset and round_first of the kernel that computes what the module does on random numbers.
 
-    A copy with random weights is asked, once, so that weights of one or zero hide nothing.
+    A copy with random weights is asked, so that weights of one or zero hide nothing; once for modules that are alike.
     """
-    state = [(p.dtype, p.device, p.shape) for p in module.parameters(recurse=False)]
-    epsilons = [getattr(module, key, None) for key in EPSILON_NAMES]
-    key = ("RMSNorm", type(module).forward)
-    return kept_with(module, key, lambda: _rms_norm_variant(name, module), (epsilons, state))
+    parameters = tuple((p.dtype, p.device, p.shape) for p in module.parameters(recurse=False))
+    key = type(module), type(module).forward, parameters, tuple(getattr(module, name, None) for name in EPSILON_NAMES)
+    if key not in _rms_norm_variants:
+        _rms_norm_variants[key] = _rms_norm_variant(name, module)
+    return _rms_norm_variants[key]
 
 
 @torch.no_grad()
