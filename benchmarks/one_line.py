@@ -22,11 +22,13 @@ several calls (--batch-sizes, --families, --seconds). Exits with 1 if an exact o
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import one_line_decode
 import one_line_families
@@ -63,8 +65,11 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--family-new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of each kind")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after this time no further family is begun")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print the tables of --out")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
+    if arguments.show and not arguments.out.is_file():
+        parser.error(f"--show: there is no record {arguments.out}; measure one without --show")
     check(parser, arguments)
     return arguments
 
@@ -86,7 +91,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         one_line_families.check_families(arguments.families.split(","))
     except ValueError as error:
         parser.error(str(error))
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not arguments.show and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --device cpu with --shapes own --size tiny tries the script out")
 
 
@@ -115,9 +120,6 @@ def decode(arguments: argparse.Namespace, dtype: torch.dtype, record: Record) ->
     ids = prompts_of(arguments.pair, max(sizes), arguments.context, arguments.device)
     wrong = one_line_decode.measure(setting, ids, sizes, record.add)
     one_line_families.let_go(*models.values())
-    print(one_line_decode.table(record.content))
-    for line in one_line_decode.slower(record.content):
-        print(f"below {one_line_decode.ALMOST} of the wrapped call: {line}")
     return wrong
 
 
@@ -138,16 +140,30 @@ def families(arguments: argparse.Namespace, dtype: torch.dtype, record: Record, 
         torch.device(arguments.device), numbers(arguments.batch_sizes or "1,8"), arguments.family_context,
         arguments.family_new_tokens, arguments.rounds, lambda entry: record.add("families", entry), deadline,
     )  # fmt: skip
-    entries = record.content.get("families", [])
-    print(one_line_families.table(entries))
-    for line in one_line_families.slower(entries):
-        print(f"slower than transformers: {line}")
-    return len(one_line_families.wrong(entries))
+    return len(one_line_families.wrong(record.content.get("families", [])))
+
+
+def show(content: dict[str, Any]) -> None:
+    """The tables of a record, and what is slower than it should be."""
+    if "first" in content:
+        print(one_line_first.table(content["first"]))
+    if "decode" in content:
+        print(one_line_decode.table(content))
+        for line in one_line_decode.slower(content):
+            print(f"below {one_line_decode.ALMOST} of the wrapped call: {line}")
+    if "families" in content:
+        print(one_line_families.table(content["families"]))
+        for line in one_line_families.slower(content["families"]):
+            print(f"slower than transformers: {line}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     arguments = parsed(argv)
+    if arguments.show:
+        show(json.loads(arguments.out.read_text()))
+        return 0
+
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     if arguments.device == "cpu":
         torch.set_num_threads(1)  # as batch_invariant needs it there
@@ -164,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong += decode(arguments, dtype, record)
     if "families" in parts:
         wrong += families(arguments, dtype, record, begin + arguments.seconds)
+    show(record.content)
     return int(wrong > 0)
 
 

@@ -36,9 +36,9 @@ def service(model: PreTrainedModel) -> dict[str, Any]:
     """What `specdec doctor` says of the model; is_exact is None in a revision that does not say."""
     service_of = getattr(choose, "service_of", None)
     if service_of is None:
-        return {"is_exact": None, "reason": "this revision does not say"}
+        return {"network": None, "is_exact": None, "reason": "this revision does not say"}
     found = service_of(model)
-    return {"is_exact": found.is_exact, "reason": found.reason}
+    return {"network": found.network_type.__name__, "is_exact": found.is_exact, "reason": found.reason}
 
 
 def decode(model: PreTrainedModel, method: str, ids: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
@@ -143,14 +143,15 @@ def slower(entries: Sequence[dict]) -> list[str]:
 def table(entries: Sequence[dict]) -> str:
     """Speed over transformers' generate, plain / lookup, one line per family."""
     names = sorted({name for entry in entries for name in batches(entry)}, key=lambda name: int(name.split()[1]))
-    head = ["| family | exact | " + " | ".join(names) + " | lookup equal to plain | why not exact |"]
-    head.append("|---|---|" + "--:|" * len(names) + "---|---|")
+    head = ["| family | network | exact | " + " | ".join(names) + " | lookup equal to plain | why not exact |"]
+    head.append("|---|---|---|" + "--:|" * len(names) + "---|---|")
     lines = []
     for entry in entries:
-        found, said = batches(entry), entry.get("service", {"is_exact": None, "reason": ""})
+        found, said = batches(entry), entry.get("service", {"network": None, "is_exact": None, "reason": ""})
         exact = {True: "yes", False: "no", None: "not said"}[said["is_exact"]]
         faster = [" / ".join(str(found[n]["over_transformers"][m]) for m in OURS) if n in found else "" for n in names]
         equal = ", ".join(one["lookup_equal_to_plain"] for one in found.values())
         reason = entry.get("not_served") or ("" if said["is_exact"] else said["reason"])
-        lines.append("| " + " | ".join([entry["family"], exact, *faster, equal, reason]) + " |")
+        network = said["network"] or ""
+        lines.append("| " + " | ".join([entry["family"], network, exact, *faster, equal, reason]) + " |")
     return "\n".join(head + lines)

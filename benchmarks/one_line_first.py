@@ -109,6 +109,15 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def table(entries: Sequence[dict]) -> str:
+    """Seconds from entering the first and the second call of a process to the first token."""
+    lines = ["| method | kernel caches | first call, s | second call, s |", "|---|---|--:|--:|"]
+    for entry in entries:
+        seconds = f"{entry['first_token_seconds']} | {entry['second_call']['first_token_seconds']}"
+        lines.append(f"| {entry['method']} | {entry['kernel_cache']} | {seconds} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One process of the measurement; its last line is JSON.")
     parser.add_argument("--method", choices=METHODS, required=True)

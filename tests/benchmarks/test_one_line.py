@@ -145,7 +145,7 @@ def test_families_are_compared_with_transformers(load, run, capsys):
 
 
 def test_a_family_that_is_said_to_be_exact_must_be(load, run, monkeypatch):
-    said = argparse.Namespace(is_exact=True, reason="")
+    said = argparse.Namespace(network_type=dict, is_exact=True, reason="")
     monkeypatch.setattr(choose, "service_of", lambda model: said, raising=False)
     decode = load("one_line_families").decode
 
@@ -161,7 +161,7 @@ def test_a_family_that_is_said_to_be_exact_must_be(load, run, monkeypatch):
     assert status == 1 and record["families"][0]["batch 2"]["lookup_equal_to_plain"] == "1/2"
     said.is_exact, said.reason = False, "its kernels"
     status, record = run(*arguments[:3], "mistral", *arguments[4:])
-    assert record["families"][1]["service"] == {"is_exact": False, "reason": "its kernels"}
+    assert record["families"][1]["service"] == {"network": "dict", "is_exact": False, "reason": "its kernels"}
     assert load("one_line_families").wrong(record["families"]) == ["llama"]
 
 
@@ -225,13 +225,13 @@ def test_the_second_process_finds_the_kernels_of_the_first(load):
     assert [entry["kernel_cache"] for entry in entries] == ["empty", "warm"] * 2
 
 
-def test_first_is_a_part(load, run, monkeypatch):
+def test_first_is_a_part(load, run, monkeypatch, capsys):
     """A method whose two processes are in the record is not measured again."""
     commands = []
 
     def start(command, environment):
         commands.append(command)
-        return {"first_token_seconds": 1.0}
+        return {"first_token_seconds": 1.5, "second_call": {"first_token_seconds": 0.5}}
 
     monkeypatch.setattr(load("one_line_first"), "run_worker", start)
     run("--parts", "first", "--methods", "plain")
@@ -239,6 +239,8 @@ def test_first_is_a_part(load, run, monkeypatch):
     assert [(e["method"], e["kernel_cache"]) for e in record["first"]] == [
         ("plain", "empty"), ("plain", "warm"), ("lookup", "empty"), ("lookup", "warm"),
     ]  # fmt: skip
+    run("--show")
+    assert capsys.readouterr().out.count("| plain | warm | 1.5 | 0.5 |") == 3
     assert commands[0][-6:] == ["--dtype", "float32", "--context", "12", "--num-speculative-tokens", "5"]
 
 
@@ -249,6 +251,7 @@ def test_first_is_a_part(load, run, monkeypatch):
         ("--shapes 8B", "--shapes: 8B names 1 shapes; give target,draft"),
         ("--first-shapes 8B,9B", "--first-shapes: 9B is unknown"),
         ("--methods plian", "--methods: plian is unknown"),
+        ("--show", "out.json; measure one without --show"),
         ("--families lama", "unknown families lama; choose among gpt_neox"),
     ],
 )
