@@ -6,6 +6,7 @@ is entered, since wrapping a model may let go of what the other way keeps.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ def measure(setting: Setting, ids: Tensor, batch_sizes: Sequence[int], add: Call
 
 def measure_batch(setting: Setting, ids: Tensor, add: Callable[[str, dict], None]) -> int:
     found = {cell: Measured(CallTimes(len(ids), setting.new_tokens)) for cell in setting.cells(len(ids))}
+    begin = time.perf_counter()
     for number in range(setting.rounds):
         for way in WAYS:
             with setting.entered(way):
@@ -111,7 +113,7 @@ def measure_batch(setting: Setting, ids: Tensor, add: Callable[[str, dict], None
             "equal_to_plain": f"{same}/{len(ids)}", "hashes": measured.hashes, **measured.times.summary(),
         })  # fmt: skip
     for entry in ratios({cell: measured.times for cell, measured in found.items()}):
-        add("ratios", {"batch_size": len(ids), **entry})
+        add("ratios", {"batch_size": len(ids), **entry, "batch_seconds": round(time.perf_counter() - begin, 1)})
     return wrong
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Packs vLLM for a machine that has torch, transformers and a GPU but no internet, in parts of at most 44 MB:
 #
-#     benchmarks/vllm_bundle.sh OUT           # here: downloads, 5 GB of room under $TMPDIR, some minutes
-#     benchmarks/vllm_bundle.sh --unpack OUT DIR      # there
+#     benchmarks/vllm_bundle.sh OUT                  # here: downloads, needs some GB under $TMPDIR and some minutes
+#     benchmarks/vllm_bundle.sh --unpack OUT DIR     # there
 #     PYTHONPATH=. python benchmarks/peer_vllm.py run --folder MODELS --vllm-path DIR --out results.json
 #
 # vLLM's wheel wants the torch it was built for: 0.25.1 wants 2.11. Packed is what offline decoding of dense bfloat16
@@ -51,7 +51,7 @@ pack() {
   local out work package skip=()
   out=$(realpath -m "$1")
   work=$(mktemp -d)
-  trap 'rm -rf "$work"' EXIT
+  trap "rm -rf '$work'" EXIT # by its name: the variable is gone by then
   mkdir -p "$out" "$work/vllm" "$work/packages"
 
   download "$work/wheels" "vllm==$VLLM"
