@@ -1,6 +1,7 @@
 """What the one-line call gets: its speed, its first token, and which families it serves exactly.
 
     PYTHONPATH=. python benchmarks/one_line.py --parts decode --out results.json
+    PYTHONPATH=. python benchmarks/one_line.py --parts faces --out results.json
     PYTHONPATH=. python benchmarks/one_line.py --parts first --out results.json
     PYTHONPATH=. python benchmarks/one_line.py --parts families --out results.json
 
@@ -8,6 +9,8 @@ decode: `specdec.generate(model, ...)` on models as they were loaded, beside the
 target and draft ("wrapped"), and beside transformers' own. Models are stand-ins (stand_in.py). Outputs are compared
 with plain greedy decoding, and that with transformers' own on the batch-invariant model. Tokens per second are given
 with the prefill and after it; the latter and the prefill come from calls for one token.
+
+faces: the same pair by `generate`, `generate_many`, `Engine` and transformers' `custom_generate=speculative(...)`.
 
 first: seconds from entering `generate` to the first token in a fresh process, with empty caches of compiled kernels and
 with those that the first process left.
@@ -27,10 +30,12 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import one_line_decode
+import one_line_faces
 import one_line_families
 import one_line_first
 import torch
@@ -42,7 +47,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import specdec
 from specdec.files.environment import environment
 
-PARTS = ("decode", "first", "families")
+PARTS = ("decode", "faces", "first", "families")
 PAIR = Path(specdec.__file__).parent / "assets" / "demo_pair"
 OWN = "own"
 
@@ -55,9 +60,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-shapes", default="8B,0.6B", help="target,draft: of random weights, for `first`")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--batch-sizes", help="by default 1,8,32; of families 1,8")
-    parser.add_argument("--context", type=int, default=512, help="prompt tokens, of `decode` and `first`")
-    parser.add_argument("--new-tokens", type=int, default=128, help="of `decode`")
-    parser.add_argument("--num-speculative-tokens", type=int, default=5, help="of `decode` and `first`")
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of all parts but families")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of `decode` and `faces`")
+    parser.add_argument("--num-speculative-tokens", type=int, default=5, help="of all parts but families")
     parser.add_argument("--methods", default="plain,draft", help="of `first`")
     parser.add_argument("--families", default=",".join(DEFAULT_FAMILIES))
     parser.add_argument("--size", choices=SIZES, default="real", help="of families")
@@ -107,18 +112,29 @@ def loaded(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, PreTr
     return models
 
 
-def decode(arguments: argparse.Namespace, dtype: torch.dtype, record: Record) -> int:
-    done = {entry["batch_size"] for entry in record.content.get("ratios", [])}
-    sizes = [size for size in numbers(arguments.batch_sizes or "1,8,32") if size not in done]
-    if not sizes:
+def on_pair(arguments: argparse.Namespace, dtype: torch.dtype, record: Record) -> int:
+    """The parts that need the stand-ins, which are built once, and not at all if nothing is left to measure."""
+    asked = numbers(arguments.batch_sizes or "1,8,32")
+    kept = {"decode": "ratios", "faces": "faces"}  # what is in the record once a batch size is complete
+    left = {}
+    for part in set(kept) & set(arguments.parts.split(",")):
+        done = {entry["batch_size"] for entry in record.content.get(kept[part], [])}
+        left[part] = [size for size in asked if size not in done]
+    if not any(left.values()):
         return 0
+
     if arguments.device == "cuda":
         record.add("copy", {"gb_s": round(copy_bandwidth() / 1e9)})
         torch.cuda.empty_cache()
     models = loaded(arguments, dtype)
-    setting = one_line_decode.Setting(models, arguments.num_speculative_tokens, arguments.new_tokens, arguments.rounds)
-    ids = prompts_of(arguments.pair, max(sizes), arguments.context, arguments.device)
-    wrong = one_line_decode.measure(setting, ids, sizes, record.add)
+    ids = prompts_of(arguments.pair, max(asked), arguments.context, arguments.device)
+    k, new_tokens, rounds, wrong = arguments.num_speculative_tokens, arguments.new_tokens, arguments.rounds, 0
+    if left.get("decode"):
+        setting = one_line_decode.Setting(models, k, new_tokens, rounds)
+        wrong += one_line_decode.measure(setting, ids, left["decode"], record.add)
+    if left.get("faces"):
+        add = partial(record.add, "faces")
+        wrong += one_line_faces.measure(models, ids, left["faces"], k, new_tokens, rounds, add)
     one_line_families.let_go(*models.values())
     return wrong
 
@@ -151,6 +167,8 @@ def show(content: dict[str, Any]) -> None:
         print(one_line_decode.table(content))
         for line in one_line_decode.slower(content):
             print(f"below {one_line_decode.ALMOST} of the wrapped call: {line}")
+    if "faces" in content:
+        print(one_line_faces.table(content["faces"]))
     if "families" in content:
         print(one_line_families.table(content["families"]))
         for line in one_line_families.slower(content["families"]):
@@ -176,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts, wrong = arguments.parts.split(","), 0
     if "first" in parts:  # while this process holds nothing on the device
         wrong += first(arguments, dtype, record)
-    if "decode" in parts:
-        wrong += decode(arguments, dtype, record)
+    if {"decode", "faces"} & set(parts):
+        wrong += on_pair(arguments, dtype, record)
     if "families" in parts:
         wrong += families(arguments, dtype, record, begin + arguments.seconds)
     show(record.content)

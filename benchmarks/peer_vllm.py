@@ -118,7 +118,7 @@ def build(arguments: argparse.Namespace) -> None:
     import torch
     from gpu_timing import prompts_of
     from stand_in import SHAPES, inflate
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import specdec
 
@@ -133,6 +133,8 @@ def build(arguments: argparse.Namespace) -> None:
         del model
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
+    # For `specdec generate` and `specdec bench` on the same checkpoints; vLLM gets token ids.
+    AutoTokenizer.from_pretrained(pair / "target").save_pretrained(arguments.folder / "target")
     ids = prompts_of(pair, arguments.prompts, arguments.context, "cpu").tolist()
     (arguments.folder / "prompts.json").write_text(json.dumps(ids))
     about = {"stand_ins": f"{arguments.shapes.replace(',', ' and ')} of Qwen3 from {pair.name}"}

@@ -114,6 +114,21 @@ def test_a_wrong_token_of_ours_is_seen(load, run, monkeypatch):
     assert entry["equal_to_plain"] == "1/2" and len(entry["hashes"]) == 2
 
 
+def test_faces_are_compared_with_generate(load, run, monkeypatch, capsys):
+    status, record = run("--parts", "faces", "--batch-sizes", "1,3", "--rounds", "1")
+    faces = ["generate", "generate_many", "engine"]
+    cells = [(entry["method"], entry["face"]) for entry in record["faces"] if entry["batch_size"] == 3]
+    assert cells == [*(("plain", face) for face in faces), *(("draft", face) for face in [*faces, "custom_generate"])]
+    assert status == 0 and all(e["equal_to_plain"] == f"{e['batch_size']}/{e['batch_size']}" for e in record["faces"])
+    assert all(entry["over_generate"] == 1 for entry in record["faces"] if entry["face"] == "generate")
+    assert capsys.readouterr().out.count("\n| 3 | draft | ") == 4
+
+    by_engine = load("one_line_faces").by_engine
+    monkeypatch.setattr(load("one_line_faces"), "by_engine", lambda *all: [row[:-1] for row in by_engine(*all)])
+    status, record = run("--parts", "faces", "--batch-sizes", "2", "--rounds", "1")
+    assert status == 1 and {e["equal_to_plain"] for e in record["faces"] if e["face"] == "engine"} >= {"0/2"}
+
+
 def test_ratios_name_what_is_slower_than_wrapped(load):
     script = load("one_line_decode")
     times = {
@@ -247,7 +262,7 @@ def test_first_is_a_part(load, run, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("--parts decoed", "--parts: decoed is unknown; choose among decode, first, families"),
+        ("--parts decoed", "--parts: decoed is unknown; choose among decode, faces, first, families"),
         ("--shapes 8B", "--shapes: 8B names 1 shapes; give target,draft"),
         ("--first-shapes 8B,9B", "--first-shapes: 9B is unknown"),
         ("--methods plian", "--methods: plian is unknown"),

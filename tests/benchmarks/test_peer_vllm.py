@@ -211,6 +211,7 @@ def test_stand_ins_are_built(load, tmp_path):
     for role in ("target", "draft"):
         assert json.loads((tmp_path / role / "config.json").read_text())["hidden_size"] == 448
         assert (tmp_path / role / "model.safetensors").is_file()
+    assert (tmp_path / "target" / "tokenizer.json").is_file()
 
 
 def test_the_bundle_says_how_it_is_used():
