@@ -234,7 +234,7 @@ class InvariantNetwork(Network):
             yield
 
     def compile_ahead(self, num_rows: int, prompt_length: int, widths: Sequence[int]) -> None:
-        if self._graphs is None or not num_rows:
+        if self.kept.graphs is None or not num_rows:
             return
 
         rows, device = row_bucket(num_rows), self.model.device
