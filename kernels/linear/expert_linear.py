@@ -2,7 +2,8 @@
 
 As in the in-order linear, one program owns a tile of the result and goes through the inner dimension in ascending
 order with one float32 accumulator. A tile holds rows of one expert, so each used expert's weights are read once per
-block of rows. What a token's experts give is added in the order of their rank. No atomics, nothing waits for the device.
+block of rows. What a token's experts give is added in the order of their rank. There are no atomics, and nothing waits
+for the device.
 """
 
 from __future__ import annotations

@@ -74,15 +74,16 @@ def test_kernel_in_the_interpreter_takes_leading_dimensions_and_strides():
 def test_kernel_in_the_interpreter_reads_weights_that_lie_input_first_in_place(shape, monkeypatch):
     """The layout of GPT-2's Conv1D. Fails if the strides are mixed up, or if the weights are copied."""
     poison(monkeypatch)
+    seen = set()
     for tile, dtype in itertools.product(TILES, (torch.float32, torch.float16)):
         x, weight, b = operands(*shape, dtype)
         expected = in_order_linear(x, weight, b, "triton", tile)
         transposed = weight.t().contiguous().t()
-        seen = []
-        monkeypatch.setattr(kernels, "is_input_first", lambda weight: seen.append(weight) or is_input_first(weight))
-        assert torch.equal(in_order_linear(x, transposed, b, "triton", tile), expected), (tile, dtype)
-        assert all(tensor.data_ptr() == transposed.data_ptr() for tensor in seen)
-        monkeypatch.setattr(kernels, "is_input_first", is_input_first)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "is_input_first", lambda w: seen.add(w.data_ptr()) or is_input_first(w))
+            assert torch.equal(in_order_linear(x, transposed, b, "triton", tile), expected), (tile, dtype)
+        assert seen == {transposed.data_ptr()}
+        seen.clear()
     pair = [transposed, transposed]
     assert torch.equal(in_order_linears(x, pair, [b, b], "triton", tile), torch.cat([expected, expected], -1))
 
