@@ -21,7 +21,7 @@ from specdec.errors import UnsupportedModelError
 from specdec.kernels.linear.expert_groups import group_by_expert
 from specdec.kernels.linear.expert_linear import expert_linear
 from specdec.kernels.linear.in_order_linear import DTYPES, in_order_linear
-from specdec.kernels.linear.norms import layer_norm
+from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.kernels.linear.per_row import row_softmax, row_sum, row_top_k
 from specdec.network.invariant.guard import is_own_arithmetic, own_arithmetic
 
@@ -66,7 +66,7 @@ def has_order(func: Any) -> bool:
 @cache
 def in_order_operations() -> dict[Any, Callable]:
     aten = torch.ops.aten
-    return {
+    operations: dict[Any, Callable] = {
         aten.mm.default: _mm,
         aten.addmm.default: _addmm,
         aten.bmm.default: _bmm,
@@ -77,6 +77,9 @@ def in_order_operations() -> dict[Any, Callable]:
         aten.topk.default: _topk,
         aten.native_layer_norm.default: _native_layer_norm,
     }
+    if hasattr(aten, "_fused_rms_norm"):  # older versions of torch compute an RMSNorm from the others
+        operations[aten._fused_rms_norm.default] = _fused_rms_norm
+    return operations
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -147,6 +150,13 @@ def _native_layer_norm(
         raise UnsupportedModelError(f"a LayerNorm over {len(shape)} dimensions has no batch-invariant kernel")
     statistics = x.new_empty(0)  # of the backward pass, which there is none of
     return layer_norm(x, weight, bias, eps), statistics, statistics
+
+
+def _fused_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    if len(shape) != 1:
+        raise UnsupportedModelError(f"an RMSNorm over {len(shape)} dimensions has no batch-invariant kernel")
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return rms_norm(x, weight, eps, round_first=False), x.new_empty(0)
 
 
 def _last(x: Tensor, dim: int, function: Callable[[Tensor], Tensor]) -> Tensor:
