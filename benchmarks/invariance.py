@@ -117,13 +117,13 @@ def mixture(device: torch.device, dtype: torch.dtype, num_layers: int | None, nu
     longest, vocab_size = (600 if device.type == "cuda" else 60), model.config.vocab_size
     sequences = random_sequences(32 if device.type == "cuda" else 3, longest, vocab_size)
     prompts = [ids[: 40 + 5 * i] for i, ids in enumerate(random_sequences(num_prompts, longest, vocab_size))]
-    found: dict = {"config": model.config.to_diff_dict(), "logits": both_ways(model, sequences, 18), "tokens": {}}
+    found: dict = {"config": model.config.to_diff_dict(), "logits": {}, "tokens": {}}
     for name in ("stock", "invariant"):
-        with batch_invariant(model) if name == "invariant" else nullcontext():
-            found["tokens"][name] = []
-            for entry in token_records(model, prompts, new, log):
-                log(f"{name}: {entry}")
-                found["tokens"][name].append(entry)
+        log(f"{name} modules")
+        alone = name == "stock"
+        with nullcontext() if alone else batch_invariant(model):
+            found["logits"][name] = logit_bits(model, sequences, 18, log, transformers_alone=alone)
+            found["tokens"][name] = list(token_records(model, prompts, new, log, transformers_alone=alone))
     return found
 
 

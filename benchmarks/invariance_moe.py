@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from linear_tuning import BEYOND_CACHE, microseconds, random
@@ -83,34 +84,46 @@ def moe_model(device: torch.device, dtype: torch.dtype, num_layers: int | None =
         torch.set_default_dtype(before)
 
 
+@torch.no_grad()
 def token_records(
-    model: PreTrainedModel, prompts: Sequence[Tensor], new_tokens: int, log: Callable[[str], None]
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    new_tokens: int,
+    log: Callable[[str], None],
+    transformers_alone: bool = False,
 ) -> Iterator[dict]:
-    """Per batch size and K (0: plain): prompts whose tokens are those of transformers' own `generate` of each alone.
+    """Prompts whose tokens are those of transformers' own `generate` of each alone: by transformers in one batch, and
+    by ours per batch size and K (0: plain; drafts come from the prompt).
 
-    prompts: [length] int64 each. Drafts come from the prompt. Batch 1 decodes the first prompts alone.
+    prompts: [length] int64 each. Batch 1 decodes the first prompts alone. transformers_alone: without ours.
     """
     prompts = [prompt.to(model.device) for prompt in prompts]
     options = dict(max_new_tokens=new_tokens, pad_token_id=0)
-    begin = time.perf_counter()
-    expected = [
-        model.generate(p[None], attention_mask=torch.ones_like(p[None]), do_sample=False, **options)[0, len(p) :]
-        for p in prompts
-    ]
-    log(f"transformers one by one: {time.perf_counter() - begin:.0f} s")
-    for size, k in SETTINGS:
+
+    def by_transformers(ids: Tensor, mask: Tensor) -> Tensor:
+        return model.generate(ids, attention_mask=mask, do_sample=False, **options)
+
+    expected = [by_transformers(*left_pad([prompt]))[0, len(prompt) :] for prompt in prompts]
+
+    def record(who: str, size: int, k: int, decode: Callable[[Tensor, Tensor], Tensor]) -> dict:
         chosen = prompts[:NUM_ALONE] if size == 1 else prompts
-        drafting = dict(drafter="prompt_lookup", num_speculative_tokens=k) if k else {}
         equal, begin = 0, time.perf_counter()
         for first in range(0, len(chosen), size):
             ids, mask = left_pad(chosen[first : first + size])
-            out = specdec.generate(model, ids, mask, **drafting, **options)[:, ids.shape[1] :]
+            out = decode(ids, mask)[:, ids.shape[1] :]
             equal += sum(torch.equal(row, want) for row, want in zip(out, expected[first:], strict=False))
         synchronise(model.device)
-        yield {
-            "batch_size": size, "num_speculative_tokens": k, "num_equal": equal, "num_prompts": len(chosen),
-            "new_tokens": new_tokens, "seconds": round(time.perf_counter() - begin, 2),
+        entry = {
+            "who": who, "batch_size": size, "num_speculative_tokens": k, "num_equal": equal,
+            "num_prompts": len(chosen), "new_tokens": new_tokens, "seconds": round(time.perf_counter() - begin, 2),
         }  # fmt: skip
+        log(str(entry))
+        return entry
+
+    yield record("transformers", 32, 0, by_transformers)
+    for size, k in [] if transformers_alone else SETTINGS:
+        drafting = dict(drafter="prompt_lookup", num_speculative_tokens=k) if k else {}
+        yield record("specdec", size, k, partial(specdec.generate, model, **drafting, **options))
 
 
 def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

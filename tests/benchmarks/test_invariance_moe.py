@@ -31,10 +31,12 @@ def test_a_mixture_is_compared_on_stock_and_on_invariant_modules(invariance, tmp
     assert config.get("num_local_experts", config.get("num_experts")) == 16  # by transformers' version
     assert all(entry["different"] == 0 for entry in moe["logits"]["invariant"])
     assert all(entry["different"] > 0 for entry in moe["logits"]["stock"])
-    for entries in moe["tokens"].values():
-        assert [(e["batch_size"], e["num_speculative_tokens"]) for e in entries] == [(1, 0), (1, 5), (32, 0), (32, 5)]
+    settings = [(e["who"], e["batch_size"], e["num_speculative_tokens"]) for e in moe["tokens"]["invariant"]]
+    ours = [("specdec", 1, 0), ("specdec", 1, 5), ("specdec", 32, 0), ("specdec", 32, 5)]
+    assert settings == [("transformers", 32, 0), *ours]
+    assert [entry["who"] for entry in moe["tokens"]["stock"]] == ["transformers"]
     assert all(entry["num_equal"] == entry["num_prompts"] == 3 for entry in moe["tokens"]["invariant"])
-    assert "moe tokens, invariant: 12 of 12 prompts equal in 4 settings" in capsys.readouterr().out
+    assert "moe tokens, invariant: 15 of 15 prompts equal in 5 settings" in capsys.readouterr().out
 
 
 def test_every_number_of_tokens_has_tiles_to_choose_from(invariance):

@@ -6,6 +6,8 @@ Such a module holds the weights of all experts in one tensor per projection and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
@@ -20,11 +22,11 @@ from specdec.network.invariant.guard import own_arithmetic
 LAYOUT = ("has_gate", "has_bias", "is_transposed", "num_experts")
 
 
-def is_experts(module: nn.Module) -> bool:
+def is_experts(module: Any) -> bool:
     return all(hasattr(module, name) for name in LAYOUT) and hasattr(module, "down_proj")
 
 
-def check_experts(name: str, module: nn.Module) -> None:
+def check_experts(name: str, module: Any) -> None:
     """Raise UnsupportedModelError unless the weights are plain and all experts are here."""
     up = getattr(module, up_name(module), None)
     for key, weight in ((up_name(module), up), ("down_proj", module.down_proj)):
@@ -41,7 +43,7 @@ def check_experts(name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_agreement(name: str, module: nn.Module) -> None:
+def check_agreement(name: str, module: Any) -> None:
     """Raise UnsupportedModelError if the module computes something else, on random rows of which it knows the experts.
 
     The logits of a whole model cannot tell: where two experts score nearly the same, rounding alone chooses another.
@@ -65,7 +67,7 @@ def check_agreement(name: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def experts_forward(
-    module: nn.Module,
+    module: Any,
     hidden_states: Tensor,
     top_k_index: Tensor | None = None,
     top_k_weights: Tensor | None = None,
@@ -94,7 +96,7 @@ def experts_forward(
         return add_experts(down, weights)
 
 
-def activate(module: nn.Module, up: Tensor) -> Tensor:
+def activate(module: Any, up: Tensor) -> Tensor:
     """[pairs, 2 * inner] or [pairs, inner] -> [pairs, inner], by the module's own function: the guard looks at it."""
     if not module.has_gate:
         function = module.act_fn
@@ -106,11 +108,11 @@ def activate(module: nn.Module, up: Tensor) -> Tensor:
     return function(up) if up.is_cuda else of_each_row(function, up)
 
 
-def up_name(module: nn.Module) -> str:
+def up_name(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def projection(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def projection(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """The weights as [experts, out, in], read in place, and the biases."""
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None

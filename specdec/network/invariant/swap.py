@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,12 +188,13 @@ def invariant_forward(name: str, module: nn.Module) -> Callable[..., Tensor] | N
         return partial(forward_in_order, module) if variant is None else partial(_rms_norm, module, *variant)
     if kind is Conv1D:
         return partial(_conv_1d, module)
-    if kind in PLAIN_LINEARS:
+    if isinstance(module, nn.Linear) and kind in PLAIN_LINEARS:
         return partial(_linear, module)
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         raise UnsupportedModelError(f"{name} ({kind.__name__}) is not a plain LayerNorm over the last dimension")
-    if kind is nn.LayerNorm or is_layer_norm(module):
-        return partial(_layer_norm, module, epsilon_of(module))
+    eps = epsilon_of(module)
+    if eps is not None and (kind is nn.LayerNorm or is_layer_norm(module)):
+        return partial(_layer_norm, module, eps)
     # A class of transformers' own that adds to a Linear (routers) or a LayerNorm (Nemotron).
     return partial(forward_in_order, module)
 
@@ -231,7 +233,7 @@ def _conv_1d(module: Conv1D, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _layer_norm(module: nn.Module, eps: float, x: Tensor) -> Tensor:
+def _layer_norm(module: Any, eps: float, x: Tensor) -> Tensor:
     with own_arithmetic():
         return layer_norm(x, module.weight, getattr(module, "bias", None), eps)
 
@@ -253,7 +255,7 @@ def rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
 
 
 @torch.no_grad()
-def find_rms_norm_variant(module: nn.Module) -> tuple[float, bool, bool] | None:
+def find_rms_norm_variant(module: Any) -> tuple[float, bool, bool] | None:
     """eps, unit_offset and round_first of the kernel that computes what the module does on random numbers."""
     eps, weight = epsilon_of(module), weight_alone(module)
     if eps is None or weight is None or weight.dim() != 1:
@@ -288,7 +290,7 @@ def weight_alone(module: nn.Module) -> Tensor | None:
     return parameters["weight"] if parameters.keys() == {"weight"} else None
 
 
-def norm_error(module: nn.Module, norm: Callable[..., Tensor]) -> float | None:
+def norm_error(module: Any, norm: Callable[..., Tensor]) -> float | None:
     """The mean difference between the module and norm(x, weight); None if it is more than rounding.
 
     A copy with random weights is asked, so that weights of one or zero hide nothing.
@@ -343,7 +345,8 @@ def check_invariance(model: PreTrainedModel, expected: Tensor) -> None:
     spread = expected.float().std(-1).clamp(min=torch.finfo(torch.float32).tiny)
     differences = (logits.float() - expected.float()).square().mean(-1).sqrt() / spread
     difference, limit = differences.max().item(), LOGITS_TOLERANCE[model.dtype]
-    if model.dtype != torch.float32 and any(map(is_experts, model.modules())):
+    is_mixture = any(type(module).__name__.endswith("Experts") for module in model.modules())
+    if model.dtype != torch.float32 and is_mixture:
         difference, limit = differences.median().item(), MIXTURE_TOLERANCE
     if not difference <= limit:
         raise UnsupportedModelError(
