@@ -48,11 +48,12 @@ class Recorder(InOrder):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", CALLS)
-def test_the_result_is_torchs_and_a_rows_own(name):
+def test_the_result_is_torchs_and_a_rows_own(name, without_gradients):
     """Fails if an operation is not replaced, or reduces another dimension."""
     call, mode = CALLS[name], Recorder()
-    with torch.no_grad(), mode:
+    with without_gradients(), mode:
         together = call(X)
         alone = [call(X[row : row + 1]) for row in range(len(X))]
     assert mode.replaced

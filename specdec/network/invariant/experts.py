@@ -83,7 +83,7 @@ def experts_forward(
     indices = router_indices if top_k_index is None else top_k_index
     weights = routing_weights if top_k_weights is None else top_k_weights
     assert indices is not None and weights is not None
-    pairs = indices.reshape(-1)
+    pairs = indices.reshape(-1).long()
     with own_arithmetic():
         groups = group_by_expert(pairs, module.num_experts) if hidden_states.is_cuda else None
         up = expert_linear(hidden_states, *projection(module, up_name(module)), pairs, groups)

@@ -51,11 +51,17 @@ class InOrder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        replacement = None if is_own_arithmetic() else in_order_operations().get(func)
-        if replacement is None:
+        if is_own_arithmetic():
             return func(*args, **kwargs)
-        with own_arithmetic():
-            return replacement(*args, **kwargs)
+        replacement = in_order_operations().get(func)
+        if replacement is not None:
+            with own_arithmetic():
+                return replacement(*args, **kwargs)
+        # In inference mode torch hands over whole functions (linear, softmax) that it takes apart elsewhere.
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:
+                return func.decompose(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def has_order(func: Any) -> bool:
