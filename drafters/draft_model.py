@@ -90,7 +90,13 @@ class DraftModel(Drafter):
         limit = rows.max_limit if len(rows) else None
         # Accepted tokens are the target's own, whatever the draft model's last bits are.
         self._network = build_network(
-            self.model, len(rows.slots), rows.capacity, limit, context.layout, must_be_exact=False
+            self.model,
+            len(rows.slots),
+            rows.capacity,
+            limit,
+            context.layout,
+            must_be_exact=False,
+            exact=context.exact,
         )
         self._running.enter_context(self._network.running())
         if len(rows):

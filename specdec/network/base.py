@@ -54,10 +54,12 @@ class CachePlan(NamedTuple):
 class Network(ABC):
     """One model and its cache. Rows are the first rows of the cache; `keep_rows` moves them when some leave.
 
+    captures: steps are captured as CUDA graphs where the device has them, and replayed.
     runs_ahead: `forward` returns long before the device has run it, and asks the host for no row's length.
     max_tree: the most columns of a step that may be hidden from each other; None for any number.
     """
 
+    captures = False
     runs_ahead = False
     max_tree: int | None = None
 

@@ -17,6 +17,7 @@ from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
 from specdec.network.base import evaluating
 from specdec.network.fused import FusedNetwork
+from specdec.network.invariant.graphs import syncs_refused
 from specdec.network.invariant.network import InvariantNetwork
 from specdec.network.stock import StockNetwork
 
@@ -55,6 +56,8 @@ def _sound_difference(model: PreTrainedModel, network_type: NetworkType, layout:
             ) from error
 
         if difference <= tolerance:
+            if network_type is InvariantNetwork:
+                check_bits(model)
             return difference
 
     raise UnsupportedModelError(
@@ -108,11 +111,19 @@ def probe_tolerance(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layout: Layout | None = None) -> float:
+def probe(
+    model: PreTrainedModel,
+    network_type: NetworkType,
+    seed: int = 0,
+    layout: Layout | None = None,
+    captured: bool = False,
+) -> float:
     """The distance of the network's logits from uncached ones, at the worst position; see `relative_difference`.
 
     Two rows of made-up tokens are prefilled, verified with drafts that turn wrong in a different column of each row,
-    rewound and verified again. Raises UnsupportedModelError if nothing was cached.
+    rewound and verified again. captured: by captured steps, where the network has them.
+
+    Raises UnsupportedModelError if nothing was cached.
     """
     width, num_true = 4, [1, 3]  # tokens of a step, and how many of the first step's tokens each row keeps
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 64
@@ -131,6 +142,8 @@ def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layo
 
     rows = Rows([ids[:n] for ids, n in zip(sequences, prompt_lengths, strict=True)], 2 * width, 0, model.device)
     network = network_type(model, len(rows), rows.capacity, layout=layout)
+    if not captured:
+        network.captures = False
     differences = []
 
     def compare(row: int, logits: torch.Tensor, begin: int) -> None:
@@ -159,6 +172,56 @@ def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layo
             f"{type(model).__name__} keeps no keys and values in its cache; use transformers' own generate for it"
         )
     return torch.tensor(differences).max().item()  # NaN if any is
+
+
+def capture_problem(model: PreTrainedModel, network_type: NetworkType) -> str:
+    """Why such a network's captured steps cannot serve the model, in words; empty if they can."""
+    try:
+        with syncs_refused():
+            difference = probe(model, network_type, captured=True)
+    except (*PROBE_ERRORS, UnsupportedModelError) as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    if not difference <= (tolerance := probe_tolerance(model)):
+        return f"they give other logits (relative difference {difference:.1e}, limit {tolerance:.0e})"
+    return ""
+
+
+def check_bits(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless the short forward gives a token the same bits in steps of every kind.
+
+    Two rows are prefilled, decoded token by token alone, and verified together from different places.
+    """
+    width, lengths = 2, (3, 2)
+    rows = [probe_tokens(model, length + width, seed).to(model.device) for seed, length in enumerate(lengths)]
+
+    def network_of(num_rows: int) -> InvariantNetwork:
+        network = InvariantNetwork(model, num_rows, 64)
+        network.captures = False
+        return network
+
+    alone = []
+    for ids in rows:
+        with (network := network_of(1)).running():
+            steps = [
+                network.forward(ids[None, i : i + 1], torch.tensor([i], device=model.device), i + 1).logits[0]
+                for i in range(len(ids))
+            ]
+        alone.append(torch.cat(steps))
+
+    prompts = Rows([ids[:n].cpu() for ids, n in zip(rows, lengths, strict=True)], 2 * width, 0, model.device)
+    with (network := network_of(2)).running():
+        first = network.prefill(prompts)
+        tokens = torch.stack([ids[n:] for ids, n in zip(rows, lengths, strict=True)])
+        starts = torch.tensor(lengths, device=model.device)
+        verified = network.forward(tokens, starts, max(lengths) + width).logits
+    for row, length in enumerate(lengths):
+        together = torch.cat([first[row : row + 1], verified[row]])
+        if not torch.equal(together, alone[row][length - 1 :]):
+            count = int((together != alone[row][length - 1 :]).sum())
+            raise UnsupportedModelError(
+                f"{type(model).__name__} on {model.device}: {count} of {together.numel()} logits of prefill and "
+                "verification differ in their bits from those of single tokens"
+            )
 
 
 def probe_tokens(model: PreTrainedModel, length: int, seed: int) -> Tensor:

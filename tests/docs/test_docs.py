@@ -20,6 +20,8 @@ from specdec.options.generation import NEUTRAL, SERVED, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+# Of several scripts, in a file of their own.
+SHARED_OPTIONS = (ROOT / "benchmarks" / "pairs.py").read_text() + "--help"
 
 
 def blocks(text, language):
@@ -128,6 +130,17 @@ def test_the_architecture_names_files_that_exist():
                 folder = str(Path(name).parent) if "/" in name.rstrip("/") else folder
                 path = ROOT / name if "/" in name else ROOT / folder / name
                 assert path.exists(), name
+
+
+@pytest.mark.parametrize("name", ["docs/gpu.md", "benchmarks/README.md"])
+def test_commands_of_benchmarks_name_options_that_exist(name):
+    shell = re.sub(r"\\\n", " ", (ROOT / name).read_text())
+    commands = re.findall(r"(benchmarks/\w+\.(?:py|sh))((?: [^`#\n;]*)?)", shell)
+    assert len(commands) > 5
+    for script, arguments in commands:
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<= )--[\w-]+", arguments):
+            assert option in source or option in SHARED_OPTIONS, (script, option)
 
 
 def test_no_document_waits_to_be_filled_in():

@@ -38,7 +38,8 @@ from specdec.network.fused import can_fuse
 from specdec.network.invariant.attention import INVARIANT, span_mask
 from specdec.network.invariant.guard import is_harmless
 from specdec.network.invariant.network import InvariantNetwork
-from specdec.network.invariant.swap import invariant_forward, is_batch_invariant, rms_norm_variant
+from specdec.network.invariant.norms import rms_norm_variant
+from specdec.network.invariant.swap import invariant_forward, is_batch_invariant
 from specdec.network.model_cache import cache_argument
 from specdec.network.stock import StockNetwork
 
@@ -296,6 +297,16 @@ def test_products_hidden_in_a_module_are_computed_in_order():
             assert torch.equal(rows, logits.expand(3, -1, -1))
             assert torch.equal(model(input_ids=prompt[:, :5]).logits, logits[:, :5])
     assert state(model) == before
+
+
+def test_a_module_that_is_put_in_after_the_check_is_found():
+    """A model is checked once, but not for parts that it did not have then."""
+    model = tiny_llama()
+    with batch_invariant(model):
+        pass
+    model.model.layers[1].mlp.act_fn = Counting()
+    with pytest.raises(UnsupportedModelError, match=r"layers.1.mlp.act_fn \(Counting\)"):
+        make_batch_invariant(model)
 
 
 def test_operations_without_an_order_are_found():

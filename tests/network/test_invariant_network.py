@@ -19,7 +19,8 @@ import specdec
 from specdec import batch_invariant
 from specdec.network.choose import build_network
 from specdec.network.invariant import network as invariant_network
-from specdec.network.invariant.network import InvariantNetwork, kept_forward
+from specdec.network.invariant.network import InvariantNetwork, kept_invariant
+from specdec.network.kept_forwards import kept_of
 from specdec.network.stock import StockNetwork
 
 SIZES = dict(
@@ -113,25 +114,25 @@ def test_generate_equals_transformers_on_the_same_model(name, dtype):
 def test_a_forward_is_kept_while_it_fits(monkeypatch):
     model = tiny_llama()
     with batch_invariant(model):
-        with kept_forward(model, 3, 40) as first, kept_forward(model, 3, 40) as second:
+        with kept_invariant(model, 3, 40) as first, kept_invariant(model, 3, 40) as second:
             assert second is not first, "one that is in use must not be handed out"
-        with kept_forward(model, 2, 200) as again:
+        with kept_invariant(model, 2, 200) as again:
             assert again is first
-        with kept_forward(model, 2, 1000) as larger:
+        with kept_invariant(model, 2, 1000) as larger:
             assert larger is not first and larger.num_slots >= 1000
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-        with kept_forward(model, 2, 40) as other_weights:
+        with kept_invariant(model, 2, 40) as other_weights:
             assert other_weights is not larger
-        with pytest.raises(KeyboardInterrupt), kept_forward(model, 2, 40) as broken:
+        with pytest.raises(KeyboardInterrupt), kept_invariant(model, 2, 40) as broken:
             raise KeyboardInterrupt
-        with kept_forward(model, 2, 40) as after:
+        with kept_invariant(model, 2, 40) as after:
             assert after is not broken
 
 
 def test_padding_rows_and_columns_change_no_bit_and_leave_no_trace():
     """What a captured step adds to fill its bucket: rows and columns behind the texts."""
     model = build("qwen3")
-    with batch_invariant(model), torch.no_grad(), kept_forward(model, 4, 40) as forward:
+    with batch_invariant(model), torch.no_grad(), kept_invariant(model, 4, 40) as forward:
         for layer in forward.cache.layers:
             layer.keys.normal_(), layer.values.normal_()
         before = [(layer.keys.clone(), layer.values.clone()) for layer in forward.cache.layers]
@@ -156,7 +157,7 @@ def test_a_model_is_not_kept_alive():
     model = tiny_llama()
     with batch_invariant(model):
         specdec.generate(model, PROMPTS[0][None], max_new_tokens=4)
-    assert model in invariant_network._kept[True]
+    assert kept_of(model, InvariantNetwork) is not None
     gone = weakref.ref(model)
     del model
     gc.collect()

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.batch.cache import RaggedCache
 from specdec.limits import MAX_STEP_WIDTH
@@ -25,6 +28,10 @@ ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 ROWS_BEYOND = 32  # larger batches are rounded up to a multiple of it
 WIDTH_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, MAX_STEP_WIDTH)
 FEWEST_SLOTS = 1024
+PROMPT_ROUNDING = 64
+CAPTURED_PROMPT_TOKENS = 2048  # of all rows
+MOST_PROMPT_SHAPES = 32
+SLOTS_ROUNDING = 256  # of caches that are kept, so that a slightly longer text finds room
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +61,7 @@ class StepGraphs:
         self.cache = cache
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple, CapturedStep] = {}
+        self.nbytes = 0  # of device memory that the captures have taken
 
     def replay(
         self, forward: Forward, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]
@@ -84,10 +92,107 @@ class StepGraphs:
         token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
         # The last slots of every row lie after any text, so trying the step out leaves no trace.
         starts = torch.full((rows,), self.cache.num_slots - MAX_STEP_WIDTH, dtype=torch.long, device=self.cache.device)
+        reserved = reserved_bytes(self.cache.device)
         graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
+        self.nbytes += max(reserved_bytes(self.cache.device) - reserved, 0)
         self.captured[rows, width, slots, layers] = CapturedStep(graph, token_ids, starts, output)
         logger.info("captured in %.1f s", time.perf_counter() - begin)
         return self.captured[rows, width, slots, layers]
+
+
+_refuses_syncs: ContextVar[bool] = ContextVar("refuses_syncs", default=False)
+
+
+@contextmanager
+def syncs_refused() -> Iterator[None]:
+    """Captures inside raise RuntimeError, before they begin, if the call waits for the device."""
+    token = _refuses_syncs.set(True)
+    try:
+        yield
+    finally:
+        _refuses_syncs.reset(token)
+
+
+@contextmanager
+def _sync_errors() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+class PromptGraphs:
+    """Prefill of short prompts, captured when a shape is met for the second time.
+
+    The host launches a prompt of some hundred tokens more slowly than the device computes it; longer ones hide the
+    launches.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.nbytes = device, 0
+        self.pool = torch.cuda.graph_pool_handle()
+        self._met: set[tuple[int, int, int]] = set()
+        self._captured: OrderedDict[tuple[int, int, int], CapturedPrompts] = OrderedDict()
+
+    def replay(
+        self,
+        forward: Callable[[Tensor, Tensor, int], Tensor],
+        token_ids: Tensor,
+        last: Tensor,
+        first_row: int,
+        num_slots: int,
+    ) -> Tensor | None:
+        """The logits of forward(token_ids, last, first_row), [rows, 1, vocab]; None where the shape is too large, or is
+        met for the first time.
+
+        token_ids: [rows, width] int64, from each row's first slot on. last: [rows] int64, the column whose logits are
+        wanted. num_slots: a row of the cache has as many.
+        """
+        rows, width = token_ids.shape
+        columns = -(-width // PROMPT_ROUNDING) * PROMPT_ROUNDING
+        if columns > num_slots or rows * columns > CAPTURED_PROMPT_TOKENS:
+            return None
+
+        key = rows, columns, first_row
+        if key not in self._captured:
+            if key not in self._met:
+                self._met.add(key)
+                return None
+            self._captured[key] = self._capture(forward, *key)
+            if len(self._captured) > MOST_PROMPT_SHAPES:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(key)
+        return self._captured[key](token_ids, last)
+
+    def _capture(
+        self, forward: Callable[[Tensor, Tensor, int], Tensor], rows: int, columns: int, first_row: int
+    ) -> CapturedPrompts:
+        logger.info("capturing prompts: %d rows x %d tokens", rows, columns)
+        token_ids = torch.zeros(rows, columns, dtype=torch.long, device=self.device)
+        last = torch.zeros(rows, dtype=torch.long, device=self.device)
+        reserved = reserved_bytes(self.device)
+        graph, logits = capture(lambda: forward(token_ids, last, first_row), self.pool)
+        self.nbytes += max(reserved_bytes(self.device) - reserved, 0)
+        return CapturedPrompts(graph, token_ids, last, logits)
+
+
+@dataclass
+class CapturedPrompts:
+    """token_ids: [rows, columns] int64 and last: [rows] int64, to be filled; logits: overwritten by each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    token_ids: Tensor
+    last: Tensor
+    logits: Tensor
+
+    def __call__(self, token_ids: Tensor, last: Tensor) -> Tensor:
+        # What an earlier prompt left in the columns past this one is computed again; nothing reads it.
+        self.token_ids[:, : token_ids.shape[1]] = token_ids
+        self.last.copy_(last)
+        self.graph.replay()
+        return self.logits.clone()
 
 
 def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Output]:
@@ -96,6 +201,9 @@ def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CU
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()  # compiles what is not compiled yet
+        if _refuses_syncs.get():
+            with _sync_errors():
+                call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -128,3 +236,21 @@ def slot_bucket(used_slots: int) -> int:
     [1024, 1024, 2048]
     """
     return max(FEWEST_SLOTS, 1 << (used_slots - 1).bit_length())
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What torch holds of the device's memory."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def rounded_up(num_slots: int) -> int:
+    """
+    >>> rounded_up(257)
+    512
+    """
+    return -(-num_slots // SLOTS_ROUNDING) * SLOTS_ROUNDING
+
+
+def addresses(model: nn.Module) -> list[int]:
+    """Where the weights lie: captured steps read them there."""
+    return [parameter.data_ptr() for parameter in model.parameters()]

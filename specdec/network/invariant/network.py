@@ -1,8 +1,9 @@
-"""The short forward of a batch-invariant llama-, qwen2-, qwen3-, mistral- or gemma-type model: few launches a layer.
+"""The short batch-invariant forward of a llama-, qwen2-, qwen3-, mistral- or gemma-type model: few launches a layer.
 
 Its bits are those of the model's own modules with the kernels swapped in (`batch_invariant`), so transformers' own
-`generate` on that model stays the oracle. Weights are read where they lie. On a GPU the steps are replayed as CUDA
-graphs (`step_graphs.py`), because the host cannot launch a step's kernels as fast as the device runs them.
+`generate` on the swapped model is its oracle. The modules themselves stay as they are; weights are read where they
+lie. On a GPU the steps are replayed as CUDA graphs (`graphs.py`), because the host cannot launch a step's kernels as
+fast as the device runs them.
 
 A draft model's bits do not matter, since what is accepted is the target's own. Where the caller says so
 (`must_be_exact=False`) its steps of few tokens are a single launch (`one_launch.py`).
@@ -11,9 +12,8 @@ A draft model's bits do not matter, since what is accepted is the target's own. 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,12 +27,22 @@ from specdec.draft import ExtraQueries
 from specdec.kernels.attention.ragged_attention import TREE_SLOTS
 from specdec.kernels.persistent.step import is_faster
 from specdec.network.base import CachePlan, Network, NetworkOutput, layer_numbers
-from specdec.network.invariant.graphs import MAX_STEP_WIDTH, Forward, StepGraphs, row_bucket, width_bucket
+from specdec.network.invariant.graphs import (
+    MAX_STEP_WIDTH,
+    Forward,
+    PromptGraphs,
+    StepGraphs,
+    addresses,
+    rounded_up,
+    row_bucket,
+    width_bucket,
+)
 from specdec.network.invariant.guard import own_arithmetic
 from specdec.network.invariant.layers import Head, Norm, layers_of
 from specdec.network.invariant.one_launch import one_launch_step
 from specdec.network.invariant.step import Step, step_of
-from specdec.network.invariant.swap import is_batch_invariant, is_invariant_forward
+from specdec.network.invariant.swap import is_invariant_forward
+from specdec.network.kept_forwards import kept_forward, kept_of
 from specdec.network.known_classes import FAMILIES, is_known_class, is_plain
 
 # After the texts of a cache: for the branches of a step, and for the rows and columns that pad a graph.
@@ -40,10 +50,8 @@ SPARE_SLOTS = TREE_SLOTS
 
 
 def can_shorten(model: PreTrainedModel) -> bool:
-    """Whether `model` is batch-invariant and exactly one of the known classes, with nothing else attached."""
-    return (
-        is_batch_invariant(model) and is_known_class(model, FAMILIES) and all(map(is_plain_or_swapped, model.modules()))
-    )
+    """Whether `model` is exactly one of the known classes, with nothing attached but the swapped kernels."""
+    return is_known_class(model, FAMILIES) and all(map(is_plain_or_swapped, model.modules()))
 
 
 def is_plain_or_swapped(module: nn.Module) -> bool:
@@ -65,13 +73,18 @@ class InvariantForward:
         head_dim = model.model.layers[0].self_attn.head_dim
         self.cache.allocate(model.config.num_key_value_heads, head_dim, self.embedding.weight.dtype)
         self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
+        self.prompts = PromptGraphs(model.device) if model.device.type == "cuda" else None
         self.graphs_with_extra: dict[int, tuple[StepGraphs, ExtraQueries]] = {}  # by the number of extra queries
         self.one_launch = None
         if not must_be_exact:
             self.one_launch = one_launch_step(model, self.cache, *self.layers[0].options.rotation, num_slots)
 
+    @property
+    def nbytes(self) -> int:
+        graphs = [graphs for graphs, _ in self.graphs_with_extra.values()]
+        return self.cache.nbytes + sum(one.nbytes for one in (self.graphs, self.prompts, *graphs) if one is not None)
+
     def serves(self, model: PreTrainedModel, max_rows: int, num_slots: int) -> bool:
-        """Whether it is large enough and of the same weights."""
         return max_rows <= self.max_rows and num_slots <= self.num_slots and self.weights == addresses(model)
 
     def __call__(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
@@ -114,6 +127,18 @@ class InvariantForward:
 
         branches = hidden[:, width:].unflatten(1, (width, -1))
         return NetworkOutput(self.logits(hidden[:, :width]), (*(state[:, :width] for state in states), branches))
+
+    @torch.no_grad()
+    def first_columns(self, token_ids: Tensor, last: Tensor, first_row: int) -> Tensor:
+        """Cache prompts from their first token on; the logits after one column of each, [rows, 1, vocab].
+
+        last: [rows] int64, that column.
+        """
+        rows, width = token_ids.shape
+        starts = torch.zeros(rows, dtype=torch.long, device=token_ids.device)
+        step = step_of(Columns.chain(starts, width), width, self.windows)
+        hidden, _ = self.run(self.embed(token_ids), step, slice(first_row, first_row + rows), ())
+        return self.logits(hidden[torch.arange(rows, device=hidden.device), last][:, None])
 
     @torch.no_grad()
     def branch_alone(self, starts: Tensor, width: int, after: Tensor, used_slots: int, extra: ExtraQueries) -> Tensor:
@@ -162,43 +187,11 @@ class InvariantForward:
             return self.head(hidden)
 
 
-# By whether the bits must be those of the model's modules: the target's must, a draft model's need not.
-_kept: dict[bool, WeakKeyDictionary[PreTrainedModel, InvariantForward]] = {
-    True: WeakKeyDictionary(),
-    False: WeakKeyDictionary(),
-}
-SLOTS_ROUNDING = 256
-
-
-@contextmanager
-def kept_forward(
-    model: PreTrainedModel, max_rows: int, num_slots: int, must_be_exact: bool = True
-) -> Iterator[InvariantForward]:
-    """The model's forward from an earlier generation if it is free, large enough and of the same weights.
-
-    One is kept per model and exactness, the last used: its cache stays allocated, as transformers' static cache does.
-    """
-    kept = _kept[must_be_exact].pop(model, None)
-    if kept is None or not kept.serves(model, max_rows, num_slots):
-        del kept  # before the new one takes memory
-        kept = InvariantForward(model, row_bucket(max_rows), rounded_up(num_slots), must_be_exact)
-    yield kept
-    _kept[must_be_exact][model] = kept  # not after an exception: a step may have been interrupted half-way
-
-
-def rounded_up(num_slots: int) -> int:
-    return -(-num_slots // SLOTS_ROUNDING) * SLOTS_ROUNDING
-
-
-def addresses(model: PreTrainedModel) -> list[int]:
-    """Where the weights lie: graphs read them there."""
-    return [parameter.data_ptr() for parameter in model.parameters()]
-
-
 class InvariantNetwork(Network):
     """Runs the kernels over the model's own weights in the ragged layout; the modules are not touched."""
 
     must_be_exact = True  # whether the output depends on this model's bits, as it does on a target's
+    captures = True
     max_tree = TREE_SLOTS
 
     def __init__(
@@ -214,20 +207,25 @@ class InvariantNetwork(Network):
 
     @property
     def runs_ahead(self) -> bool:  # type: ignore[override]
-        return self.kept.graphs is not None
+        return self._graphs is not None
+
+    @property
+    def _graphs(self) -> StepGraphs | None:
+        """Those of plain steps, None where steps are launched kernel by kernel."""
+        return self.kept.graphs if self.captures else None
 
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
-        kept = _kept[cls.must_be_exact].get(model)
+        kept = kept_of(model, cls)
         if kept is not None and kept.serves(model, max_rows, num_slots):
             return CachePlan(0, 0)
-        freed = 0 if kept is None else kept.cache.nbytes
+        freed = 0 if kept is None else kept.nbytes
         return CachePlan(row_bucket(max_rows), rounded_up(num_slots) + SPARE_SLOTS, freed)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         size = self.cache.max_rows, self.cache.num_slots
-        with kept_forward(self.model, *size, self.must_be_exact) as self.kept:
+        with kept_invariant(self.model, *size, self.must_be_exact) as self.kept:
             self.cache = self.kept.cache
             self.cache.num_filled = 0  # of an earlier generation nothing is left
             yield
@@ -267,7 +265,7 @@ class InvariantNetwork(Network):
 
     def _step(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         """A decode step; of a draft model a single launch where that is faster."""
-        return self._captured(self.kept.graphs, self.kept, token_ids, starts, used_slots, layers)
+        return self._captured(self._graphs, self.kept, token_ids, starts, used_slots, layers)
 
     def _wide_text(self, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]) -> NetworkOutput:
         """More columns than any captured step has."""
@@ -284,7 +282,7 @@ class InvariantNetwork(Network):
     ) -> NetworkOutput:
         """The text and a branch after each of its tokens in one forward."""
         kept, graphs, num_extra = self.kept, None, extra.num
-        if kept.graphs is not None:
+        if self._graphs is not None:
             graphs, extra = self._graphs_with_extra(extra, TREE_SLOTS // self._captured_width(token_ids.shape[1]) - 1)
             # The columns that fill a bucket move the branches after them.
             used_slots = min(used_slots + TREE_SLOTS, self.cache.num_slots)
@@ -329,7 +327,7 @@ class InvariantNetwork(Network):
 
     def _captured_width(self, width: int) -> int:
         """The columns of text that a step of `width` tokens computes."""
-        return width_bucket(width) if self.kept.graphs is not None and width <= MAX_STEP_WIDTH else width
+        return width_bucket(width) if self._graphs is not None and width <= MAX_STEP_WIDTH else width
 
     def _graphs_with_extra(self, extra: ExtraQueries, most: int) -> tuple[StepGraphs, ExtraQueries]:
         """Graphs for as many queries or more, at most `most`, and the queries that they read.
@@ -346,6 +344,24 @@ class InvariantNetwork(Network):
         inputs.embeddings.copy_(extra.embeddings[repeated])  # where the graphs read them
         inputs.ahead.copy_(extra.ahead[repeated])
         return graphs, inputs
+
+    def prefill_columns(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        first_row: int,
+        begin: int,
+        end: int,
+        layers: tuple[int, ...] = (),
+    ) -> NetworkOutput:
+        kept, cache = self.kept, self.cache
+        if kept.prompts is not None and self.captures and begin == 0 and not layers:
+            last = (lengths - 1).clamp(0, end - 1)
+            logits = kept.prompts.replay(kept.first_columns, token_ids[:, :end], last, first_row, cache.num_slots)
+            if logits is not None:
+                cache.num_filled = max(cache.num_filled, end)
+                return NetworkOutput(logits, ())
+        return super().prefill_columns(token_ids, lengths, first_row, begin, end, layers)
 
     def keep_rows(self, index: Tensor) -> None:
         self._num_moves += 1
@@ -372,3 +388,15 @@ class InvariantDraftNetwork(InvariantNetwork):
     """Of a draft model, whose bits the output does not depend on: a step of few tokens is one launch."""
 
     must_be_exact = False
+
+
+def kept_invariant(
+    model: PreTrainedModel, max_rows: int, num_slots: int, must_be_exact: bool = True
+) -> AbstractContextManager[InvariantForward]:
+    """The model's forward from an earlier generation, or a new one with some room to spare."""
+
+    def make() -> InvariantForward:
+        return InvariantForward(model, row_bucket(max_rows), rounded_up(num_slots), must_be_exact)
+
+    kind = InvariantNetwork if must_be_exact else InvariantDraftNetwork
+    return kept_forward(model, kind, max_rows, num_slots, make)

@@ -12,12 +12,10 @@ with these operations in order (`in_order.py`). What is left is refused by name.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.kept import kept_with
 from specdec.kernels.linear.in_order_linear import in_order_linear
 from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.network.attention import configs_of
@@ -36,11 +35,11 @@ from specdec.network.invariant.attention import INVARIANT
 from specdec.network.invariant.experts import check_agreement, check_experts, experts_forward, is_experts
 from specdec.network.invariant.guard import BatchDependentError, InvarianceGuard, own_arithmetic
 from specdec.network.invariant.in_order import forward_in_order, has_order, watching_for_tokens
+from specdec.network.invariant.norms import epsilon_of, find_rms_norm_variant, is_layer_norm, rms_norm_variant
 from specdec.network.model_cache import cache_argument
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PLAIN_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
-EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 # How far swapped logits may be from the stock ones, relative to the spread of the stock ones: rounding, not errors.
 LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 # Of a mixture in half precision: rounding chooses another expert now and then, which moves a token's logits far. The
@@ -70,44 +69,46 @@ def make_batch_invariant(model: PreTrainedModel) -> Callable[[], None]:
     if is_batch_invariant(model):
         return lambda: None
     check_settings(model)
-    invariant_attention.register()
+    kinds = kept_with(model, ("batch-invariant", *invariance_key(model)), lambda: _checked(model))
+    return _swap(model, kinds)
+
+
+def invariance_key(model: PreTrainedModel) -> tuple:
+    """All that `check_invariance` depends on, apart from the weights."""
+    config, kinds = model.config, frozenset(map(type, model.modules()))
+    return model.dtype, model.device, config._attn_implementation, config.to_json_string(use_diff=False), kinds
+
+
+def _checked(model: PreTrainedModel) -> frozenset[type]:
+    """Swap, check, restore. Returns the kinds of modules that run their own forward in order."""
     with evaluating(model):
         expected = logits_of(model)
-    with ExitStack() as stack:
+        kinds = kinds_in_order(model)
         for name, module in model.named_modules():
-            forward = invariant_forward(name, module)
-            if forward is not None:
-                swap(module, forward, stack)
-        # Plain callbacks: a suspended context manager would restore the model as soon as the caller drops the stack.
-        for config in configs_of(model):
-            stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
-            config._attn_implementation_internal = INVARIANT
-        with evaluating(model):
-            put_in_order(model, stack)
+            if is_experts(module):
+                check_agreement(name, module)
+        restore = _swap(model, kinds)
+        try:
             check_invariance(model, expected)
-        return stack.pop_all().close
+        finally:
+            restore()
+    return kinds
 
 
-def swap(module: nn.Module, forward: Callable, stack: ExitStack) -> None:
-    stack.callback(module.__dict__.pop, "forward", None)
-    module.__dict__["forward"] = forward
-
-
-def put_in_order(model: PreTrainedModel, stack: ExitStack) -> None:
-    """Let every kind of module that the guard catches at an operation of `in_order.py` compute it in order."""
+def kinds_in_order(model: PreTrainedModel) -> frozenset[type]:
+    """The kinds of modules that the guard catches at an operation of `in_order.py`; raises at any other operation."""
+    kinds: frozenset[type] = frozenset()
     while True:
+        restore = _swap(model, kinds)
         guard = InvarianceGuard(model)
         try:
             with guard.watching(), watching_for_tokens(PROBE_LENGTHS[0]):
                 logits_of(model)
-            return
+            return kinds
         except BatchDependentError as error:
-            caught = error.module
-            if not has_order(error.func) or "forward" in caught.__dict__:
+            if not has_order(error.func) or "forward" in error.module.__dict__:
                 raise
-            for module in model.modules():
-                if type(module) is type(caught) and "forward" not in module.__dict__:
-                    swap(module, partial(forward_in_order, module), stack)
+            kinds |= {type(error.module)}
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -115,6 +116,27 @@ def put_in_order(model: PreTrainedModel, stack: ExitStack) -> None:
                 f"{type(model).__name__} does not run with the batch-invariant attention and masks "
                 f"({type(error).__name__}: {str(error)[:200]}); decode it without batch_invariant, or in float32"
             ) from error
+        finally:
+            restore()
+
+
+def _swap(model: PreTrainedModel, kinds: frozenset[type]) -> Callable[[], None]:
+    """Swap without a check; returns what restores the model. kinds: of modules that run their own forward in order."""
+    invariant_attention.register()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            forward = invariant_forward(name, module)
+            if forward is None and type(module) in kinds:
+                check_own_forward(name, module)
+                forward = partial(forward_in_order, module)
+            if forward is not None:
+                stack.callback(module.__dict__.pop, "forward", None)
+                module.__dict__["forward"] = forward
+        # Plain callbacks: a suspended context manager would restore the model as soon as the caller drops the stack.
+        for config in configs_of(model):
+            stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
+            config._attn_implementation_internal = INVARIANT
+        return stack.pop_all().close
 
 
 def is_batch_invariant(model: PreTrainedModel) -> bool:
@@ -169,11 +191,7 @@ def invariant_forward(name: str, module: nn.Module) -> Callable[..., Tensor] | N
                 f"{name} ({kind.__module__}.{kind.__name__}) is quantised; it has no batch-invariant kernel"
             )
         return None
-    if "forward" in module.__dict__:
-        raise UnsupportedModelError(
-            f"{name} ({kind.__name__}) has a replaced forward (device_map offloading or another patch); "
-            "load the model on one device without it"
-        )
+    check_own_forward(name, module)
     if hasattr(module, "parametrizations") or not has_plain_weights(module):
         raise UnsupportedModelError(
             f"{name} ({kind.__module__}.{kind.__name__}) is not a plain torch Linear (quantised or parametrised); "
@@ -181,7 +199,6 @@ def invariant_forward(name: str, module: nn.Module) -> Callable[..., Tensor] | N
         )
     if is_mixture:
         check_experts(name, module)
-        check_agreement(name, module)
         return partial(experts_forward, module)
     if is_rms:
         variant = find_rms_norm_variant(module)
@@ -197,6 +214,14 @@ def invariant_forward(name: str, module: nn.Module) -> Callable[..., Tensor] | N
         return partial(_layer_norm, module, eps)
     # A class of transformers' own that adds to a Linear (routers) or a LayerNorm (Nemotron).
     return partial(forward_in_order, module)
+
+
+def check_own_forward(name: str, module: nn.Module) -> None:
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has a replaced forward (device_map offloading or another patch); "
+            "load the model on one device without it"
+        )
 
 
 def has_plain_weights(module: nn.Module) -> bool:
@@ -242,75 +267,6 @@ def _layer_norm(module: Any, eps: float, x: Tensor) -> Tensor:
 def _rms_norm(module: nn.Module, eps: float, unit_offset: bool, round_first: bool, x: Tensor) -> Tensor:
     with own_arithmetic():
         return rms_norm(x, getattr(module, "weight", None), eps, unit_offset, round_first)
-
-
-def rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
-    """As `find_rms_norm_variant`; raises UnsupportedModelError, naming the module, if there is none."""
-    variant = find_rms_norm_variant(module)
-    if variant is None:
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) is not an RMSNorm that the kernel knows; it has no short forward"
-        )
-    return variant
-
-
-@torch.no_grad()
-def find_rms_norm_variant(module: Any) -> tuple[float, bool, bool] | None:
-    """eps, unit_offset and round_first of the kernel that computes what the module does on random numbers."""
-    eps, weight = epsilon_of(module), weight_alone(module)
-    if eps is None or weight is None or weight.dim() != 1:
-        return None
-    errors = {}
-    for unit_offset, round_first in product((False, True), (True, False)):
-        error = norm_error(module, partial(rms_norm, eps=eps, unit_offset=unit_offset, round_first=round_first))
-        if error is not None:
-            errors[unit_offset, round_first] = error
-    return (eps, *min(errors, key=errors.__getitem__)) if errors else None
-
-
-@torch.no_grad()
-def is_layer_norm(module: nn.Module) -> bool:
-    """Whether a LayerNorm of transformers' own (Cohere's, without a bias) is the kernel's, on random numbers."""
-    if not type(module).__name__.endswith("LayerNorm"):
-        return False
-    eps, weight = epsilon_of(module), weight_alone(module)
-    if eps is None or weight is None or weight.dim() > 2:
-        return False
-    return norm_error(module, partial(layer_norm, bias=None, eps=eps)) is not None
-
-
-def epsilon_of(module: nn.Module) -> float | None:
-    epsilons = [getattr(module, key) for key in EPSILON_NAMES if isinstance(getattr(module, key, None), float)]
-    return epsilons[0] if len(epsilons) == 1 else None
-
-
-def weight_alone(module: nn.Module) -> Tensor | None:
-    """The module's weight if it has no other parameter."""
-    parameters = dict(module.named_parameters(recurse=False))
-    return parameters["weight"] if parameters.keys() == {"weight"} else None
-
-
-def norm_error(module: Any, norm: Callable[..., Tensor]) -> float | None:
-    """The mean difference between the module and norm(x, weight); None if it is more than rounding.
-
-    A copy with random weights is asked, so that weights of one or zero hide nothing.
-    """
-    weight = module.weight
-    twin = copy.copy(module)
-    twin._parameters = {}  # the copy shares the module's own
-    generator = torch.Generator().manual_seed(0)
-    twin.weight = nn.Parameter(torch.randn(weight.shape, generator=generator).to(weight), requires_grad=False)
-    # Small numbers too, where eps counts.
-    x = torch.randn(64, *weight.shape, generator=generator).movedim(0, -1) * torch.logspace(-3, 1, 64)
-    x = x.movedim(-1, 0).to(weight)
-    expected = type(module).forward(twin, x)
-    if not isinstance(expected, Tensor) or expected.dtype != x.dtype or expected.shape != x.shape:
-        return None
-    difference = (norm(x, twin.weight).double() - expected.double()).abs()
-    # Two roundings of the result, or of the factor before it.
-    if (difference > 4 * torch.finfo(x.dtype).eps * expected.double().abs() + 1e-6).any():
-        return None
-    return difference.mean().item()
 
 
 def probe_ids(model: PreTrainedModel, length: int, seed: int) -> Tensor:
