@@ -47,7 +47,8 @@ def in_order_linears(
 ) -> Tensor:
     """One to three linears of the same x side by side, [..., out1 + out2 + ...]: each bit for bit as computed alone.
 
-    weights: [out_i, in] each; biases: [out_i] each, or None for all of them.
+    weights: [out_i, in] each; biases: [out_i] each, or None for all of them. Transposed views of [in, out_i] tensors
+    are read in place if all of them are such; other strides are copied.
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(biases) != len(weights):
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases; need 1 to {MAX_WEIGHTS} of both")
@@ -71,8 +72,15 @@ def in_order_linears(
         raise ValueError(f"x is {x.dtype}; the kernel serves bfloat16, float16 and float32")
 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = _in_order_linears_triton(rows, [weight.contiguous() for weight in weights], biases, tile)
+    if not all(is_input_first(weight) for weight in weights):
+        weights = [weight.contiguous() for weight in weights]
+    out = _in_order_linears_triton(rows, weights, biases, tile)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def is_input_first(weight: Tensor) -> bool:
+    """Whether the [out, in] weight lies in memory as [in, out] alone, as that of GPT-2's Conv1D does."""
+    return weight.t().is_contiguous() and not weight.is_contiguous()
 
 
 def in_order_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -111,6 +119,7 @@ def _in_order_linears_triton(
         HAS_BIAS=biases[0] is not None,
         EVEN_IN=size_in % tile.block_in == 0,
         SWAPPED=tile.swapped,
+        INPUT_FIRST=is_input_first(weights[0]),
         BLOCK_ROWS=tile.block_rows,
         BLOCK_OUT=tile.block_out,
         BLOCK_IN=tile.block_in,
@@ -143,6 +152,7 @@ if triton is not None:
         HAS_BIAS: tl.constexpr,
         EVEN_IN: tl.constexpr,
         SWAPPED: tl.constexpr,
+        INPUT_FIRST: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_OUT: tl.constexpr,
         BLOCK_IN: tl.constexpr,
@@ -181,6 +191,7 @@ if triton is not None:
         wait_for_previous_kernel(OVERLAP)
         inner = tl.arange(0, BLOCK_IN)
         row_ok = row < num_rows
+        weight_row = column if INPUT_FIRST else column * size_in
         column_ok = column < size_out
         if SWAPPED:  # few rows: the weights fill the tensor core's longer side
             total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
@@ -188,14 +199,15 @@ if triton is not None:
             total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for k in tl.range(0, size_in, BLOCK_IN, num_stages=NUM_STAGES):
             place = k + inner
+            weight_column = place.to(tl.int64) * size_out if INPUT_FIRST else place
             if SWAPPED:
-                left = weight_ptr + column[:, None] * size_in + place[None, :]
+                left = weight_ptr + weight_row[:, None] + weight_column[None, :]
                 right = x_ptr + row[None, :] * size_in + place[:, None]
                 left_ok = column_ok[:, None]
                 right_ok = row_ok[None, :]
             else:
                 left = x_ptr + row[:, None] * size_in + place[None, :]
-                right = weight_ptr + column[None, :] * size_in + place[:, None]
+                right = weight_ptr + weight_row[None, :] + weight_column[:, None]
                 left_ok = row_ok[:, None]
                 right_ok = column_ok[None, :]
             if not EVEN_IN:

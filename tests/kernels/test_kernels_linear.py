@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from specdec.kernels.linear import in_order_linear as kernels
-from specdec.kernels.linear.in_order_linear import in_order_linear, in_order_linears
+from specdec.kernels.linear.in_order_linear import in_order_linear, in_order_linears, is_input_first
 from specdec.kernels.linear.linear_tiles import BUCKETS, DEFAULTS, TUNED, Tile, choose_tile
 
 # The same products in another order: float32 rounds at 6e-8, float16 results at 5e-4.
@@ -67,6 +67,25 @@ def test_kernel_in_the_interpreter_takes_leading_dimensions_and_strides():
     x, weight, b = operands(12, 20, 24)
     out = in_order_linear(x.view(3, 4, 24).transpose(0, 1), weight, b, "triton", TILES[0])
     torch.testing.assert_close(out, F.linear(x, weight, b).view(3, 4, 20).transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0]])
+def test_kernel_in_the_interpreter_reads_weights_that_lie_input_first_in_place(shape, monkeypatch):
+    """The layout of GPT-2's Conv1D. Fails if the strides are mixed up, or if the weights are copied."""
+    poison(monkeypatch)
+    seen = set()
+    for tile, dtype in itertools.product(TILES, (torch.float32, torch.float16)):
+        x, weight, b = operands(*shape, dtype)
+        expected = in_order_linear(x, weight, b, "triton", tile)
+        transposed = weight.t().contiguous().t()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "is_input_first", lambda w: seen.add(w.data_ptr()) or is_input_first(w))
+            assert torch.equal(in_order_linear(x, transposed, b, "triton", tile), expected), (tile, dtype)
+        assert seen == {transposed.data_ptr()}
+        seen.clear()
+    pair = [transposed, transposed]
+    assert torch.equal(in_order_linears(x, pair, [b, b], "triton", tile), torch.cat([expected, expected], -1))
 
 
 SIZES_TOGETHER = [(16, 16, 16), (33, 5), (40, 1, 17), (70, 70)]
@@ -155,5 +174,8 @@ def test_bits_on_a_gpu_depend_neither_on_rows_nor_on_tiles(dtype, shape):
         assert torch.equal(in_order_linear(x[:rows], weight, b), expected[:rows])
     for tile in GPU_TILES if dtype != torch.float32 else [Tile(16, 32, 16, False, 2, 4), Tile(32, 32, 32, True, 2, 4)]:
         assert torch.equal(in_order_linear(x, weight, b, tile=tile), expected), tile
+    transposed = weight.t().contiguous().t()
+    for rows in (1, 17, 300):
+        assert torch.equal(in_order_linear(x[:rows], transposed, b), expected[:rows])
     exact = F.linear(x.double(), weight.double(), b.double())
     torch.testing.assert_close(expected.double(), exact, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

@@ -8,28 +8,20 @@ soft-caps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import GELUTanh, SiLUActivation
 
 from specdec.kernels.attention.ragged_attention import ragged_attention
 from specdec.kernels.attention.rotary_write import HeadNorm, rotary_write
-from specdec.kernels.linear.gated import gelu_tanh_mul, silu_mul
 from specdec.kernels.linear.in_order_linear import in_order_linears
 from specdec.kernels.linear.norms import add_rms_norm, rms_norm
+from specdec.network.invariant.activations import GATED
 from specdec.network.invariant.step import Step
 from specdec.network.invariant.swap import rms_norm_arithmetic
 from specdec.network.known_classes import FAMILIES, SANDWICH_NORMS, windows
-
-GATED: dict[type, Callable[[Tensor], Tensor]] = {
-    nn.SiLU: silu_mul,
-    SiLUActivation: silu_mul,
-    GELUTanh: gelu_tanh_mul,
-}
 
 
 class Rotation(NamedTuple):
