@@ -304,8 +304,9 @@ class Engine:
         context = Context(network, self.layout, self.num_speculative_tokens, sampler, watcher, self.exact)
 
         self._open.enter_context(network.running())
-        width = 1 + (0 if isinstance(self.drafter, NoDrafts) else self.num_speculative_tokens)
-        network.compile_ahead(len(decoding.rows), decoding.rows.max_length, sorted({1, width}))
+        if len(decoding.rows):
+            width = 1 + (0 if isinstance(self.drafter, NoDrafts) else self.num_speculative_tokens)
+            network.compile_ahead(len(decoding.rows), decoding.rows.max_length, sorted({1, width}))
         self._open.enter_context(drafting(self.drafter, self.policy, context, decoding.rows))
         self._is_running = True
 
