@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.linear.expert_groups import ExpertGroups
-from specdec.kernels.linear.in_order_linear import DTYPES, GROUP_ROWS, in_order_linear_reference
+from specdec.kernels.linear.in_order_linear import DTYPES, in_order_linear_reference
 from specdec.kernels.linear.linear_tiles import FLOAT32, Tile
 from specdec.kernels.overlap import overlap_options
 
@@ -108,7 +108,7 @@ def _expert_linear_triton(
         BLOCK_ROWS=tile.block_rows,
         BLOCK_OUT=tile.block_out,
         BLOCK_IN=tile.block_in,
-        GROUP=GROUP_ROWS,
+        GROUP=tile.group,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
         **overlap_options(x),
@@ -155,7 +155,7 @@ def add_experts_reference(y: Tensor, weights: Tensor) -> Tensor:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_blocks"])
+    @kernel(do_not_specialize=["num_blocks"])
     def _expert_linear_kernel(
         x_ptr,
         weight_ptr,
@@ -235,7 +235,7 @@ if triton is not None:
                 ok = row_ok[:, None] & column_ok[None, :]
             tl.store(target, total.to(out_ptr.dtype.element_ty), mask=ok)
 
-    @triton.jit
+    @kernel()
     def _add_experts_kernel(
         y_ptr,
         weights_ptr,
