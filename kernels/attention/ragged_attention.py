@@ -255,6 +255,7 @@ def _merge_in_memory(
             HAS_SINKS=sinks is not None,
             IS_TREE=tree is not None,
             SPLIT_KEYS=SPLIT_KEYS,
+            UNROLL=4,
             num_warps=1,
             **overlap_options(query),
         )

@@ -111,6 +111,7 @@ if triton is not None:
         HAS_SINKS: tl.constexpr,
         IS_TREE: tl.constexpr,
         SPLIT_KEYS: tl.constexpr,
+        UNROLL: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
         """One program per query and head; it reads only the splits of which the query sees any slot."""
@@ -127,22 +128,27 @@ if triton is not None:
         values = tl.zeros([BLOCK_VALUE], tl.float32)
         if HAS_SINKS:
             highest_score = tl.load(sinks_ptr + head).to(tl.float32)
-            total = 1.0
+            total = tl.full([], 1.0, tl.float32)
         else:
-            highest_score = float("-inf")
-            total = 0.0
+            highest_score = tl.full([], float("-inf"), tl.float32)
+            total = tl.full([], 0.0, tl.float32)
         skipped = tl.maximum(-origin, 0) // SPLIT_KEYS
         first = (low - origin) // SPLIT_KEYS - skipped
         last = tl.where(high > low, (high - 1 - origin) // SPLIT_KEYS - skipped, first - 1)
         place = ((row * NUM_HEADS + head) * count + column) * num_splits
-        for split in range(first, last + 1):
-            at = partial_ptr + (place + split) * (VALUE_DIM + 2)
-            split_values = tl.load(at + value_dim, mask=value_ok, other=0.0)
-            split_highest = tl.load(at + VALUE_DIM)
-            split_total = tl.load(at + VALUE_DIM + 1)
-            scale, split_scale, highest_score = _merge_scales(highest_score, split_highest, IS_TREE)
-            total = _merged(total, scale, split_total, split_scale)
-            values = _merged(values, scale, split_values, split_scale)
+        # Several splits' loads are under way at once; each alone would wait for memory.
+        for begin_split in range(first, last + 1, UNROLL):
+            for i in tl.static_range(UNROLL):
+                split = begin_split + i
+                taken = split <= last
+                at = partial_ptr + (place + tl.minimum(split, last)) * (VALUE_DIM + 2)
+                split_values = tl.load(at + value_dim, mask=value_ok, other=0.0)
+                split_highest = tl.load(at + VALUE_DIM)
+                split_total = tl.load(at + VALUE_DIM + 1)
+                scale, split_scale, new_highest = _merge_scales(highest_score, split_highest, IS_TREE)
+                total = tl.where(taken, _merged(total, scale, split_total, split_scale), total)
+                values = tl.where(taken, _merged(values, scale, split_values, split_scale), values)
+                highest_score = tl.where(taken, new_highest, highest_score)
         values = values / tl.where(total == 0.0, 1.0, total)
         place_out = ((row * width + begin + column) * NUM_HEADS + head) * VALUE_DIM
         tl.store(out_ptr + place_out + value_dim, values.to(out_ptr.dtype.element_ty), mask=value_ok)

@@ -52,7 +52,7 @@ def descriptor_linears(
 ) -> None:
     """Write x W' + b of every weight side by side to out, [rows, out_1 + out_2 + ...]; see `in_order_linears`."""
     (num_rows, size_in), sizes = x.shape, [len(weight) for weight in weights]
-    absent = MAX_WEIGHTS - len(weights)
+    absent = MAX_WEIGHTS - len(weights)  # None, as every descriptor given costs the host some microseconds
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     outs = [out[:, end - size : end] for size, end in zip(sizes, ends, strict=True)]
     written = tile.block_out // 2 if tile.halves else tile.block_out
@@ -65,11 +65,11 @@ def descriptor_linears(
     _descriptor_linear_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(x, [tile.block_rows, tile.block_in]),
         *described,
-        *described[:1] * absent,
+        *[None] * absent,
         *biases,
-        *[biases[0]] * absent,
+        *[None] * absent,
         *results,
-        *results[:1] * absent,
+        *[None] * absent,
         num_rows,
         *sizes,
         *[0] * absent,
@@ -147,7 +147,7 @@ if triton is not None:
         bias = bias_0
         out = out_0
         size = size_0
-        if NUM_WEIGHTS > 1:
+        if NUM_WEIGHTS > 2:
             if block >= num_blocks_0 + num_blocks_1:
                 weight = weight_2
                 if HAS_BIAS:
@@ -156,6 +156,15 @@ if triton is not None:
                 size = size_2
                 block -= num_blocks_0 + num_blocks_1
             elif block >= num_blocks_0:
+                weight = weight_1
+                if HAS_BIAS:
+                    bias = bias_1
+                out = out_1
+                size = size_1
+                block -= num_blocks_0
+        elif NUM_WEIGHTS > 1:
+            is_second = block >= num_blocks_0
+            if is_second:
                 weight = weight_1
                 if HAS_BIAS:
                     bias = bias_1
