@@ -96,7 +96,7 @@ TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {
         Tile(64, 64, 128, True, 5, 4),
         Tile(128, 32, 128, False, 4, 4, True),
         Tile(64, 128, 128, True, 4, 4, True),
-        Tile(128, 128, 64, False, 6, 4, True),
+        Tile(64, 128, 128, True, 4, 4, True),
     ),
     (1024, 4096): (
         Tile(16, 16, 256, True, 4, 4),
@@ -126,7 +126,7 @@ TUNED: dict[tuple[int, int], tuple[Tile, ...]] = {
         Tile(64, 64, 128, True, 5, 4),
         Tile(64, 64, 128, True, 5, 4),
         Tile(64, 128, 128, False, 4, 4, True, 1, 1),
-        Tile(128, 64, 64, False, 6, 8),
+        Tile(64, 128, 128, False, 4, 4, True, 1, 1),
     ),
     (151936, 4096): (
         Tile(16, 64, 128, True, 4, 4),

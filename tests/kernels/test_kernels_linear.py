@@ -142,6 +142,7 @@ def test_kernel_of_descriptors_in_the_interpreter(sizes, bias, monkeypatch):
         assert torch.allclose(out.float(), expected, rtol=2e-3, atol=2e-3), (tile, rows)
 
 
+@pytest.mark.interpreter
 def test_what_descriptors_cannot_read():
     """Rows of 16 bytes' multiples at such addresses, in the tensor cores' dtypes."""
     x, weight, _ = operands(3, 16, 24, torch.float16)
