@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import specdec
 from specdec import batch_invariant, make_batch_invariant
 from specdec.errors import UnsupportedModelError
+from specdec.network.invariant.choices import Choice, choices_given, choices_recorded, mean_share
 from specdec.network.invariant.experts import check_agreement, experts_forward, is_experts
 from specdec.network.invariant.in_order import forward_in_order
 from specdec.network.invariant.swap import _conv_1d, _layer_norm, invariant_forward
@@ -121,6 +122,35 @@ def test_experts_give_what_transformers_gives(family):
     # Sums of large terms in another order.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
     check_agreement("experts", experts)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_choices_of_experts_are_given_again(family):
+    """With other choices the logits are others; with its own given again they are the same, bit for bit."""
+    model, ids = model_of(family), PROMPTS[2][None]
+    with torch.no_grad(), choices_recorded(model) as choices:
+        logits = model(input_ids=ids).logits
+    assert len(choices) == 3 and choices[0].indices.shape == (11, 2)
+    with torch.no_grad(), choices_given(model, choices) as shares:
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    assert mean_share(shares) == 1
+    other = [Choice((choice.indices.roll(1, 0), *choice.args[1:]), {}) for choice in choices]
+    with torch.no_grad(), choices_given(model, other) as shares:
+        assert not torch.equal(model(input_ids=ids).logits, logits)
+    assert mean_share(shares) < 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_router_that_chooses_otherwise_is_refused(monkeypatch):
+    model = model_of("qwen3_moe")
+
+    def backwards(router, x):
+        logits, weights, indices = forward_in_order(router, x)
+        return logits, weights, router.num_experts - 1 - indices
+
+    monkeypatch.setattr("specdec.network.invariant.swap.forward_in_order", backwards)
+    with pytest.raises(UnsupportedModelError, match="chooses other experts with the invariant kernels"):
+        make_batch_invariant(model)
 
 
 def test_experts_that_compute_something_else_are_refused():
