@@ -100,6 +100,7 @@ class DraftModel(Drafter):
         )
         self._running.enter_context(self._network.running())
         if len(rows):
+            self._network.compile_ahead(len(rows), rows.max_length, (1, NEWEST))
             self._network.prefill(rows, self._known(rows.token_ids))
         self._cached = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: tokens in the cache, drafts included
         self._cached[: len(rows)] = rows.host_lengths

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.batch.layout import Layout
 from specdec.batch.report import StepReport
-from specdec.drafter import Context
+from specdec.drafter import Context, NoDrafts
 from specdec.engine.decode import decode_steps
 from specdec.engine.decoding import Decoding
 from specdec.engine.guard import at_work, check_idle, check_shared_slots, drafting, unique_models
@@ -304,6 +304,9 @@ class Engine:
         context = Context(network, self.layout, self.num_speculative_tokens, sampler, watcher, self.exact)
 
         self._open.enter_context(network.running())
+        if len(decoding.rows):
+            width = 1 + (0 if isinstance(self.drafter, NoDrafts) else self.num_speculative_tokens)
+            network.compile_ahead(len(decoding.rows), decoding.rows.max_length, sorted({1, width}))
         self._open.enter_context(drafting(self.drafter, self.policy, context, decoding.rows))
         self._is_running = True
 

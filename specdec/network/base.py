@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -181,6 +181,10 @@ class Network(ABC):
         columns = Columns.chain(starts, token_ids.shape[1])
         positions = self.cache.begin(columns, used_slots, host_starts=host_starts)
         self._run(token_ids, positions, torch.zeros_like(starts), ())
+
+    def compile_ahead(self, num_rows: int, prompt_length: int, widths: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Compile the kernels of prompts and of steps of these widths before they are launched; between entering
+        `running` and the first forward."""
 
     def keep_rows(self, index: Tensor) -> None:
         self.cache.keep_rows(index)

@@ -21,7 +21,7 @@ from specdec.network.base import Network
 from specdec.network.fused import FusedNetwork, can_fuse
 from specdec.network.invariant.network import InvariantDraftNetwork, InvariantNetwork, can_shorten
 from specdec.network.invariant.swap import check_settings, is_batch_invariant, make_batch_invariant
-from specdec.network.probe import NetworkType, autocast_dtype, capture_problem, probe_key, probe_once
+from specdec.network.probe import NetworkType, autocast_dtype, capture_problem, check_bits_once, probe_key, probe_once
 from specdec.network.refusals import ONE_LENGTH_PER_BATCH, check_architecture
 from specdec.network.stock import CapturedStock, CapturedSwapped, StockNetwork, SwappedNetwork
 
@@ -106,9 +106,9 @@ def service_of(
 
 def _short(model: PreTrainedModel, layout: Layout, must_be_exact: bool) -> Service | None:
     """The short forward, for the classes that it knows."""
-    kind = InvariantNetwork if must_be_exact else InvariantDraftNetwork
-    if layout.one_length or not can_shorten(model) or not _is_sound(model, kind, layout):
+    if layout.one_length or not can_shorten(model) or not _is_sound(model, InvariantNetwork, layout, must_be_exact):
         return None
+    kind = InvariantNetwork if must_be_exact else InvariantDraftNetwork
     return Service(kind, True, "batch-invariant kernels over the model's weights")
 
 
@@ -149,19 +149,21 @@ def _captures(model: PreTrainedModel, kind: NetworkType, layout: Layout) -> bool
     return not problem
 
 
-def _is_sound(model: PreTrainedModel, kind: NetworkType, layout: Layout) -> bool:
+def _is_sound(model: PreTrainedModel, kind: NetworkType, layout: Layout, bit_by_bit: bool = False) -> bool:
     """Whether it gives the model's own logits. Where it does not, something about the model is edited, and its own
-    modules decide."""
+    modules decide. bit_by_bit: also whether a token's bits depend on what is computed with it."""
 
     def try_out() -> bool:
         try:
             probe_once(model, kind, layout)
+            if bit_by_bit:
+                check_bits_once(model)
         except UnsupportedModelError as error:
             logger.info("%s does not serve %s: %s", kind.__name__, type(model).__name__, error)
             return False
         return True
 
-    return kept_with(model, ("sound", *probe_key(model, kind, layout)), try_out)
+    return kept_with(model, ("sound", bit_by_bit, *probe_key(model, kind, layout)), try_out)
 
 
 def _settings_problem(model: PreTrainedModel) -> str:

@@ -253,4 +253,6 @@ def rounded_up(num_slots: int) -> int:
 
 def addresses(model: nn.Module) -> list[int]:
     """Where the weights lie: captured steps read them there."""
-    return [parameter.data_ptr() for parameter in model.parameters()]
+    modules = model.modules()
+    # `parameters()` walks three times as long, to name them and to leave out those that are shared.
+    return [weight.data_ptr() for module in modules for weight in module._parameters.values() if weight is not None]

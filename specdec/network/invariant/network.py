@@ -11,7 +11,7 @@ A draft model's bits do not matter, since what is accepted is the target's own. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -24,9 +24,11 @@ from specdec.batch.cache import RaggedCache
 from specdec.batch.columns import Columns
 from specdec.batch.layout import Layout
 from specdec.draft import ExtraQueries
+from specdec.kept import kept_with
 from specdec.kernels.attention.ragged_attention import TREE_SLOTS
+from specdec.kernels.compile_ahead import compile_ahead
 from specdec.kernels.persistent.step import is_faster
-from specdec.network.base import CachePlan, Network, NetworkOutput, layer_numbers
+from specdec.network.base import CachePlan, Network, NetworkOutput, layer_numbers, prefill_budget
 from specdec.network.invariant.graphs import (
     MAX_STEP_WIDTH,
     Forward,
@@ -35,6 +37,7 @@ from specdec.network.invariant.graphs import (
     addresses,
     rounded_up,
     row_bucket,
+    slot_bucket,
     width_bucket,
 )
 from specdec.network.invariant.guard import own_arithmetic
@@ -229,6 +232,27 @@ class InvariantNetwork(Network):
             self.cache = self.kept.cache
             self.cache.num_filled = 0  # of an earlier generation nothing is left
             yield
+
+    def compile_ahead(self, num_rows: int, prompt_length: int, widths: Sequence[int]) -> None:
+        if self.kept.graphs is None or not num_rows:
+            return
+
+        rows, device = row_bucket(num_rows), self.model.device
+        columns = max(1, min(prompt_length, prefill_budget(device) // num_rows))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        def compile_all() -> bool:
+            with compile_ahead(device):
+                self.kept.first_columns(zeros(num_rows, columns), zeros(num_rows), 0)
+                for width in widths:
+                    self.kept(zeros(rows, width), zeros(rows), min(slot_bucket(width), self.cache.num_slots), ())
+            return True
+
+        # The kernels of prompts are chosen by the number of tokens, coarsely.
+        key = "compiled", self.must_be_exact, self.model.dtype, rows, (num_rows * columns).bit_length(), *widths
+        kept_with(self.model, key, compile_all)
 
     def resize(self, max_rows: int, num_slots: int) -> None:
         if max_rows > self.kept.max_rows or num_slots > self.kept.num_slots:

@@ -45,7 +45,9 @@ def _find_rms_norm_variant(module: nn.Module) -> tuple[float, bool, bool] | None
         return None
     errors = {}
     for unit_offset, round_first in product((False, True), (True, False)):
-        error = norm_error(module, partial(rms_norm, eps=eps, unit_offset=unit_offset, round_first=round_first))
+        error = norm_error(
+            module, partial(rms_norm, eps=eps, unit_offset=unit_offset, round_first=round_first, implementation="torch")
+        )
         if error is not None:
             errors[unit_offset, round_first] = error
     return (eps, *min(errors, key=errors.__getitem__)) if errors else None
