@@ -231,3 +231,28 @@ def test_on_a_gpu_logits_and_tokens_do_not_depend_on_the_batch_or_on_the_drafts(
                     prompt = prompts[row][None].cuda()
                     alone = specdec.generate(model, prompt, torch.ones_like(prompt), **options)
                     assert alone[0, prompt.shape[1] :].tolist() == expected[row], f"K={k}, batch 1"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text"])
+def test_on_a_gpu_a_mixture_is_captured(family):
+    """A replay serves other tokens and other experts than those that it was captured with."""
+    model = model_of(family, hidden_size=256, head_dim=64).to("cuda", torch.bfloat16)
+    with batch_invariant(model), torch.no_grad():
+        blocks = [
+            module for module in model.modules() if type(module).__name__.endswith(("MoE", "MoeBlock", "Moe", "MLP"))
+        ]
+        block = next(module for module in blocks if any("xperts" in name for name, _ in module.named_children()))
+        hidden = [torch.randn(4, 6, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        taken = hidden[0].clone()
+        expected = [first_of(block(x.clone())) for x in hidden]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = first_of(block(taken))
+        taken.copy_(hidden[1])
+        graph.replay()
+        assert torch.equal(out.view(4, 6, 256), expected[1].view(4, 6, 256))
+
+
+def first_of(output):
+    return output[0] if isinstance(output, tuple) else output
