@@ -20,7 +20,8 @@ if triton is not None:
     from specdec.kernels.overlap import wait_for_previous_kernel
 
 MAX_PAIRS = 4096  # in one launch; more are sorted by torch
-CHUNK = 64
+LEAST_CHUNK, MOST_CHUNK = 128, 2048  # pairs looked at together
+LEAST_BINS = 32
 BLOCK_ROWS = (16, 32, 64, 128)
 
 
@@ -61,8 +62,8 @@ def group_by_expert(
             num_pairs,
             len(blocks),
             block_rows,
-            EXPERTS=triton.next_power_of_2(num_experts),
-            CHUNK=min(CHUNK, triton.next_power_of_2(num_pairs)),
+            BINS=max(LEAST_BINS, triton.next_power_of_2(num_experts + 1)),
+            CHUNK=min(max(LEAST_CHUNK, triton.next_power_of_2(num_pairs)), MOST_CHUNK),
             num_warps=4,
             **overlap_options(order),
         )
@@ -115,28 +116,28 @@ if triton is not None:
         num_pairs,
         num_blocks,
         block_rows,
-        EXPERTS: tl.constexpr,
+        BINS: tl.constexpr,
         CHUNK: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """One program per expert; each counts all pairs, which are few."""
+        """One program per expert; each counts all pairs, which are few. The bin after the experts' counts none."""
         wait_for_previous_kernel(OVERLAP)
         expert = tl.program_id(0)
-        experts = tl.arange(0, EXPERTS)
+        num_experts = tl.num_programs(0)
+        bins = tl.arange(0, BINS)
         lane = tl.arange(0, CHUNK)
-        counts = tl.zeros((EXPERTS,), tl.int32)
+        counts = tl.zeros((BINS,), tl.int32)
         for first in range(0, num_pairs, CHUNK):
-            ids = tl.load(ids_ptr + first + lane, mask=first + lane < num_pairs, other=-1).to(tl.int32)
-            counts += tl.sum((ids[None, :] == experts[:, None]).to(tl.int32), 1)
-        num_used = (counts + block_rows - 1) // block_rows
-        before = experts < expert
-        begin = tl.sum(tl.where(before, counts, 0), 0)
-        block = tl.sum(tl.where(before, num_used, 0), 0)
-        end = begin + tl.sum(tl.where(experts == expert, counts, 0), 0)
+            ids = tl.load(ids_ptr + first + lane, mask=first + lane < num_pairs, other=num_experts).to(tl.int32)
+            counts += tl.histogram(ids, BINS)
+        num_used = tl.where(bins < num_experts, (counts + block_rows - 1) // block_rows, 0)
+        begin = tl.sum(tl.where(bins < expert, counts, 0), 0)
+        block = tl.sum(tl.where(bins < expert, num_used, 0), 0)
+        end = begin + tl.sum(tl.where(bins == expert, counts, 0), 0)
 
         place = begin
         for first in range(0, num_pairs, CHUNK):
-            ids = tl.load(ids_ptr + first + lane, mask=first + lane < num_pairs, other=-1).to(tl.int32)
+            ids = tl.load(ids_ptr + first + lane, mask=first + lane < num_pairs, other=num_experts).to(tl.int32)
             mine = (ids == expert).to(tl.int32)
             tl.store(order_ptr + place + tl.cumsum(mine, 0) - 1, first + lane, mask=mine == 1)
             place += tl.sum(mine, 0)

@@ -22,6 +22,7 @@ if triton is not None:
 
     from specdec.kernels.overlap import wait_for_previous_kernel
 
+GROUP_BLOCKS = 8  # blocks that share a pass over the weights; those of one expert lie next to each other
 # Per number of rows in a block. Few rows: the weights are the left operand, and many small tiles load at once.
 TILES = {
     16: Tile(16, 32, 256, True, 4, 4),
@@ -108,7 +109,7 @@ def _expert_linear_triton(
         BLOCK_ROWS=tile.block_rows,
         BLOCK_OUT=tile.block_out,
         BLOCK_IN=tile.block_in,
-        GROUP=tile.group,
+        GROUP=GROUP_BLOCKS,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
         **overlap_options(x),

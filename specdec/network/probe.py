@@ -7,6 +7,9 @@ wrongly.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,9 +20,11 @@ from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
 from specdec.network.base import evaluating
 from specdec.network.fused import FusedNetwork
+from specdec.network.invariant.experts import has_experts
 from specdec.network.invariant.graphs import syncs_refused
 from specdec.network.invariant.network import InvariantNetwork
-from specdec.network.stock import StockNetwork
+from specdec.network.invariant.swap import batch_invariant
+from specdec.network.stock import StockNetwork, SwappedNetwork
 
 # Differences that rounding can explain, relative to the spread of the logits. Trained models in bfloat16 show 0.01 to
 # 0.02, routers that flip 0.15, wrong masks or positions 0.35 and more. A float64 model gets more than float64 would
@@ -133,7 +138,7 @@ def probe(
         for row, (length, kept) in enumerate(zip(prompt_lengths, num_true, strict=True))
     ]
 
-    with evaluating(model):
+    with evaluating(model), _reference_modules(model, network_type):
         expected = [
             model(input_ids=ids[None].to(model.device), use_cache=False, return_dict=True).logits[0]
             for ids in sequences
@@ -172,6 +177,13 @@ def probe(
             f"{type(model).__name__} keeps no keys and values in its cache; use transformers' own generate for it"
         )
     return torch.tensor(differences).max().item()  # NaN if any is
+
+
+def _reference_modules(model: PreTrainedModel, network_type: NetworkType) -> AbstractContextManager[Any]:
+    """What a network is compared with: the model's modules, and of a mixture's exact networks those with the kernels in
+    them. Their own check compares these with the stock ones in a way that experts chosen otherwise do not disturb."""
+    is_exact = issubclass(network_type, (InvariantNetwork, SwappedNetwork))
+    return batch_invariant(model) if is_exact and has_experts(model) else nullcontext()
 
 
 def capture_problem(model: PreTrainedModel, network_type: NetworkType) -> str:

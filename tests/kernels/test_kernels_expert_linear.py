@@ -80,7 +80,7 @@ def test_every_expert_may_end_in_a_short_block():
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("block_rows", [2, 16])
-@pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (1, 8, 2), (7, 4, 3), (50, 5, 2), (0, 4, 2), (9, 60, 8)])
+@pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (1, 8, 2), (7, 4, 3), (700, 5, 3), (0, 4, 2), (9, 60, 8)])
 def test_kernel_in_the_interpreter_groups_as_the_reference(tokens, experts, k, block_rows, monkeypatch):
     poison(monkeypatch, expert_groups)
     ids = routes(tokens, experts, k)

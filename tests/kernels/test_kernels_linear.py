@@ -103,6 +103,16 @@ def test_kernel_in_the_interpreter_reads_weights_that_lie_input_first_in_place(s
     assert torch.equal(in_order_linears(x, pair, [b, b], "triton", tile), torch.cat([expected, expected], -1))
 
 
+@pytest.mark.interpreter
+def test_every_way_in_the_interpreter_reads_weights_that_lie_input_first():
+    """By the tiles of the table, for few rows and for many. Fails if a way takes the weights for contiguous ones."""
+    for rows, dtype in itertools.product((4, 600), (torch.float32, torch.float16)):
+        x, weight, b = operands(rows, 64, 32, dtype)
+        found = in_order_linear(x, weight.t().contiguous().t(), b, "triton")
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(found, in_order_linear(x, weight, b, "triton"), rtol=tolerance, atol=tolerance)
+
+
 SIZES_TOGETHER = [(16, 16, 16), (33, 5), (40, 1, 17), (70, 70)]
 
 

@@ -84,6 +84,22 @@ def test_another_family_is_swapped_while_it_runs_and_no_longer():
     assert is_untouched(model)
 
 
+@pytest.mark.parametrize(
+    "family, num_layers, network_type", [("qwen3_moe", 16, InvariantNetwork), ("gpt_oss", 5, SwappedNetwork)]
+)
+def test_a_mixture_of_many_near_ties_is_exact(family, num_layers, network_type):
+    """In bfloat16 rounding chooses other experts than the stock modules do: compared with these it would be refused."""
+    sizes = dict(vocab_size=64, intermediate_size=64, moe_intermediate_size=32, layer_types=None)
+    model = tiny(family, num_hidden_layers=num_layers, num_experts=64, num_experts_per_tok=8, **sizes).bfloat16()
+    service = service_of(model)
+    assert service[:2] == (network_type, True), service.reason
+    ids, mask = left_pad(PROMPTS)
+    expected = expected_of(model, max_new_tokens=8)
+    out = specdec.generate(model, ids, mask, drafter="prompt_lookup", max_new_tokens=8, pad_token_id=0)
+    assert continuations(out, ids.shape[1], expected, 0) == expected
+    assert is_untouched(model)
+
+
 @pytest.mark.parametrize("make", [lambda: tiny_llama().bfloat16(), other_family])
 def test_every_face_takes_it(make):
     """What they share, and what they say of it."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import specdec
 from specdec import batch_invariant, make_batch_invariant
 from specdec.errors import UnsupportedModelError
+from specdec.network.invariant.choices import Choice, choices_given, choices_recorded, mean_share
 from specdec.network.invariant.experts import check_agreement, experts_forward, is_experts
 from specdec.network.invariant.in_order import forward_in_order
 from specdec.network.invariant.swap import _conv_1d, _layer_norm, invariant_forward
@@ -123,6 +124,35 @@ def test_experts_give_what_transformers_gives(family):
     check_agreement("experts", experts)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_choices_of_experts_are_given_again(family):
+    """With other choices the logits are others; with its own given again they are the same, bit for bit."""
+    model, ids = model_of(family), PROMPTS[2][None]
+    with torch.no_grad(), choices_recorded(model) as choices:
+        logits = model(input_ids=ids).logits
+    assert len(choices) == 3 and choices[0].indices.shape == (11, 2)
+    with torch.no_grad(), choices_given(model, choices) as shares:
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    assert mean_share(shares) == 1
+    other = [Choice((choice.indices.roll(1, 0), *choice.args[1:]), {}) for choice in choices]
+    with torch.no_grad(), choices_given(model, other) as shares:
+        assert not torch.equal(model(input_ids=ids).logits, logits)
+    assert mean_share(shares) < 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_router_that_chooses_otherwise_is_refused(monkeypatch):
+    model = model_of("qwen3_moe")
+
+    def backwards(router, x):
+        logits, weights, indices = forward_in_order(router, x)
+        return logits, weights, router.num_experts - 1 - indices
+
+    monkeypatch.setattr("specdec.network.invariant.swap.forward_in_order", backwards)
+    with pytest.raises(UnsupportedModelError, match="chooses other experts with the invariant kernels"):
+        make_batch_invariant(model)
+
+
 def test_experts_that_compute_something_else_are_refused():
     model = model_of("gpt_oss")
     experts = model.model.layers[0].mlp.experts
@@ -201,3 +231,28 @@ def test_on_a_gpu_logits_and_tokens_do_not_depend_on_the_batch_or_on_the_drafts(
                     prompt = prompts[row][None].cuda()
                     alone = specdec.generate(model, prompt, torch.ones_like(prompt), **options)
                     assert alone[0, prompt.shape[1] :].tolist() == expected[row], f"K={k}, batch 1"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text"])
+def test_on_a_gpu_a_mixture_is_captured(family):
+    """A replay serves other tokens and other experts than those that it was captured with."""
+    model = model_of(family, hidden_size=256, head_dim=64).to("cuda", torch.bfloat16)
+    with batch_invariant(model), torch.no_grad():
+        blocks = [
+            module for module in model.modules() if type(module).__name__.endswith(("MoE", "MoeBlock", "Moe", "MLP"))
+        ]
+        block = next(module for module in blocks if any("xperts" in name for name, _ in module.named_children()))
+        hidden = [torch.randn(4, 6, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        taken = hidden[0].clone()
+        expected = [first_of(block(x.clone())) for x in hidden]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = first_of(block(taken))
+        taken.copy_(hidden[1])
+        graph.replay()
+        assert torch.equal(out.view(4, 6, 256), expected[1].view(4, 6, 256))
+
+
+def first_of(output):
+    return output[0] if isinstance(output, tuple) else output

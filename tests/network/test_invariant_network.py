@@ -9,10 +9,14 @@ from tiny import continuations, left_pad, plain_greedy, tiny_llama
 from transformers import (
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import specdec
@@ -28,6 +32,7 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     pad_token_id=0,
 )  # fmt: skip
+MIXTURE = dict(SIZES, num_local_experts=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
 MODELS = {
     "llama": lambda: tiny_llama(tie_word_embeddings=True),
     "llama with biases": lambda: tiny_llama(attention_bias=True),
@@ -36,6 +41,10 @@ MODELS = {
     "gemma": lambda: tiny_gemma("gemma"),
     "gemma2": lambda: tiny_gemma("gemma2"),
     "gemma3": lambda: tiny_gemma("gemma3_text", final_logit_softcapping=9.0, rope_parameters=LOCAL_AND_GLOBAL),
+    "qwen3_moe, some layers dense": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(head_dim=12, mlp_only_layers=[1], norm_topk_prob=True, **MIXTURE)
+    ),
+    "mixtral, sliding window": lambda: MixtralForCausalLM(MixtralConfig(sliding_window=7, **MIXTURE)),
     "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(sliding_window=7, **SIZES)),
 }
 LOCAL_AND_GLOBAL = {

@@ -26,6 +26,11 @@ def is_experts(module: Any) -> bool:
     return all(hasattr(module, name) for name in LAYOUT) and hasattr(module, "down_proj")
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether it is a mixture: in half precision its logits depend on near-ties, where rounding chooses the expert."""
+    return any(type(module).__name__.endswith("Experts") for module in model.modules())
+
+
 def check_experts(name: str, module: Any) -> None:
     """Raise UnsupportedModelError unless the weights are plain and all experts are here."""
     up = getattr(module, up_name(module), None)
@@ -44,10 +49,7 @@ def check_experts(name: str, module: Any) -> None:
 
 @torch.no_grad()
 def check_agreement(name: str, module: Any) -> None:
-    """Raise UnsupportedModelError if the module computes something else, on random rows of which it knows the experts.
-
-    The logits of a whole model cannot tell: where two experts score nearly the same, rounding alone chooses another.
-    """
+    """Raise UnsupportedModelError if the module computes something else, on random rows and experts."""
     generator = torch.Generator().manual_seed(0)
     weight, _ = projection(module, up_name(module))
     tokens, k = 5, min(2, module.num_experts)

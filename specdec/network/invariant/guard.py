@@ -36,9 +36,9 @@ _own: ContextVar[bool] = ContextVar("own_arithmetic", default=False)
 
 
 @contextmanager
-def own_arithmetic() -> Iterator[None]:
-    """What runs inside is invariant by construction: our kernels and their references."""
-    token = _own.set(True)
+def own_arithmetic(is_own: bool = True) -> Iterator[None]:
+    """What runs inside is invariant by construction: our kernels and their references. False: a module's own code."""
+    token = _own.set(is_own)
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ def watching_for_tokens(num_tokens: int) -> Iterator[None]:
 @torch.no_grad()
 def forward_in_order(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's own forward; see above."""
-    with InOrder():
+    with InOrder(), own_arithmetic(False):
         return type(module).forward(module, *args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""The short batch-invariant forward of a llama-, qwen2-, qwen3-, mistral- or gemma-type model: few launches a layer.
+"""The short batch-invariant forward of a llama-, qwen-, mistral-, mixtral- or gemma-type model: few launches a layer.
 
 Its bits are those of the model's own modules with the kernels swapped in (`batch_invariant`), so transformers' own
 `generate` on the swapped model is its oracle. The modules themselves stay as they are; weights are read where they

@@ -68,7 +68,7 @@ def _is_layer_norm(module: nn.Module) -> bool:
     eps, weight = epsilon_of(module), weight_alone(module)
     if eps is None or weight is None or weight.dim() > 2:
         return False
-    return norm_error(module, partial(layer_norm, bias=None, eps=eps)) is not None
+    return norm_error(module, partial(layer_norm, bias=None, eps=eps, implementation="torch")) is not None
 
 
 def what_matters(module: nn.Module) -> tuple:
