@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.batch.cache import RaggedCache
+from specdec.kernels.compile_ahead import wait_for_background
 from specdec.limits import MAX_STEP_WIDTH
 from specdec.network.base import NetworkOutput
 
@@ -197,6 +198,7 @@ class CapturedPrompts:
 
 def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Output]:
     """The call as a graph, in that pool of memory, and its result, which each replay overwrites."""
+    wait_for_background()  # whose allocations would break the capture
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
