@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -108,7 +108,7 @@ def rows_for(num_pairs: int, num_experts: int) -> int:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
+    @kernel(do_not_specialize=["num_pairs", "num_blocks"])
     def _group_kernel(
         ids_ptr,
         order_ptr,

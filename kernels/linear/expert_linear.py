@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.linear.expert_groups import ExpertGroups
 from specdec.kernels.linear.in_order_linear import DTYPES, in_order_linear_reference
 from specdec.kernels.linear.linear_tiles import FLOAT32, Tile
@@ -156,7 +156,7 @@ def add_experts_reference(y: Tensor, weights: Tensor) -> Tensor:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_blocks"])
+    @kernel(do_not_specialize=["num_blocks"])
     def _expert_linear_kernel(
         x_ptr,
         weight_ptr,
@@ -236,7 +236,7 @@ if triton is not None:
                 ok = row_ok[:, None] & column_ok[None, :]
             tl.store(target, total.to(out_ptr.dtype.element_ty), mask=ok)
 
-    @triton.jit
+    @kernel()
     def _add_experts_kernel(
         y_ptr,
         weights_ptr,

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.linear.linear_tiles import Tile, choose_tile
+from specdec.kernels.dispatch import kernel, triton, uses_triton
+from specdec.kernels.linear.descriptor_linear import MAX_WEIGHTS, descriptor_linears, fits_descriptors
+from specdec.kernels.linear.linear_tiles import Tile, choose_tile, pointer_tile
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -24,8 +25,6 @@ if triton is not None:
     from specdec.kernels.overlap import wait_for_previous_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_WEIGHTS = 3
-GROUP_ROWS = 8  # row blocks that share a pass over the weights while it is in the cache
 
 
 def in_order_linear(
@@ -101,6 +100,11 @@ def _in_order_linears_triton(
         return out
 
     tile = tile or choose_tile(num_rows, sum(sizes), size_in, x.dtype)
+    if tile.descriptors and fits_descriptors(x, weights):
+        descriptor_linears(x, weights, biases, out, tile)
+        return out
+    tile = pointer_tile(num_rows, x.dtype) if tile.descriptors else tile
+
     num_out_blocks = sum(triton.cdiv(size, tile.block_out) for size in sizes)
     absent = MAX_WEIGHTS - len(weights)
 
@@ -123,7 +127,7 @@ def _in_order_linears_triton(
         BLOCK_ROWS=tile.block_rows,
         BLOCK_OUT=tile.block_out,
         BLOCK_IN=tile.block_in,
-        GROUP=GROUP_ROWS,
+        GROUP=tile.group,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
         **overlap_options(x),
@@ -133,7 +137,7 @@ def _in_order_linears_triton(
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_rows"])
+    @kernel(do_not_specialize=["num_rows"])
     def _in_order_linear_kernel(
         x_ptr,
         weight_ptr,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -167,7 +167,7 @@ def _num_warps(block: int) -> int:
 
 if triton is not None:
 
-    @triton.jit
+    @kernel()
     def _rms_norm_kernel(
         x_ptr,
         residual_ptr,
@@ -207,7 +207,7 @@ if triton is not None:
                 y = y * weight.to(tl.float32)
         tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @kernel()
     def _layer_norm_kernel(
         x_ptr,
         weight_ptr,

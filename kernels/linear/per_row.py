@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.linear.norms import sum_in_pairs
 from specdec.kernels.overlap import overlap_options
 
@@ -100,7 +100,7 @@ def _num_warps(block: int) -> int:
 
 if triton is not None:
 
-    @triton.jit
+    @kernel()
     def _softmax_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
         wait_for_previous_kernel(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
@@ -111,7 +111,7 @@ if triton is not None:
         out = x / tl.sum(x, 0)
         tl.store(out_ptr + row * size + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @kernel()
     def _sum_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
         wait_for_previous_kernel(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
@@ -119,7 +119,7 @@ if triton is not None:
         x = tl.load(x_ptr + row * size + column, mask=column < size, other=0.0).to(tl.float32)
         tl.store(out_ptr + row, tl.sum(x, 0).to(out_ptr.dtype.element_ty))
 
-    @triton.jit
+    @kernel()
     def _top_k_kernel(x_ptr, values_ptr, indices_ptr, size, k, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
         wait_for_previous_kernel(OVERLAP)
         row = tl.program_id(0).to(tl.int64)
