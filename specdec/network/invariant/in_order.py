@@ -47,7 +47,7 @@ def forward_in_order(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class InOrder(TorchDispatchMode):
-    """Computes the operations of `IN_ORDER` in order; all others run as they are, for the guard to judge."""
+    """Computes the `in_order_operations` in order; all others run as they are, for the guard to judge."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,9 +58,11 @@ class InOrder(TorchDispatchMode):
             with own_arithmetic():
                 return replacement(*args, **kwargs)
         # In inference mode torch hands over whole functions (linear, softmax) that it takes apart elsewhere.
-        if torch.is_inference_mode_enabled() and func._can_decompose():
+        if torch.is_inference_mode_enabled():
             with self:
-                return func.decompose(*args, **kwargs)
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         return func(*args, **kwargs)
 
 
