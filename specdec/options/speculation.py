@@ -133,10 +133,12 @@ def speculative_config(
 
 def names_folder(drafter: object) -> bool:
     """Whether a drafter is text that names a folder, from which it is loaded for a target."""
-    from specdec.drafters.registry import only_one, parse
+    from specdec.drafters.registry import is_plain, only_one, parse
 
     drafter = only_one(drafter)
-    return isinstance(drafter, str | PathLike) and any(part.folder is not None for part in parse(str(drafter)))
+    candidates = drafter if isinstance(drafter, list | tuple) else [drafter]
+    texts = [str(one) for one in candidates if isinstance(one, str | PathLike) and not is_plain(one)]
+    return any(part.folder is not None for text in texts for part in parse(text))
 
 
 def asked_for(config: GenerationConfig | None, name: str, is_keyword: bool, by_config: bool) -> Any:

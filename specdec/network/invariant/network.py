@@ -33,6 +33,7 @@ from specdec.network.invariant.layers import Head, Norm, layers_of
 from specdec.network.invariant.one_launch import one_launch_step
 from specdec.network.invariant.step import Step, step_of
 from specdec.network.invariant.swap import is_batch_invariant, is_invariant_forward
+from specdec.network.invariant.timings import CapturedTimings
 from specdec.network.known_classes import FAMILIES, is_known_class, is_plain
 
 # After the texts of a cache: for the branches of a step, and for the rows and columns that pad a graph.
@@ -215,6 +216,10 @@ class InvariantNetwork(Network):
     @property
     def runs_ahead(self) -> bool:  # type: ignore[override]
         return self.kept.graphs is not None
+
+    @property
+    def timings(self) -> CapturedTimings | None:
+        return None if self.kept.graphs is None else CapturedTimings(self.kept, self.kept.graphs)
 
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
