@@ -39,6 +39,10 @@ class ForwardTimings:
     def __init__(self, steps: Timings, num_layers: int):
         self.steps, self.num_layers = steps, num_layers
 
+    @property
+    def version(self) -> int:
+        return self.steps.version
+
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         """The first forward takes the two newest tokens, as one that is launched ahead does; then one after another."""
         return self._seconds(self.steps.seconds(num_rows, used_slots))

@@ -24,6 +24,10 @@ class BothTimings:
     def __init__(self, first: DraftTimings, second: DraftTimings):
         self.parts = first, second
 
+    @property
+    def version(self) -> int:
+        return sum(part.version for part in self.parts)
+
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         first, second = (part.seconds(num_rows, used_slots) for part in self.parts)
         both: np.ndarray = first + second

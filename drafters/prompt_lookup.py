@@ -18,6 +18,7 @@ class OneLaunch:
     """Drafts that take one small kernel, however long; as `specdec.drafter.DraftTimings` describes it."""
 
     SECONDS = 2e-5
+    version = 0
     by_tokens = np.full(MAX_DRAFT_TOKENS + 1, SECONDS)
 
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:

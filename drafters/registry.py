@@ -121,7 +121,7 @@ def resolve(
 def only_one(drafter: Any) -> Any:
     """What was passed, or the only candidate of a list, else the list of candidates, text split at its commas.
 
-    Raises DrafterError for an empty list, and for candidates that the grammar does not know.
+    Raises DrafterError for an empty list, and for a list within a list.
     """
     if isinstance(drafter, str):
         texts = listed("drafter", drafter) if "," in drafter.strip(",") else [drafter]
@@ -133,12 +133,9 @@ def only_one(drafter: Any) -> Any:
     if len(drafter) == 1:
         return only_one(drafter[0])
 
-    for candidate in drafter:
-        if isinstance(candidate, list | tuple):
-            raise DrafterError("drafter= holds a list within a list; write all candidates in one")
-        if isinstance(candidate, str) and candidate != PLAIN:
-            parse(candidate)
-    return drafter
+    if any(isinstance(candidate, list | tuple) for candidate in drafter):
+        raise DrafterError("drafter= holds a list within a list; write all candidates in one")
+    return list(drafter)
 
 
 def is_plain(candidate: object) -> bool:

@@ -38,6 +38,10 @@ class Watcher(Protocol):
 class DraftTimings(Protocol):
     """What drafts take, without a generation's own steps being timed. Each shape is timed once, by itself."""
 
+    @property
+    def version(self) -> int:
+        """Another one as soon as anything below says something else."""
+
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         """[MAX_DRAFT_TOKENS + 1] float64 by tokens of a row, in a step after one that drafted; do not write to it.
         `measure` must have been called before, for any shape."""

@@ -97,7 +97,7 @@ def generate_many(
     generator: torch.Generator | None = None,
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
-    length_policy: LengthPolicy | str = "fixed",
+    length_policy: LengthPolicy | str | None = None,
     **options: Any,
 ) -> Completions:
     """Decode any number of prompts in a batch of `max_rows`: a row that finishes is replaced at once.

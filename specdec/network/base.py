@@ -46,6 +46,10 @@ class NetworkOutput(NamedTuple):
 class Timings(Protocol):
     """What the steps of a network take on the device, without the launch. Each shape is timed once, by itself."""
 
+    @property
+    def version(self) -> int:
+        """Another one as soon as anything below says something else."""
+
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         """[MAX_STEP_WIDTH + 1] float64 by width; do not write to it. Widths that were not timed follow from those that
         were; at least one step of any shape must have been. Takes no time worth speaking of."""

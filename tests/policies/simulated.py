@@ -46,6 +46,10 @@ class Steps:
         self.world, self.real = world, seconds
         self.captured, self.timed, self.wasted = set(), set(), {}
 
+    @property
+    def version(self):
+        return len(self.captured) + len(self.timed)
+
     def has(self, num_rows, width, used_slots):
         return Key(row_bucket(num_rows), width, 0) in self.timed
 
@@ -110,6 +114,10 @@ class Made(Drafter):
     def timings(self):
         return self
 
+    @property
+    def version(self):
+        return self.steps.version
+
     def seconds(self, num_rows, used_slots):
         if self.is_free:
             return np.full(MAX_DRAFT_TOKENS + 1, 2e-5)
@@ -141,14 +149,16 @@ class Made(Drafter):
 
 class Watched(Made):
     def in_hindsight(self, rows, num_tokens):
-        return torch.from_numpy(self.world.accepted(self, num_tokens, len(rows)))
+        return torch.from_numpy(self.world.accepted(self, num_tokens, rows.row_ids))
 
 
 class World:
     """Decodes; `rate` counts the tokens that a step is expected to commit, so that luck does not blur it."""
 
-    def __init__(self, rows, drafters, seed=0):
-        """drafters: name -> acceptance; "lookup" is free and can be watched."""
+    def __init__(self, rows, drafters, seed=0, spread=0.0):
+        """drafters: name -> acceptance; "lookup" is free and can be watched. spread: how far the acceptance of the
+        first and the last row deviates from it, evenly in between."""
+        self.spread = np.linspace(-spread, spread, rows) if rows > 1 else np.zeros(1)
         self.random, self.num_rows = np.random.default_rng(seed), rows
         self.now, self.captures = 0.0, 0
         self.parts = [
@@ -160,8 +170,9 @@ class World:
         self.steps = Steps(self, lambda rows, width: float(verify_seconds(rows)[width]))
         self.tables = Tables(SimpleNamespace(timings=self.steps), self.drafter.candidates)
 
-    def accepted(self, part, width, num_rows):
-        return (self.random.random((num_rows, width)) < part.acceptance).cumprod(1).sum(1)
+    def accepted(self, part, width, row_ids):
+        shares = np.clip(part.acceptance + self.spread[row_ids] * (part.acceptance > 0), 0, 0.99)[:, None]
+        return (self.random.random((len(row_ids), width)) < shares).cumprod(1).sum(1)
 
     def call(self, num_steps=10**6, new_tokens=10**6, fixed=None):
         """One call of at most so many steps and new tokens of each row, with the cost model or fixed (drafter, K).
@@ -183,7 +194,7 @@ class World:
                 part, width, is_promised = self.parts[fixed[0]], min(fixed[1], most), True
             self.spend(part, width, len(rows), is_ahead)
             is_ahead = is_promised
-            accepted = self.accepted(part, width, len(rows))
+            accepted = self.accepted(part, width, rows.row_ids)
             expected += len(rows) * part.expected(width)
             committed = np.minimum(accepted + 1, rows.host_limits - rows.host_lengths)
             rows.host_lengths = rows.host_lengths + committed
@@ -221,6 +232,8 @@ class World:
 
 class Rows(SimpleNamespace):
     """What a policy reads of rows."""
+
+    keeps_outputs = True
 
     def __init__(self, count, new_tokens):
         lengths = np.full(count, 512)

@@ -27,6 +27,10 @@ class CapturedTimings:
     def __init__(self, forward: InvariantForward, graphs: StepGraphs):
         self.forward, self.graphs = forward, graphs
 
+    @property
+    def version(self) -> int:
+        return len(self.graphs.captured) + self.graphs.seconds.num_timed
+
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         return self.graphs.seconds.curve((row_bucket(num_rows), self.graphs.slots_of(used_slots)))
 

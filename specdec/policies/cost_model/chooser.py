@@ -27,7 +27,8 @@ WORTH_A_CHANGE = 1.015  # over what is drafted now: acceptance is never known ex
 CAPTURE_SECONDS, CALLS_ALIKE = 0.04, 3.0
 WORTH_A_CAPTURE = 1.03  # and it must be this much faster than what needs no capture
 BETWEEN_CAPTURES = 6  # steps, so that a few unlucky drafts do not capture one width after another
-STEPS_IN_VAIN = 0.5  # at the end of a row
+NEVER = 1e9  # seconds, for what is not ready
+STEPS_IN_VAIN = 0.5  # of a row: at its end part of a draft is
 SHARED_BY = 16.0  # drafts that have to pay for catching up
 FIRST_REST, LONGEST_REST = 16, 256  # steps between two trials of a drafter; each one in vain doubles them
 DECIDE_EVERY = 4  # steps; a new choice is seldom another one
@@ -37,8 +38,9 @@ WATCH_EVERY, WATCHED = 8, 5  # steps, and the draft tokens that are looked at in
 class Outlook(NamedTuple):
     """One candidate's expectations, by the numbers of the ladder.
 
-    tokens: of all rows, less what the end of the text takes from them. seconds: as steps run now, infinite where that needs a capture; without `catch_up`, what its
-    next draft takes longer. rates: tokens per second once everything is captured. rates_now: as steps run now.
+    tokens: of all rows in one step. seconds: of one step as it runs now, infinite where that needs a capture; without
+    `catch_up`, what its next draft takes longer. rates: tokens per second until all rows have ended, once everything is
+    captured. rates_now: the same as steps run now.
     """
 
     tokens: np.ndarray
@@ -64,6 +66,7 @@ class Chooser:
         self.choice = records.choice  # of the step that is under way, or the last one of the call before
         self._planned: Choice | None = None  # of the next step, as far as nothing speaks against it
         self._promised: Choice | None = None
+        self._is_wanted = False  # the step is only to be seen
         self._worth_a_capture: Choice | None = None
         self._first: tuple[int, int] | None = None  # the number of rows of the first step, and their tokens to come
         self._reference = 1.0, 1.0  # of a trial: the rate and the seconds of a step of what is used otherwise
@@ -72,6 +75,7 @@ class Chooser:
     # ---- before a step
 
     def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
+        self.tables.step_began()
         num_rows, length = len(rows), rows.max_length
         choice, self._promised = self._promised, None
         if choice is None:
@@ -80,6 +84,7 @@ class Chooser:
                 self.tables.make_ready(choice, num_rows, length)
                 self._num_since_capture = 0
         self.choice, self._room = choice, room_of(rows)
+        self._shape = num_rows, length
         self.records.choice = choice
         self._num_steps += 1
         self._num_since_capture += 1
@@ -97,6 +102,9 @@ class Chooser:
             return None
         self.drafter.choose(self._promised.drafter, is_ahead=True)
         return self._promised.width
+
+    def drafted(self) -> None:
+        self.tables.step_drafted()
 
     def _step_costs(self, num_rows: int, length: int) -> None:
         """What this step and a plain one take."""
@@ -136,13 +144,26 @@ class Chooser:
         plain = Choice(self.choice.drafter, 0)
         if not len(ladder):
             return plain
+        self._is_wanted = False
+        wanted = self.tables.wanted(len(rows), length, max_tokens)
+        if wanted is not None:
+            self._is_wanted = True
+            return wanted
         if not self._num_steps:
             self._make_tables(plain, len(rows), length)
 
-        plain_seconds = float(self.tables.verify(len(rows), length)[1])
+        plain_seconds = self._plain_seconds_of(rows, length)
         outlooks = [self._outlook(index, rows, length, ladder) for index in range(len(self._rests))]
         best = self._best(rows, length, ladder, outlooks, plain_seconds)
         return self._trial(best, rows, length, ladder, outlooks, plain_seconds) or best
+
+    def _plain_seconds_of(self, rows: Rows, length: int) -> float:
+        """Of a plain step of all rows, as far as rows end at different times on average."""
+        left = rows.host_limits - rows.host_lengths
+        by_rows = self.tables.plain_by_rows(len(rows), length)
+        if not rows.keeps_outputs:
+            return float(by_rows[-1])
+        return float((steps_with(left[:, None].astype(float))[:, 0] * by_rows).sum()) * len(rows) / float(left.sum())
 
     def _make_tables(self, plain: Choice, num_rows: int, length: int) -> None:
         """Before any step was timed nothing is known. These are needed in any case."""
@@ -151,17 +172,20 @@ class Chooser:
             self.tables.make_ready_to_draft(index, num_rows, length)
 
     def _outlook(self, index: int, rows: Rows, length: int, ladder: np.ndarray) -> Outlook:
-        conditional = self.records.acceptance[index].conditional(rows.row_ids, int(ladder[-1]))
-        accepted = conditional.cumprod(1).sum(0).cumsum()
-        tokens = len(rows) + accepted[ladder - 1]
-        seconds, now = self.tables.drafting(index, len(rows), length, ladder)
+        conditional = self.records.acceptance[index].spread_out(rows.row_ids, int(ladder[-1]))
+        tokens = 1 + conditional.cumprod(1).cumsum(1)[:, ladder - 1]  # [rows, ladder]
+        best, now = self.tables.drafting_by_rows(index, len(rows), length, ladder)
         # Whoever begins to draft catches up once; a few drafts have to pay for it.
         catch_up = self.tables.catch_up(index, len(rows), self._missed[index])
-        extra = catch_up / SHARED_BY
-        # At the end of a text part of a draft is in vain, and the rows of a batch do not end together.
-        steps_in_vain = STEPS_IN_VAIN * (1 + (len(rows) > 1)) / rows.max_remaining
-        tokens = tokens / (1 + steps_in_vain * tokens / len(rows))
-        return Outlook(tokens, now, tokens / (seconds + extra), tokens / (now + extra), catch_up)
+        left = rows.host_limits - rows.host_lengths
+        steps = left[:, None] / tokens + STEPS_IN_VAIN
+        if not rows.keeps_outputs:  # others take the places of rows that end, so that the batch stays as large
+            steps = np.broadcast_to(left.sum() / tokens.sum(0), steps.shape)
+        share = steps_with(steps)  # [rows, ladder]
+        written = float(left.sum())
+        extra = catch_up / SHARED_BY * steps.max(0)
+        rates = [written / ((share * np.minimum(one, NEVER)).sum(0) + extra) for one in (best, now)]
+        return Outlook(tokens.sum(0), now[-1], *rates, catch_up)
 
     def _best(
         self, rows: Rows, length: int, ladder: np.ndarray, outlooks: list[Outlook], plain_seconds: float
@@ -235,6 +259,8 @@ class Chooser:
 
     def learn(self, report: StepReport) -> None:
         records, (drafter, width, is_trial) = self.records, self.choice
+        drafted = report.token_ids.shape[1] - 1
+        self.tables.step_ended(self.choice, *self._shape, drafted, self._missed[drafter])
         records.budget.add_step()
         records.trials.add_step()
         self._learn_watched()
@@ -244,12 +270,15 @@ class Chooser:
             return
 
         self._missed[drafter] = 0
-        drafted = report.token_ids.shape[1] - 1
         # What stands after the end of a row was not decided.
         asked = np.where(report.finished, report.num_accepted, np.minimum(drafted, self._room))
         records.acceptance[drafter].learn(report.row_ids, asked, report.num_accepted)
+        if self._num_steps % DECIDE_EVERY == 0:
+            records.acceptance[drafter].learn_spread(report.row_ids)
 
         tokens = float(report.num_committed.sum()) / len(report.row_ids)
+        if self._is_wanted:
+            return
         records.budget.add_gain(tokens - self._seconds / self._plain_seconds)
         if is_trial:
             self._saw_trial(drafter, float(report.num_committed.sum()))
@@ -285,3 +314,14 @@ def fastest(rates: np.ndarray, ladder: np.ndarray) -> tuple[Choice, float]:
     """rates: [candidates, ladder]."""
     index, place = divmod(int(rates.argmax()), rates.shape[1])
     return Choice(index, int(ladder[place])), float(rates[index, place])
+
+
+def steps_with(steps: np.ndarray) -> np.ndarray:
+    """In how many steps 1, 2 ... rows are left. steps: [rows, choices] until each row ends.
+
+    >>> steps_with(np.array([[5.0], [2.0], [9.0]])).tolist()
+    [[4.0], [3.0], [2.0]]
+    """
+    ordered = np.sort(steps, 0)[::-1]
+    ordered[:-1] -= ordered[1:].copy()
+    return ordered

@@ -21,6 +21,7 @@ from specdec.policies.cost_model.planning import Planner, room_of
 from specdec.policies.cost_model.records import records_of
 from specdec.policies.cost_model.states import Drafting, State, is_promised
 from specdec.policies.cost_model.tables import Tables
+from specdec.policies.cost_model.timed import TimedTables
 from specdec.policies.costs import CostClock, CudaClock, HostClock
 from specdec.policies.estimates import (
     AcceptanceEstimate,
@@ -95,19 +96,23 @@ class CostModel(LengthPolicy):
         return kind.of(self.name, self.head, target, drafter)
 
     def start(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> None:
-        self._chooser = self._chooser_for(target, drafter, max_tokens)
         on_cuda = target.device.type == "cuda"
         self._clock: CostClock = self._given_clock or (CudaClock() if on_cuda else HostClock())
+        self._chooser = self._chooser_for(target, drafter, max_tokens)
         self._known = self._given_knowledge or knowledge_of(target, drafter, self._estimate)
         self._known.begin_call()
         self._planner = Planner(self._known, max_tokens, self._estimate is not None)
 
     def _chooser_for(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> Chooser | None:
-        """Where the steps' costs are known without timing any of the caller's, and no estimate stops drafts."""
+        """Where the steps' costs are known without timing any of the caller's, and no estimate stops drafts; and for
+        several candidates."""
         is_timed = self._given_clock is not None or self._given_knowledge is not None or self._estimate is not None
-        tables = None if is_timed else Tables.of(drafter)
+        tables: Tables | None = None if is_timed or drafter.context is None else Tables.of(drafter)
+        if tables is None and drafter.needs_choice:
+            tables = TimedTables(target, drafter, self._clock)
         if tables is None:
             return None
+
         records = records_of(target, drafter)
         records.begin_call()
         return Chooser(drafter, tables, records, max_tokens)
@@ -152,7 +157,9 @@ class CostModel(LengthPolicy):
         return np.full(len(rows), state.forecast.says_go_on(step.odds, state.rate, num_drafted))
 
     def drafted(self, draft: Draft) -> None:
-        if self._chooser is None and self.state.is_timed:
+        if self._chooser is not None:
+            self._chooser.drafted()
+        elif self.state.is_timed:
             self._step.drafted = self._clock.mark()
 
     # ---- after the verification

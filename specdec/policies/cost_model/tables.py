@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import numpy as np
 
 from specdec.drafter import Drafter, DraftTimings
 from specdec.network.base import Network, Timings
+from specdec.policies.costs import context_bucket
 
 
 class Choice(NamedTuple):
@@ -24,6 +26,7 @@ class Tables:
 
     def __init__(self, network: Network, candidates: tuple[Drafter, ...]):
         self.network, self.candidates = network, candidates
+        self._made: dict[Hashable, tuple[int, np.ndarray]] = {}  # with the version of what it was made from
 
     @classmethod
     def of(cls, drafter: Drafter) -> Tables | None:
@@ -57,6 +60,36 @@ class Tables:
         now = target.ready_seconds(num_rows, length)[width] + drafts.ready_seconds(num_rows, length)[tokens]
         return best, np.maximum(best, now)
 
+    def drafting_by_rows(
+        self, drafter: int, num_rows: int, length: int, tokens: np.ndarray
+    ) -> np.ndarray:
+        """The same for 1 to num_rows rows, [2, rows, choices]."""
+        return self._kept(
+            (drafter, num_rows, len(tokens), context_bucket(length)),
+            self._target.version + self._drafts(drafter).version,
+            lambda: self._by_rows(
+                num_rows, lambda rows: np.stack(self.drafting(drafter, rows, length, tokens))
+            ),
+        )
+
+    def plain_by_rows(self, num_rows: int, length: int) -> np.ndarray:
+        """Seconds of a plain step of 1 to num_rows rows, [rows]."""
+        return self._kept(
+            (num_rows, context_bucket(length)),
+            self._target.version,
+            lambda: self._by_rows(num_rows, lambda rows: self.verify(rows, length)[1:2])[:, 0],
+        )
+
+    def _by_rows(self, num_rows: int, seconds: Callable[[int], np.ndarray]) -> np.ndarray:
+        """[..., rows, choices] of [..., choices] for each number of rows."""
+        return np.stack([seconds(rows) for rows in range(1, num_rows + 1)], -2)
+
+    def _kept(self, key: Hashable, version: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        found = self._made.get(key)
+        if found is None or found[0] != version:
+            found = self._made[key] = version, make()
+        return found[1]
+
     def catch_up(self, drafter: int, num_rows: int, num_missed: int) -> float:
         """Seconds that a draft takes longer after `num_missed` tokens that the drafter has not seen."""
         return self._drafts(drafter).catch_up(num_rows, num_missed)
@@ -82,3 +115,18 @@ class Tables:
 
     def make_ready_to_draft(self, drafter: int, num_rows: int, length: int) -> None:
         self._drafts(drafter).measure(num_rows, length)
+
+    # ---- for tables that have to be learned from the steps
+
+    def wanted(self, num_rows: int, length: int, max_tokens: int) -> Choice | None:
+        """What has to be tried before anything can be chosen."""
+        return None
+
+    def step_began(self) -> None:
+        pass
+
+    def step_drafted(self) -> None:
+        pass
+
+    def step_ended(self, choice: Choice, num_rows: int, length: int, num_drafted: int, num_missed: int) -> None:
+        pass
