@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ from specdec.batch.report import StepReport
 from specdec.draft import NO_TOKEN
 from specdec.drafter import Drafter
 from specdec.drafters.candidates import Candidates
+from specdec.drafters.draft_model import ONE_BY_ONE
 from specdec.limits import MAX_DRAFT_TOKENS, MAX_STEP_WIDTH
 from specdec.network.invariant.graphs import WORTH_A_CAPTURE, Key, row_bucket, serving_key, waste, width_bucket
 from specdec.policies.cost_model.chooser import Chooser
@@ -24,6 +27,10 @@ H200 = {1: (4.4e-3, 4.6e-3, 0.75e-3), 8: (4.6e-3, 5.3e-3, 0.8e-3), 32: (6.0e-3, 
         64: (6.9e-3, 12.0e-3, 1.5e-3)}  # fmt: skip
 
 
+FREE = np.full(MAX_DRAFT_TOKENS + 1, 2e-5)
+
+
+@cache
 def costs_of(rows: int) -> np.ndarray:
     """[3], between the sizes that were measured by interpolation."""
     return np.array([np.interp(rows, list(H200), column) for column in zip(*H200.values(), strict=True)])
@@ -45,6 +52,12 @@ class Steps:
         """seconds: of one forward, (rows, width) -> seconds."""
         self.world, self.real = world, seconds
         self.captured, self.timed, self.wasted = set(), set(), {}
+        self.made = {}  # what was said, until something changes
+
+    def kept(self, key, make):
+        if self.made.get(key, (None,))[0] != self.version:
+            self.made[key] = self.version, make()
+        return self.made[key][1]
 
     @property
     def version(self):
@@ -54,9 +67,13 @@ class Steps:
         return Key(row_bucket(num_rows), width, 0) in self.timed
 
     def ready_seconds(self, num_rows, used_slots):
+        rows = row_bucket(num_rows)
+        return self.kept(("ready", rows), lambda: self.ready_of(rows))
+
+    def ready_of(self, rows):
         found = np.full(MAX_STEP_WIDTH + 1, np.inf)
         for width in range(1, MAX_STEP_WIDTH + 1):
-            serving = serving_key(Key(row_bucket(num_rows), width_bucket(width), 0), self.captured)
+            serving = serving_key(Key(rows, width_bucket(width), 0), self.captured)
             if serving is not None:
                 found[width] = self.real(serving.rows, serving.width)
         return found
@@ -70,7 +87,8 @@ class Steps:
 
     def seconds(self, num_rows, used_slots):
         assert self.timed
-        return np.array([self.real(row_bucket(num_rows), width) for width in range(MAX_STEP_WIDTH + 1)])
+        rows = row_bucket(num_rows)
+        return self.kept(rows, lambda: np.array([self.real(rows, width) for width in range(MAX_STEP_WIDTH + 1)]))
 
     def run(self, num_rows, width):
         """Seconds of a step, with those of its capture if it has to be captured."""
@@ -120,16 +138,16 @@ class Made(Drafter):
 
     def seconds(self, num_rows, used_slots):
         if self.is_free:
-            return np.full(MAX_DRAFT_TOKENS + 1, 2e-5)
+            return FREE
         return self.drafts(self.steps.seconds(num_rows, used_slots))
 
     def ready_seconds(self, num_rows, used_slots):
         if self.is_free:
-            return np.full(MAX_DRAFT_TOKENS + 1, 2e-5)
+            return FREE
         return self.drafts(self.steps.ready_seconds(num_rows, used_slots))
 
     def drafts(self, by_width):
-        return np.append(0.0, by_width[2] + by_width[1] * np.arange(MAX_DRAFT_TOKENS)) if np.isfinite(by_width[1]) else np.full(33, np.inf)
+        return by_width[2] + by_width[1] * ONE_BY_ONE
 
     def catch_up(self, num_rows, num_missed):
         return 0.0 if self.is_free or num_missed <= 2 else 5e-3
@@ -194,21 +212,31 @@ class World:
                 part, width, is_promised = self.parts[fixed[0]], min(fixed[1], most), True
             self.spend(part, width, len(rows), is_ahead)
             is_ahead = is_promised
-            accepted = self.accepted(part, width, rows.row_ids)
             expected += len(rows) * part.expected(width)
-            committed = np.minimum(accepted + 1, rows.host_limits - rows.host_lengths)
-            rows.host_lengths = rows.host_lengths + committed
-            for other in self.parts:
-                other.lag = 0 if width and other is part else other.lag + int(committed.max())
-            is_over, zeros = rows.host_lengths >= rows.host_limits, np.zeros(len(rows), dtype=np.int64)
-            ids = np.full((len(rows), width + 1), NO_TOKEN)
-            report = StepReport(rows.row_ids, committed, accepted, zeros + width, is_over, zeros, ids)
-            if fixed is None:
-                chooser.learn(report)
-            rows.keep(~is_over)
+            self.commit(chooser if fixed is None else None, part, rows, width)
             self.widths.append(width), self.chosen.append(part.name if width else "plain")
         tokens = expected if len(rows) else self.num_rows * new_tokens
         return tokens / (self.now - begin)
+
+    def learn(self, chooser, rows, width):
+        """Of a step that took no time; returns what learning took the host."""
+        return self.commit(chooser, self.parts[chooser.choice.drafter], rows, width)
+
+    def commit(self, chooser, part, rows, width):
+        accepted = self.accepted(part, width, rows.row_ids)
+        committed = np.minimum(accepted + 1, rows.host_limits - rows.host_lengths)
+        rows.host_lengths = rows.host_lengths + committed
+        for other in self.parts:
+            other.lag = 0 if width and other is part else other.lag + int(committed.max())
+        is_over, zeros = rows.host_lengths >= rows.host_limits, np.zeros(len(rows), dtype=np.int64)
+        ids = np.full((len(rows), width + 1), NO_TOKEN)
+        report = StepReport(rows.row_ids, committed, accepted, zeros + width, is_over, zeros, ids)
+        begin = time.perf_counter()
+        if chooser is not None:
+            chooser.learn(report)
+        seconds = time.perf_counter() - begin
+        rows.keep(~is_over)
+        return seconds
 
     def spend(self, part, width, num_rows, is_ahead):
         seconds = self.steps.run(num_rows, width + 1) + (0 if is_ahead else GAP)
@@ -233,11 +261,10 @@ class World:
 class Rows(SimpleNamespace):
     """What a policy reads of rows."""
 
-    keeps_outputs = True
-
     def __init__(self, count, new_tokens):
+        # A batch that ends; without an end, as if others took the places of rows.
         lengths = np.full(count, 512)
-        super().__init__(row_ids=np.arange(count), host_lengths=lengths, host_limits=lengths + new_tokens)
+        super().__init__(keeps_outputs=new_tokens < 10**6, row_ids=np.arange(count), host_lengths=lengths, host_limits=lengths + new_tokens)
 
     def __len__(self):
         return len(self.row_ids)

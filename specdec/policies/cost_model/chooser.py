@@ -109,8 +109,7 @@ class Chooser:
     def _step_costs(self, num_rows: int, length: int) -> None:
         """What this step and a plain one take."""
         drafter, width, _ = self.choice
-        verify = self.tables.verify(num_rows, length)
-        self._plain_seconds = self._seconds = float(verify[1])
+        self._plain_seconds = self._seconds = self.tables.plain(num_rows, length)
         if width:
             _, now = self.tables.drafting(drafter, num_rows, length, np.array([width]))
             self._seconds = float(now[0]) + self.tables.catch_up(drafter, num_rows, self._missed[drafter])

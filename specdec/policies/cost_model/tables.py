@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -48,9 +49,11 @@ class Tables:
         assert timings is not None
         return timings
 
-    def verify(self, num_rows: int, length: int) -> np.ndarray:
-        """Seconds of the target's forward, [MAX_STEP_WIDTH + 1] by width; 1 is a plain step."""
-        return self._target.seconds(num_rows, length)
+    def plain(self, num_rows: int, length: int) -> float:
+        """Seconds of a plain step as it runs now."""
+        target = self._target
+        seconds, now = float(target.seconds(num_rows, length)[1]), float(target.ready_seconds(num_rows, length)[1])
+        return max(seconds, now) if now < math.inf else seconds
 
     def drafting(self, drafter: int, num_rows: int, length: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seconds of steps that draft so many tokens, [choices] above 0, without catching up: once everything is
@@ -67,8 +70,8 @@ class Tables:
         return self._kept(
             (drafter, num_rows, len(tokens), context_bucket(length)),
             self._target.version + self._drafts(drafter).version,
-            lambda: self._by_rows(
-                num_rows, lambda rows: np.stack(self.drafting(drafter, rows, length, tokens))
+            lambda: np.stack(
+                [np.stack(self.drafting(drafter, rows, length, tokens)) for rows in range(1, num_rows + 1)], 1
             ),
         )
 
@@ -77,12 +80,8 @@ class Tables:
         return self._kept(
             (num_rows, context_bucket(length)),
             self._target.version,
-            lambda: self._by_rows(num_rows, lambda rows: self.verify(rows, length)[1:2])[:, 0],
+            lambda: np.array([self.plain(rows, length) for rows in range(1, num_rows + 1)]),
         )
-
-    def _by_rows(self, num_rows: int, seconds: Callable[[int], np.ndarray]) -> np.ndarray:
-        """[..., rows, choices] of [..., choices] for each number of rows."""
-        return np.stack([seconds(rows) for rows in range(1, num_rows + 1)], -2)
 
     def _kept(self, key: Hashable, version: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         found = self._made.get(key)

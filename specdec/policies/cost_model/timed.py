@@ -27,9 +27,13 @@ class TimedTables(Tables):
         self._drafted: Any = None
 
     def verify(self, num_rows: int, length: int) -> np.ndarray:
+        """Of the target's forward by width, [MAX_TOKENS + 1]."""
         seconds = self.target.curve(num_rows, length).seconds.copy()
         seconds[1] = seconds[1:].min()  # a plain step that seems slower than a wider one is noise
         return seconds
+
+    def plain(self, num_rows: int, length: int) -> float:
+        return float(self.verify(num_rows, length)[1])
 
     def drafting(self, drafter: int, num_rows: int, length: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         seconds = self.verify(num_rows, length)[tokens + 1]
@@ -42,7 +46,7 @@ class TimedTables(Tables):
         return np.broadcast_to(seconds[:, None], (2, num_rows, len(tokens)))
 
     def plain_by_rows(self, num_rows: int, length: int) -> np.ndarray:
-        return np.full(num_rows, self.verify(num_rows, length)[1])
+        return np.full(num_rows, self.plain(num_rows, length))
 
     def catch_up(self, drafter: int, num_rows: int, num_missed: int) -> float:
         known = self.known[drafter]
