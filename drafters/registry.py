@@ -142,9 +142,7 @@ def is_plain(candidate: object) -> bool:
     return candidate is None or (isinstance(candidate, str) and candidate == PLAIN)
 
 
-def _candidates(
-    candidates: Sequence, target: PreTrainedModel | None, given: Mapping[str, Drafter] | None
-) -> Drafter:
+def _candidates(candidates: Sequence, target: PreTrainedModel | None, given: Mapping[str, Drafter] | None) -> Drafter:
     from specdec.drafters.candidates import Candidates
 
     drafting = [candidate for candidate in candidates if not is_plain(candidate)]

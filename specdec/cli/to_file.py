@@ -103,9 +103,7 @@ def drafter_name(models: Models) -> str | None:
     """Tells drafters apart; of draft models by their fingerprints."""
     if not models.named:
         return None if models.draft is None else fingerprint(models.draft)
-    networks = [
-        part.model for drafter in models.named.values() for part in leaves(drafter) if part.model is not None
-    ]
+    networks = [part.model for drafter in models.named.values() for part in leaves(drafter) if part.model is not None]
     return " ".join([*models.named, *map(fingerprint, networks)])
 
 

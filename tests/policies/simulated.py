@@ -264,7 +264,12 @@ class Rows(SimpleNamespace):
     def __init__(self, count, new_tokens):
         # A batch that ends; without an end, as if others took the places of rows.
         lengths = np.full(count, 512)
-        super().__init__(keeps_outputs=new_tokens < 10**6, row_ids=np.arange(count), host_lengths=lengths, host_limits=lengths + new_tokens)
+        super().__init__(
+            keeps_outputs=new_tokens < 10**6,
+            row_ids=np.arange(count),
+            host_lengths=lengths,
+            host_limits=lengths + new_tokens,
+        )
 
     def __len__(self):
         return len(self.row_ids)

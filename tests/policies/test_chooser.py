@@ -1,5 +1,5 @@
-"""The cost model where costs are known beforehand, on an H200's costs: close to the best drafter and K, never far behind
-plain decoding, and cheap to ask."""
+"""The cost model where costs are known beforehand, on an H200's costs: close to the best drafter and K, never far
+behind plain decoding, and cheap to ask."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def test_the_first_call_is_not_slower_than_a_plain_one_with_its_capture():
 @pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.85])
 def test_whole_texts_whose_rows_end_at_different_times(acceptance, rows):
     """128 tokens a row; the last rows decode alone, so long drafts pay less than a step of all rows says."""
+
     def mean_of(call, num_seeds=4):
         times = []
         for seed in range(num_seeds):
@@ -103,9 +104,10 @@ def test_steps_are_promised_once_it_has_settled():
     world = World(8, {"draft": 0.85})
     world.call(60)
     rows, chooser, promised = Rows(8, 10**6), Chooser(world.drafter, world.tables, world.records, MOST), 0
-    for step in range(60):
+    last = None
+    for _ in range(60):
         width = int(chooser.widths(rows, MOST)[0])
-        if step and last is not None:
+        if last is not None:
             assert width == last, "a promise holds"
         last = chooser.next_width()
         promised += last is not None

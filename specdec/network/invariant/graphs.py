@@ -1,8 +1,9 @@
 """Decode steps as CUDA graphs: captured once per shape, replayed by one launch.
 
 A graph fixes shapes and addresses, so rows, width and the slots that attention looks at are rounded up to buckets and
-the inputs are copied into place. A bucket that is seldom asked for is served by a larger one. Rows and columns that pad a bucket compute something that nobody reads; their keys
-go to slots after the texts, and no other row's bits depend on them.
+the inputs are copied into place. A bucket that is seldom asked for is served by a larger one. Rows and columns that pad
+a bucket compute something that nobody reads; their keys go to slots after the texts, and no other row's bits depend on
+them.
 """
 
 from __future__ import annotations
@@ -148,11 +149,7 @@ def serving_key(key: Key, captured: Iterable[Key]) -> Key | None:
     Rows leave and texts end, so most shapes are asked for a few times only, and capturing each would take longer than
     computing what a larger one does in vain.
     """
-    able = [
-        other
-        for other in captured
-        if other.rows >= key.rows and other.width >= key.width and other[2:] == key[2:]
-    ]
+    able = [other for other in captured if other.rows >= key.rows and other.width >= key.width and other[2:] == key[2:]]
     return min(able, key=lambda other: other.rows * other.width, default=None)
 
 

@@ -219,7 +219,8 @@ class InvariantNetwork(Network):
 
     @property
     def timings(self) -> CapturedTimings | None:
-        return None if self.kept.graphs is None else CapturedTimings(self.kept, self.kept.graphs)
+        kept = self.kept
+        return None if kept.graphs is None else CapturedTimings(kept.graphs, kept, kept.num_slots)
 
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from specdec.limits import MAX_STEP_WIDTH
-from specdec.network.invariant.graphs import Key, StepGraphs, row_bucket, serving_key, width_bucket
-
-if TYPE_CHECKING:
-    from specdec.network.invariant.network import InvariantForward
+from specdec.network.invariant.graphs import Forward, Key, StepGraphs, row_bucket, serving_key, width_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +20,9 @@ CONTEXT_SHARE = 0.75
 class CapturedTimings:
     """As `specdec.network.base.Timings` describes it."""
 
-    def __init__(self, forward: InvariantForward, graphs: StepGraphs):
-        self.forward, self.graphs = forward, graphs
+    def __init__(self, graphs: StepGraphs, forward: Forward, num_text_slots: int):
+        """forward: as `StepGraphs.replay` takes it. num_text_slots: rows that start there or later see nothing."""
+        self.graphs, self.forward, self.num_text_slots = graphs, forward, num_text_slots
 
     @property
     def version(self) -> int:
@@ -59,7 +56,7 @@ class CapturedTimings:
         key = self._key(num_rows, width, used_slots)
         step = self.graphs.exact_step(self.forward, key)
         # The whole bucket computes, over texts of a length that is usual for these slots.
-        context = max(min(int(CONTEXT_SHARE * key.slots), self.forward.num_slots - 1, key.slots - key.width), 0)
+        context = max(min(int(CONTEXT_SHARE * key.slots), self.num_text_slots - 1, key.slots - key.width), 0)
         with self.graphs.cache.restored(key.rows, context, context + key.width):
             step.starts.fill_(context)
             step.num_starts = key.rows

@@ -14,6 +14,7 @@ import numpy as np
 from specdec.batch.report import StepReport, on_its_way
 from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
+from specdec.policies.cost_model.knowledge import LossBudget
 from specdec.policies.cost_model.planning import room_of
 from specdec.policies.cost_model.records import Records
 from specdec.policies.cost_model.tables import Choice, Tables
@@ -56,7 +57,7 @@ class Chooser:
     def __init__(self, drafter: Drafter, tables: Tables, records: Records, max_tokens: int):
         """max_tokens: the most draft tokens of any step."""
         self.drafter, self.tables, self.records = drafter, tables, records
-        self._ladder = LADDER[LADDER <= max_tokens]
+        self._ladder = LADDER[max_tokens >= LADDER]
         count = len(drafter.candidates)
         self._rests, self._rest_lengths = [0] * count, [FIRST_REST] * count
         self._missed = [0] * count  # tokens committed since each candidate's last draft, of the row with the most
@@ -183,8 +184,8 @@ class Chooser:
         share = steps_with(steps)  # [rows, ladder]
         written = float(left.sum())
         extra = catch_up / SHARED_BY * steps.max(0)
-        rates = [written / ((share * np.minimum(one, NEVER)).sum(0) + extra) for one in (best, now)]
-        return Outlook(tokens.sum(0), now[-1], *rates, catch_up)
+        rates, rates_now = (written / ((share * np.minimum(one, NEVER)).sum(0) + extra) for one in (best, now))
+        return Outlook(tokens.sum(0), now[-1], rates, rates_now, catch_up)
 
     def _best(
         self, rows: Rows, length: int, ladder: np.ndarray, outlooks: list[Outlook], plain_seconds: float
@@ -194,11 +195,9 @@ class Chooser:
         rates_now = np.stack([outlook.rates_now for outlook in outlooks])
         best, rate = fastest(rates_now, ladder)
         wished, most = fastest(np.stack([outlook.rates for outlook in outlooks]), ladder)
-        reached = max(rate, plain_rate)
-        if most > WORTH_A_CAPTURE * reached and self._num_since_capture >= BETWEEN_CAPTURES:
-            if (most / reached - 1) * self._tokens_to_gain(rows) / most > CAPTURE_SECONDS:
-                self._worth_a_capture = best = wished
-                rate = most
+        if self._pays_a_capture(rows, most, max(rate, plain_rate)):
+            self._worth_a_capture = best = wished
+            rate = most
 
         now = self._rate_now(rates_now, ladder)
         if now * WORTH_A_CHANGE >= rate:
@@ -206,6 +205,12 @@ class Chooser:
         left = self.records.budget.steps - outlooks[best.drafter].catch_up / plain_seconds
         pays = rate > LEAST_SPEED_UP * plain_rate and left > self.records.budget.LOWEST
         return best._replace(is_trial=False) if pays else Choice(self.choice.drafter, 0)
+
+    def _pays_a_capture(self, rows: Rows, rate: float, reached: float) -> bool:
+        """reached: tokens per second without it."""
+        if rate < WORTH_A_CAPTURE * reached or self._num_since_capture < BETWEEN_CAPTURES:
+            return False
+        return (1 / reached - 1 / rate) * self._tokens_to_gain(rows) > CAPTURE_SECONDS
 
     def _tokens_to_gain(self, rows: Rows) -> float:
         """Of all rows, in this call and those like it, that steps of as many rows as now will write: until the first
@@ -234,7 +239,8 @@ class Chooser:
         plain_seconds: float,
     ) -> Choice | None:
         """A candidate whose rest is over, if the budget bears what trying it is expected to lose."""
-        rate, unit, budget = len(rows) / plain_seconds, plain_seconds, self.records.budget
+        rate, unit = len(rows) / plain_seconds, plain_seconds
+        budget: LossBudget = self.records.budget
         if best.width:
             place = int(np.searchsorted(ladder, best.width))
             outlook, budget = outlooks[best.drafter], self.records.trials

@@ -99,8 +99,8 @@ class TrialBudget(LossBudget):
 class Records:
     """Of the candidates of a call; outlives it.
 
-    acceptance: of each candidate. choice: of the last step. budget: what drafts may lose against plain decoding. trials: what trying a candidate
-    may lose against the one in use.
+    acceptance: of each candidate. choice: of the last step. budget: what drafts may lose against plain decoding.
+    trials: what trying a candidate may lose against the one in use.
     """
 
     def __init__(self, acceptance: Sequence[Acceptance]):

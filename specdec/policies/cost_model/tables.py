@@ -63,9 +63,7 @@ class Tables:
         now = target.ready_seconds(num_rows, length)[width] + drafts.ready_seconds(num_rows, length)[tokens]
         return best, np.maximum(best, now)
 
-    def drafting_by_rows(
-        self, drafter: int, num_rows: int, length: int, tokens: np.ndarray
-    ) -> np.ndarray:
+    def drafting_by_rows(self, drafter: int, num_rows: int, length: int, tokens: np.ndarray) -> np.ndarray:
         """The same for 1 to num_rows rows, [2, rows, choices]."""
         return self._kept(
             (drafter, num_rows, len(tokens), context_bucket(length)),
