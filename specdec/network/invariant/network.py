@@ -36,6 +36,7 @@ from specdec.network.invariant.graphs import (
     width_bucket,
 )
 from specdec.network.invariant.swap import is_invariant_forward
+from specdec.network.invariant.timings import CapturedTimings
 from specdec.network.kept_forwards import kept_forward, kept_of
 from specdec.network.known_classes import FAMILIES, is_known_class, is_plain
 
@@ -75,6 +76,11 @@ class InvariantNetwork(Network):
     def _graphs(self) -> StepGraphs | None:
         """Those of plain steps, None where steps are launched kernel by kernel."""
         return self.kept.graphs if self.captures else None
+
+    @property
+    def timings(self) -> CapturedTimings | None:
+        kept = self.kept
+        return None if kept.graphs is None else CapturedTimings(kept.graphs, kept, kept.num_slots)
 
     @classmethod
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
