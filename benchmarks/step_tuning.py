@@ -48,8 +48,8 @@ from specdec.kernels.linear import descriptor_linear, in_order_linear
 from specdec.kernels.linear.linear_tiles import BUCKETS as BUCKETS_TODAY
 from specdec.kernels.linear.linear_tiles import DEFAULTS, TUNED, Tile, choose_tile
 from specdec.network.base import NetworkOutput
+from specdec.network.captured.graphs import StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant import layers as invariant_layers
-from specdec.network.invariant.graphs import StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant.network import InvariantForward
 
 CELLS = "1x1,8x1,32x1,8x6,32x4,32x6"

@@ -19,9 +19,9 @@ from specdec.batch.rows import Rows
 from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
 from specdec.network.base import evaluating
+from specdec.network.captured.graphs import syncs_refused
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.experts import has_experts
-from specdec.network.invariant.graphs import syncs_refused
 from specdec.network.invariant.network import InvariantNetwork
 from specdec.network.invariant.swap import batch_invariant
 from specdec.network.stock import StockNetwork, SwappedNetwork

@@ -22,8 +22,8 @@ from specdec.batch.layout import Layout
 from specdec.draft import ExtraQueries
 from specdec.network import attention
 from specdec.network.base import CachePlan, Network, NetworkOutput, evaluating
+from specdec.network.captured.graphs import MAX_STEP_WIDTH, StepGraphs, addresses, rounded_up, row_bucket
 from specdec.network.invariant.attention import INVARIANT
-from specdec.network.invariant.graphs import MAX_STEP_WIDTH, StepGraphs, addresses, rounded_up, row_bucket
 from specdec.network.invariant.swap import batch_invariant
 from specdec.network.kept_forwards import kept_forward, kept_of
 from specdec.network.model_cache import cache_argument

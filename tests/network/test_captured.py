@@ -13,8 +13,8 @@ from tiny import continuations, left_pad, plain_greedy, tiny_llama
 import specdec
 from specdec import batch_invariant
 from specdec.network import choose
+from specdec.network.captured import graphs as step_graphs
 from specdec.network.choose import build_network, service_of
-from specdec.network.invariant import graphs as step_graphs
 from specdec.network.kept_forwards import kept_of
 from specdec.network.stock import CapturedStock, CapturedSwapped, StockNetwork
 
@@ -68,9 +68,11 @@ def test_padding_leaves_no_trace_and_hidden_states_are_the_modules(capturing):
     with network.running(), plain.running(), torch.no_grad():
         for one in (network, plain):
             one.prefill(rows)
+        written = 0
         for width in (3, 1, 6):
             ids = torch.randint(3, 60, (3, width))
-            starts = rows.lengths + width
+            starts = rows.lengths + written
+            written += width
             ours = network.forward(ids, starts, int(starts.max()) + width, (0, 1, -1))
             theirs = plain.forward(ids, starts, int(starts.max()) + width, (0, 1, -1))
             pairs = zip((ours.logits, *ours.hidden_states), (theirs.logits, *theirs.hidden_states), strict=True)

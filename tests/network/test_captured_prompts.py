@@ -11,8 +11,8 @@ from tiny import tiny_llama
 
 import specdec
 from specdec import batch_invariant
-from specdec.network.invariant import graphs as step_graphs
-from specdec.network.invariant.graphs import CAPTURED_PROMPT_TOKENS, MOST_PROMPT_SHAPES, PROMPT_ROUNDING, PromptGraphs
+from specdec.network.captured import prompts as step_graphs
+from specdec.network.captured.prompts import CAPTURED_PROMPT_TOKENS, MOST_PROMPT_SHAPES, PROMPT_ROUNDING, PromptGraphs
 from specdec.network.invariant.network import InvariantNetwork
 
 

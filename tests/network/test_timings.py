@@ -15,11 +15,11 @@ from specdec.batch.cache import RaggedCache
 from specdec.drafters.draft_model import DraftModel
 from specdec.limits import MAX_STEP_WIDTH
 from specdec.network.base import NetworkOutput
-from specdec.network.invariant import graphs as step_graphs
+from specdec.network.captured import graphs as step_graphs
+from specdec.network.captured.graphs import WORTH_A_CAPTURE, Key, StepGraphs, serving_key, waste
+from specdec.network.captured.seconds import StepSeconds
+from specdec.network.captured.timings import CapturedTimings
 from specdec.network.invariant import timings as step_timings
-from specdec.network.invariant.graphs import WORTH_A_CAPTURE, Key, StepGraphs, serving_key, waste
-from specdec.network.invariant.seconds import StepSeconds
-from specdec.network.invariant.timings import CapturedTimings
 from specdec.policies.cost_model import CostModel
 from specdec.policies.cost_model.chooser import Chooser
 

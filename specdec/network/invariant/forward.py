@@ -15,7 +15,8 @@ from specdec.kernels.attention.ragged_attention import TREE_SLOTS
 from specdec.kernels.compile_ahead import compile_ahead
 from specdec.kernels.persistent.step import is_faster
 from specdec.network.base import NetworkOutput, layer_numbers
-from specdec.network.invariant.graphs import PromptGraphs, StepGraphs, addresses, row_bucket, slot_bucket
+from specdec.network.captured.graphs import StepGraphs, addresses, row_bucket, slot_bucket
+from specdec.network.captured.prompts import PromptGraphs
 from specdec.network.invariant.guard import own_arithmetic
 from specdec.network.invariant.layers import Head, Norm, layers_of
 from specdec.network.invariant.one_launch import one_launch_step

@@ -2,7 +2,7 @@
 
 Its bits are those of the model's own modules with the kernels swapped in (`batch_invariant`), so transformers' own
 `generate` on the swapped model is its oracle. The modules themselves stay as they are; weights are read where they
-lie. On a GPU the steps are replayed as CUDA graphs (`graphs.py`), because the host cannot launch a step's kernels as
+lie. On a GPU the steps are replayed as CUDA graphs (`captured/`), because the host cannot launch a step's kernels as
 fast as the device runs them.
 
 A draft model's bits do not matter, since what is accepted is the target's own. Where the caller says so
@@ -26,8 +26,7 @@ from specdec.kept import kept_with
 from specdec.kernels.attention.ragged_attention import TREE_SLOTS
 from specdec.kernels.compile_ahead import in_background
 from specdec.network.base import CachePlan, Network, NetworkOutput, prefill_budget
-from specdec.network.invariant.forward import SPARE_SLOTS, InvariantForward
-from specdec.network.invariant.graphs import (
+from specdec.network.captured.graphs import (
     MAX_STEP_WIDTH,
     Forward,
     StepGraphs,
@@ -35,8 +34,9 @@ from specdec.network.invariant.graphs import (
     row_bucket,
     width_bucket,
 )
+from specdec.network.captured.timings import CapturedTimings
+from specdec.network.invariant.forward import SPARE_SLOTS, InvariantForward
 from specdec.network.invariant.swap import is_invariant_forward
-from specdec.network.invariant.timings import CapturedTimings
 from specdec.network.kept_forwards import kept_forward, kept_of
 from specdec.network.known_classes import FAMILIES, is_known_class, is_plain
 

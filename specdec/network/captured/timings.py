@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from specdec.limits import MAX_STEP_WIDTH
-from specdec.network.invariant.graphs import Forward, Key, StepGraphs, row_bucket, serving_key, width_bucket
+from specdec.network.captured.graphs import Forward, Key, StepGraphs, row_bucket, serving_key, width_bucket
 
 logger = logging.getLogger(__name__)
 
