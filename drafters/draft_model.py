@@ -16,7 +16,8 @@ from specdec.draft import NO_TOKEN, Draft, Shown, Verified
 from specdec.drafter import Context, Drafter
 from specdec.drafters.folders import load_target_first, model_in
 from specdec.errors import DrafterError
-from specdec.network.base import Network, NetworkOutput, prefill_budget, vocab_size_of
+from specdec.limits import MAX_DRAFT_TOKENS
+from specdec.network.base import Network, NetworkOutput, Timings, prefill_budget, vocab_size_of
 from specdec.network.choose import build_network
 from specdec.network.refusals import check_lengths
 
@@ -25,6 +26,49 @@ from specdec.network.refusals import check_lengths
 MAX_PADDING = 1 / 16
 NEWEST = 2  # most committed tokens in a draft's first forward, after a step that drafted
 MAX_FED = 8  # most tokens in a draft's first forward that were committed without being drafted
+# What catching up takes the host per layer where steps are captured: it is the one forward that is launched kernel by
+# kernel. On an H200 the device waits for these launches, however many tokens are missing.
+LAUNCHES_OF_A_LAYER = 2e-4
+ONE_BY_ONE = np.maximum(np.arange(MAX_DRAFT_TOKENS + 1) - 1.0, 0.0)  # forwards after the first, by tokens drafted
+GAP = 5e-5  # seconds that the host takes between a step's report and the launch of the second forward of a draft
+
+
+class ForwardTimings:
+    """Of a draft model whose network times its own steps; as `specdec.drafter.DraftTimings` describes it."""
+
+    def __init__(self, steps: Timings, num_layers: int):
+        self.steps, self.num_layers = steps, num_layers
+
+    @property
+    def version(self) -> int:
+        return self.steps.version
+
+    def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        """The first forward takes the two newest tokens, as one that is launched ahead does; then one after another."""
+        return self._seconds(self.steps.seconds(num_rows, used_slots))
+
+    def ready_seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        return self._seconds(self.steps.ready_seconds(num_rows, used_slots))
+
+    def _seconds(self, by_width: np.ndarray) -> np.ndarray:
+        seconds: np.ndarray = GAP + by_width[NEWEST] + by_width[1] * ONE_BY_ONE
+        seconds[0] = 0.0
+        return seconds
+
+    def catch_up(self, num_rows: int, num_missed: int) -> float:
+        if num_missed <= NEWEST:
+            return 0.0
+        if num_missed <= MAX_FED:
+            by_width = self.steps.seconds(num_rows, 1)
+            return float(by_width[MAX_FED] - by_width[NEWEST])
+        return LAUNCHES_OF_A_LAYER * self.num_layers
+
+    def has(self, num_rows: int, used_slots: int) -> bool:
+        return all(self.steps.has(num_rows, width, used_slots) for width in (1, NEWEST))
+
+    def measure(self, num_rows: int, used_slots: int) -> None:
+        for width in (1, NEWEST):
+            self.steps.measure(num_rows, width, used_slots)
 
 
 class DraftModel(Drafter):
@@ -61,6 +105,11 @@ class DraftModel(Drafter):
         if target is None:
             raise load_target_first(cls.name, folder)
         return cls(model_in(folder, target), vocab_size)
+
+    @property
+    def timings(self) -> ForwardTimings | None:
+        steps = None if self._network is None else self._network.timings
+        return None if steps is None else ForwardTimings(steps, self.model.config.num_hidden_layers)
 
     def check(self, target: PreTrainedModel, max_length: int) -> None:
         if self.model.device != target.device:
@@ -197,7 +246,11 @@ class DraftModel(Drafter):
         # The newest token always goes in, even if a row was resumed among longer ones and already has its keys.
         cached = np.minimum(self._cached[: len(rows)], rows.host_lengths - 1)
         width = int((rows.host_lengths - cached).max())
-        if width > min(MAX_FED, rows.host_lengths.min()):
+        assert self._network is not None
+        shortest = int(rows.host_lengths.min())
+        if width > NEWEST and self._network.timings is not None:
+            width = max(width, min(MAX_FED, shortest))  # one captured step serves all numbers
+        if width > min(MAX_FED, shortest):
             self._catch_up(rows, cached)
             width = 1
         tokens = rows.newest()[1] if width == 1 else rows.last_tokens(width)

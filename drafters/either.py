@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.batch.rows import Rows
 from specdec.batch.slots import to_device
 from specdec.draft import NO_TOKEN, Draft, Verified
-from specdec.drafter import Context, Drafter, check_contract
+from specdec.drafter import Context, Drafter, DraftTimings
+from specdec.drafters.several import Several
 from specdec.errors import DrafterError
 
 
-class Either(Drafter):
+class BothTimings:
+    """Of drafts that both parts are asked for, which is the most that they take; as `specdec.drafter.DraftTimings`
+    describes it."""
+
+    def __init__(self, first: DraftTimings, second: DraftTimings):
+        self.parts = first, second
+
+    @property
+    def version(self) -> int:
+        return sum(part.version for part in self.parts)
+
+    def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        first, second = (part.seconds(num_rows, used_slots) for part in self.parts)
+        both: np.ndarray = first + second
+        return both
+
+    def catch_up(self, num_rows: int, num_missed: int) -> float:
+        return sum(part.catch_up(num_rows, num_missed) for part in self.parts)
+
+    def has(self, num_rows: int, used_slots: int) -> bool:
+        return all(part.has(num_rows, used_slots) for part in self.parts)
+
+    def ready_seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        first, second = (part.ready_seconds(num_rows, used_slots) for part in self.parts)
+        both: np.ndarray = first + second
+        return both
+
+    def measure(self, num_rows: int, used_slots: int) -> None:
+        for part in self.parts:
+            part.measure(num_rows, used_slots)
+
+
+class Either(Several):
     """Asks `first` at each step, and `second` only where `first` has no draft for some row.
 
     Which of them drafts for a row depends on nothing that `second` samples, and on no value of what `first` samples. A
@@ -34,63 +65,18 @@ class Either(Drafter):
             if not isinstance(part, Drafter):
                 raise DrafterError(f"either() takes two Drafter instances, not a {type(part).__name__}")
         self.first, self.second = first, second
-        self.name = f"{first.name}+{second.name}"
-        self._check_parts()
-
-        self.kv_model = first.kv_model if first.kv_model is not None else second.kv_model
-        self.num_extra_queries = max(first.num_extra_queries, second.num_extra_queries)
-        self.target_layers = tuple(dict.fromkeys((*first.target_layers, *second.target_layers)))
-        self.shares_slots = first.shares_slots and second.shares_slots
-        self._started: list[Drafter] = []
+        super().__init__((first, second), f"{first.name}+{second.name}")
         # Which rows of the last draft are `first`'s, [rows] bool; None between a step and the next draft.
         self._is_first: np.ndarray | None = None
 
     @property
-    def parts(self) -> tuple[Drafter, Drafter]:
-        return self.first, self.second
-
-    def _check_parts(self) -> None:
-        """Raise DrafterError for two drafters that cannot work on one batch."""
-        first, second = self.parts
-        if set(map(id, leaves(first))) & set(map(id, leaves(second))):
-            raise DrafterError(f"drafter {self.name!r} uses one instance twice; make one for each place")
-        if first.kv_model is not None and second.kv_model is not None:
-            raise DrafterError(
-                f"drafters {first.name!r} and {second.name!r} each have a network with a cache of its own, and there "
-                "is room for one; combine one of them with a drafter without a network, such as prompt_lookup"
-            )
-        if first.num_extra_queries and second.num_extra_queries:
-            raise DrafterError(
-                f"drafters {first.name!r} and {second.name!r} both put queries into the target's forwards, which take "
-                "those of one; combine one of them with a drafter without such queries, such as prompt_lookup"
-            )
-
-    def check(self, target: PreTrainedModel, max_length: int) -> None:
-        for part in self.parts:
-            check_contract(part)
-            part.check(target, max_length)
+    def timings(self) -> BothTimings | None:
+        first, second = self.first.timings, self.second.timings
+        return None if first is None or second is None else BothTimings(first, second)
 
     def start(self, context: Context, rows: Rows) -> None:
-        super().start(context, rows)
         self._is_first = None
-        for part in self.parts:
-            if part.is_busy:
-                raise DrafterError(
-                    f"drafter {part.name!r} is already at work in another generate call; make one for each"
-                )
-            check_contract(part)
-
-        # No policy: it would be shown tokens of drafts that are not taken.
-        own = replace(context, policy=None)
-        for part in self.parts:
-            part.is_busy = True
-            self._started.append(part)
-            part.start(own, rows)
-
-    def read(self, rows: Rows, begin: int, end: int, states: tuple[Tensor, ...]) -> None:
-        for part in self.parts:
-            if part.target_layers:
-                part.read(rows, begin, end, self._states_of(part, states))
+        super().start(context, rows)
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         draft = self._asked(self.first, rows, max_tokens)
@@ -101,18 +87,6 @@ class Either(Drafter):
             other = self._asked(self.second, rows, max_tokens)
             draft = merged(draft, other, self._is_first)
         self._count_calls()
-        return draft
-
-    def _asked(self, part: Drafter, rows: Rows, max_tokens: int) -> Draft:
-        draft = part.propose(rows, max_tokens)
-        if not isinstance(draft, Draft):
-            raise DrafterError(
-                f"drafter {part.name!r} proposed a {type(draft).__name__}; propose() must return a Draft"
-            )
-        if draft.parents is not None:
-            raise DrafterError(
-                f"drafter {part.name!r} proposed a tree; only chains are verified yet, leave parents=None"
-            )
         return draft
 
     def begin(self, rows: Rows) -> None:
@@ -140,39 +114,9 @@ class Either(Drafter):
             return None, None
         return self._is_first, ~self._is_first
 
-    def keep_rows(self, index: Tensor) -> None:
-        for part in self.parts:
-            part.keep_rows(index)
-
-    def join(self, rows: Rows, begin: int, end: int) -> None:
-        for part in self.parts:
-            part.join(rows, begin, end)
-
-    def resize(self, num_slots: int, capacity: int) -> None:
-        for part in self.parts:
-            part.resize(num_slots, capacity)
-
     def finish(self) -> None:
-        """Also where `start` failed on the way: only those that were started finish, and all of them do."""
-        with ExitStack() as stack:
-            for part in self._started:
-                part.is_busy, part.context = False, None
-                stack.callback(part.finish)
-        self._started, self._is_first = [], None
-
-    def _states_of(self, part: Drafter, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Of the hidden states in `target_layers` those that a part asked for; none where none were computed."""
-        return tuple(states[self.target_layers.index(layer)] for layer in part.target_layers) if states else ()
-
-    def _count_calls(self) -> None:
-        self.num_calls = self.first.num_calls + self.second.num_calls
-
-
-def leaves(drafter: Drafter) -> list[Drafter]:
-    """The drafters that a combination consists of."""
-    if not isinstance(drafter, Either):
-        return [drafter]
-    return [*leaves(drafter.first), *leaves(drafter.second)]
+        self._is_first = None
+        super().finish()
 
 
 def has_draft(draft: Draft) -> np.ndarray:

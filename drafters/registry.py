@@ -6,7 +6,8 @@ The grammar of text:
     part  = FOLDER | name [":" key "=" value ["," key "=" value ...]]
 
 A FOLDER is one that exists; its files say which drafter it holds (`folders.py`). Values are converted as the drafter's
-constructor is annotated. A list of texts names candidates.
+constructor is annotated. A list names candidates, of which a length policy chooses one in each step; so does text with
+commas, "a,b,none". None, or "none", is plain decoding.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from specdec.drafter import Drafter
 from specdec.errors import DrafterError
 
 NOTHING, FOLDER, OBJECTS = "nothing", "folder", "objects"
+PLAIN = "none"  # plain decoding, as one of several candidates
 
 
 class Entry(NamedTuple):
@@ -88,12 +90,14 @@ def resolve(
     given: Mapping[str, Drafter] | None = None,
     **options,
 ) -> Drafter:
-    """A Drafter from a Drafter, a draft model, text or a list of one of these.
+    """A Drafter from a Drafter, a draft model, text, or a list of these and None, which is plain decoding.
 
     target: needed to load draft models from folders. given: drafters that stand for their names alone, as those of
     `--draft` do. options: go to the constructor of a drafter that is named.
     """
     drafter = only_one(drafter)
+    if isinstance(drafter, list | tuple):
+        return _candidates(drafter, target, given)
     if isinstance(drafter, Drafter):
         return drafter
     if isinstance(drafter, PreTrainedModel):
@@ -115,7 +119,13 @@ def resolve(
 
 
 def only_one(drafter: Any) -> Any:
-    """What was passed, or the only candidate of a list. Raises DrafterError for an empty list, and for several."""
+    """What was passed, or the only candidate of a list, else the list of candidates, text split at its commas.
+
+    Raises DrafterError for an empty list, and for a list within a list.
+    """
+    if isinstance(drafter, str):
+        texts = listed("drafter", drafter) if "," in drafter.strip(",") else [drafter]
+        drafter = texts if len(texts) > 1 else drafter
     if not isinstance(drafter, list | tuple):
         return drafter
     if not drafter:
@@ -123,18 +133,22 @@ def only_one(drafter: Any) -> Any:
     if len(drafter) == 1:
         return only_one(drafter[0])
 
-    for candidate in drafter:
-        if isinstance(candidate, str):
-            parse(candidate)
-    names = [_label(candidate) for candidate in drafter]
-    raise DrafterError(
-        f"{len(names)} candidates, {', '.join(names)}: choosing among drafters is not supported yet; pass one of them, "
-        f"or '{'+'.join(names[:2])}' for the first that has a draft"
-    )
+    if any(isinstance(candidate, list | tuple) for candidate in drafter):
+        raise DrafterError("drafter= holds a list within a list; write all candidates in one")
+    return list(drafter)
 
 
-def _label(candidate: object) -> str:
-    return candidate if isinstance(candidate, str) else getattr(candidate, "name", type(candidate).__name__)
+def is_plain(candidate: object) -> bool:
+    return candidate is None or (isinstance(candidate, str) and candidate == PLAIN)
+
+
+def _candidates(candidates: Sequence, target: PreTrainedModel | None, given: Mapping[str, Drafter] | None) -> Drafter:
+    from specdec.drafters.candidates import Candidates
+
+    drafting = [candidate for candidate in candidates if not is_plain(candidate)]
+    if not drafting:
+        raise DrafterError(f"drafter={list(candidates)} names no drafter; pass None for plain decoding")
+    return Candidates([resolve(one, target, given) for one in drafting], len(drafting) < len(candidates))
 
 
 def listed(option: str, text: str) -> list[str]:

@@ -45,3 +45,20 @@ class _Loading:
             return compiled
 
         return self.pool.submit(compile_and_load)
+
+
+_background: set[Future] = set()
+
+
+def in_background(call: Callable[[], None]) -> None:
+    """Start a call that compiles ahead, and go on."""
+    pool = ThreadPoolExecutor(1)
+    _background.add(pool.submit(call))
+    pool.shutdown(wait=False)
+
+
+def wait_for_background() -> None:
+    """Returns when nothing compiles in the background any more. What failed there will fail again, and be reported,
+    where it is launched."""
+    while _background:
+        _background.pop().exception()

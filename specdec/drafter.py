@@ -35,6 +35,31 @@ class Watcher(Protocol):
         """Which rows draft another token, [rows] bool."""
 
 
+class DraftTimings(Protocol):
+    """What drafts take, without a generation's own steps being timed. Each shape is timed once, by itself."""
+
+    @property
+    def version(self) -> int:
+        """Another one as soon as anything below says something else."""
+
+    def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        """[MAX_DRAFT_TOKENS + 1] float64 by tokens of a row, in a step after one that drafted; do not write to it.
+        `measure` must have been called before, for any shape."""
+
+    def catch_up(self, num_rows: int, num_missed: int) -> float:
+        """Seconds that a draft takes longer after `num_missed` tokens of each row that were committed since the last
+        one."""
+
+    def has(self, num_rows: int, used_slots: int) -> bool:
+        """Whether the forwards of this shape were timed, and are therefore ready to run."""
+
+    def ready_seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        """The same of what would run now without a capture; infinite where nothing would."""
+
+    def measure(self, num_rows: int, used_slots: int) -> None:
+        """Time them, unless that was done before. No draft may be on its way."""
+
+
 @dataclass(frozen=True)
 class Context:
     """One generation, as its drafter sees it.
@@ -98,6 +123,22 @@ class Drafter(ABC):
     # `observe`, for rows that have ended too, and for more tokens than there is room for (they are cut).
     proposes_ahead: bool = False
 
+    needs_choice: bool = False  # it holds candidates, among which the length policy chooses
+
+    @property
+    def candidates(self) -> tuple[Drafter, ...]:
+        """The drafters among which a length policy may choose."""
+        return (self,)
+
+    def choose(self, index: int, is_ahead: bool = False) -> None:  # noqa: B027 - optional hook
+        """Which of the candidates drafts in the step that begins, or with `is_ahead` in the next one, whose first part
+        may then be launched before this step was observed."""
+
+    @property
+    def timings(self) -> DraftTimings | None:
+        """None: only the steps of a generation show what drafts take. Ask each time: a resize makes new ones."""
+        return None
+
     def check(self, target: PreTrainedModel, max_length: int) -> None:  # noqa: B027 - optional hook
         """Raise DrafterError if this drafter cannot serve `target` for sequences of `max_length` tokens."""
 
@@ -128,6 +169,14 @@ class Drafter(ABC):
 
     def observe(self, verified: Verified) -> None:  # noqa: B027 - optional hook
         """See what became of the last draft. The rows of the next `propose` already contain the result."""
+
+    def in_hindsight(self, rows: Rows, num_tokens: int) -> Tensor | None:
+        """How many tokens of a draft of `num_tokens`, made so many committed tokens ago, would have been right: [rows]
+        int64 on the device. None for a drafter that cannot tell, or not for next to nothing.
+
+        rows: all have more committed tokens than that. Nothing may wait for the device.
+        """
+        return None
 
     def keep_rows(self, index: Tensor) -> None:  # noqa: B027 - optional hook
         """Rows moved or left: the row in slot i is now the one that was in slot index[i] (int64, [slots], on the host).

@@ -39,9 +39,15 @@ class LengthPolicy(ABC):
     sees: frozenset[str] = frozenset()  # of drafted tokens: "logits", "hidden_states"; a drafter says what it `shows`
     default_tokens: int = DEFAULT_MOST  # num_speculative_tokens where the caller gives none
     is_busy: bool = False
+    chooses: bool = False  # whether it chooses among candidates, by `Drafter.choose`
 
     def check(self, target: PreTrainedModel, drafter: Drafter) -> None:
         """Raise a SpecDecError if this policy cannot serve the pair; called before any work."""
+        if drafter.needs_choice and not self.chooses:
+            raise DrafterError(
+                f"length_policy {self.name!r} does not choose among drafters, and the list names {drafter.name}; pass "
+                "length_policy='cost_model', or one drafter"
+            )
         missing = sorted(self.sees - drafter.shows)
         if missing:
             raise DrafterError(

@@ -56,7 +56,7 @@ def generate(
     generator: torch.Generator | None = None,
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
-    length_policy: LengthPolicy | str = "fixed",
+    length_policy: LengthPolicy | str | None = None,
     exact: bool = True,
     **options: Any,
 ) -> Tensor | SpeculativeOutput:
@@ -66,7 +66,8 @@ def generate(
     input_ids: [rows, columns] integers, padded on the left. attention_mask: the same shape, 0 for padding; without it
         every token is part of its prompt.
     drafter: a Drafter, a draft model with the target's tokenizer, a checkpoint's folder, or text as for `--drafter`
-        ("prompt_lookup:max_ngram_size=4", "prompt_lookup+FOLDER"); None is plain decoding.
+        ("prompt_lookup:max_ngram_size=4", "prompt_lookup+FOLDER"); None is plain decoding. A list of these, or text
+        with commas, names candidates, of which length_policy="cost_model" takes the fastest in each step.
         transformers' `assistant_model=` and `prompt_lookup_num_tokens=` mean the same.
     num_speculative_tokens: tokens drafted per row and step, 1 to 32, by default 5; where `length_policy` decides, the
         most of them, by default 20. `num_assistant_tokens=` is the same.
@@ -86,7 +87,7 @@ def generate(
         `specdec.Grouped` says); the output is the same. The last two also serve models that know one length per
         batch, such as gpt_neo.
     length_policy: how far each row is drafted in each step, "fixed", "heuristic", "confidence", "acceptance_head",
-        "disco", "cost_model", or a LengthPolicy; see docs/length-policies.md. transformers'
+        "disco", "cost_model", or a LengthPolicy; see docs/length-policies.md. None is "fixed". transformers'
         `num_assistant_tokens_schedule=` and `assistant_confidence_threshold=` choose one too.
     exact: on a GPU, run target and draft model with batch-invariant kernels where they have them, so that greedy output
         is plain greedy decoding's in half precision too, and steps are captured (docs/gpu.md). False keeps the models'
@@ -126,7 +127,7 @@ def speculative(
     generator: torch.Generator | None = None,
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
-    length_policy: LengthPolicy | str = "fixed",
+    length_policy: LengthPolicy | str | None = None,
     exact: bool = True,
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.

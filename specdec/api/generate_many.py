@@ -97,7 +97,7 @@ def generate_many(
     generator: torch.Generator | None = None,
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
-    length_policy: LengthPolicy | str = "fixed",
+    length_policy: LengthPolicy | str | None = None,
     exact: bool = True,
     **options: Any,
 ) -> Completions:

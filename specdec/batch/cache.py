@@ -10,6 +10,8 @@ The class is also a transformers `Cache`, so that any model can run its own modu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -136,6 +138,18 @@ class RaggedCache(Cache):
             buffers = self._buffers.view(-1, self.max_rows, self.num_slots, num_heads, head_dim)
             for layer, keys, values in zip(self.layers, buffers[::2], buffers[1::2], strict=True):
                 layer.hold(keys, values)
+
+    @contextmanager
+    def restored(self, num_rows: int, begin: int, end: int) -> Iterator[None]:
+        """Slots begin .. end - 1 of the first rows are afterwards what they were, for a forward that is only tried out.
+
+        For caches whose layers were allocated in one piece.
+        """
+        assert self._buffers is not None
+        tried = self._buffers[:, :num_rows, begin:end]
+        held = tried.clone()
+        yield
+        tried.copy_(held)
 
     def begin(
         self, columns: Columns, used_slots: int, first_row: int = 0, host_starts: np.ndarray | None = None

@@ -60,7 +60,7 @@ DrafterOption = Annotated[
     typer.Option(
         metavar="DRAFTER",
         help="prompt_lookup, with options prompt_lookup:max_ngram_size=4; a folder; or a+b: a where it has a draft, "
-        "else b.",
+        "else b; or a,b,none: candidates for --length-policy cost_model.",
     ),
 ]
 LookAheadOption = Annotated[
@@ -119,17 +119,20 @@ def check_temperature(value: float | None, for_greedy: str) -> None:
 @dataclass(frozen=True)
 class Models:
     """named: drafters besides the draft model, by what they were called. is_chat: prompts are messages, put into the
-    chat template."""
+    chat template. is_list: the named ones are candidates."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     draft: PreTrainedModel | None
     named: Mapping[str, Drafter]
     is_chat: bool = False
+    is_list: bool = False
 
     @property
-    def drafter(self) -> Drafter | PreTrainedModel | None:
-        """The `drafter=` for `specdec.generate`, if there is at most one."""
+    def drafter(self) -> Drafter | PreTrainedModel | list[Drafter | None] | None:
+        """The `drafter=` for `specdec.generate`: the only one, or candidates, of which plain decoding is always one."""
+        if self.is_list:
+            return [*self.named.values(), None]
         return next(iter(self.named.values()), self.draft)
 
     def drafters(self) -> dict[str, Drafter | PreTrainedModel | str]:

@@ -99,7 +99,7 @@ def generate(
     config says, unless sampling is requested. Without a drafter it decodes plainly.
     """
     from specdec.cli.completions import DEFAULT_NEW_TOKENS, DecodingOptions, print_completions
-    from specdec.drafters.registry import only_one
+    from specdec.drafters.registry import is_plain, only_one
     from specdec.errors import ConfigError, InputError
     from specdec.files.loading import Prompt, read_prompts
 
@@ -119,7 +119,12 @@ def generate(
     if out is not None and decoding != DecodingOptions():
         raise ConfigError("--out writes greedy rows; remove the generation config and the sampling options")
     chosen = only_one(drafter) if drafter else None
-    models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat)
+    if isinstance(chosen, list):
+        candidates = [one for one in chosen if not is_plain(one)]
+        loaded = load_models(target, draft, candidates, device, dtype, look_ahead)
+        models = replace(loaded, is_chat=chat, is_list=True)
+    else:
+        models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat)
     if out is not None:
         from specdec.cli.to_file import write_completions
 

@@ -19,7 +19,7 @@ from specdec.api.generate_many import Completion, generate_many
 from specdec.check.settings import greedy_settings
 from specdec.cli.common import Models, say_ignored
 from specdec.cli.completions import print_summary
-from specdec.drafters.either import leaves
+from specdec.drafters.several import leaves
 from specdec.files.fingerprint import Fingerprint
 from specdec.files.loading import Prompt
 from specdec.files.output_file import OutputFile
@@ -105,9 +105,8 @@ def drafter_name(models: Models) -> str | None:
     """Tells drafters apart; of draft models by their fingerprints."""
     if not models.named:
         return None if models.draft is None else fingerprint(models.draft)
-    text, drafter = next(iter(models.named.items()))
-    networks = [part.model for part in leaves(drafter) if part.model is not None]
-    return " ".join([text, *map(fingerprint, networks)])
+    networks = [part.model for drafter in models.named.values() for part in leaves(drafter) if part.model is not None]
+    return " ".join([*models.named, *map(fingerprint, networks)])
 
 
 def progress() -> Progress:

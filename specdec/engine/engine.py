@@ -57,7 +57,7 @@ class Engine:
         model: PreTrainedModel,
         drafter: DrafterLike = None,
         *,
-        policy: LengthPolicy | str = "fixed",
+        policy: LengthPolicy | str | None = None,
         num_speculative_tokens: int | None = None,
         verification: str | Lossy = "token",
         layout: Layout | str = "ragged",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,30 @@ class NetworkOutput(NamedTuple):
     def of_rows(self, index: Tensor) -> NetworkOutput:
         """A copy for the rows that are left, without extra logits. index: [rows] int64 on the device."""
         return NetworkOutput(self.logits[index], tuple(state[index] for state in self.hidden_states))
+
+
+class Timings(Protocol):
+    """What the steps of a network take on the device, without the launch. Each shape is timed once, by itself."""
+
+    @property
+    def version(self) -> int:
+        """Another one as soon as anything below says something else."""
+
+    def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        """[MAX_STEP_WIDTH + 1] float64 by width; do not write to it. Widths that were not timed follow from those that
+        were; at least one step of any shape must have been. Takes no time worth speaking of."""
+
+    def has(self, num_rows: int, width: int, used_slots: int) -> bool:
+        """Whether this shape was timed, and is therefore ready to run."""
+
+    def ready_seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
+        """The same of what would run now without a capture, which may be a larger shape; infinite where nothing is."""
+
+    def measure(self, num_rows: int, width: int, used_slots: int) -> None:
+        """Time this shape, unless that was done before; it is captured if need be.
+
+        Texts stay what they are, but the outputs of earlier forwards are overwritten, so nobody may be waiting for one.
+        """
 
 
 class CachePlan(NamedTuple):
@@ -85,6 +109,11 @@ class Network(ABC):
     def plan(cls, model: PreTrainedModel, max_rows: int, num_slots: int) -> CachePlan:
         """Of a network of that size, before it is built."""
         return CachePlan(max_rows, num_slots)
+
+    @property
+    def timings(self) -> Timings | None:
+        """None: only the steps of a generation show what they take. Ask each time: a resize makes new ones."""
+        return None
 
     @contextmanager
     def running(self) -> Iterator[None]:

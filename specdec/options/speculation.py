@@ -27,7 +27,7 @@ from specdec.policy import LengthPolicy
 from specdec.verify.lossy import GREEDY, SAMPLED, Lossy
 from specdec.verify.random_streams import RowStreams
 
-# What `drafter=` takes; `drafters/registry.py` has the grammar of text. A list names candidates.
+# What `drafter=` takes; `drafters/registry.py` has the grammar of text. A list names candidates, None plain decoding.
 DrafterLike: TypeAlias = Drafter | PreTrainedModel | str | PathLike | Sequence | None
 VERIFICATIONS = ("token", "block")
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")  # transformers' names
@@ -72,7 +72,7 @@ def speculative_config(
     explicit: AbstractSet[str] = frozenset(),
     assistant_model: PreTrainedModel | None = None,
     layout: Layout | str = "ragged",
-    length_policy: LengthPolicy | str = "fixed",
+    length_policy: LengthPolicy | str | None = None,
     target: PreTrainedModel | None = None,
 ) -> SpeculativeConfig:
     """The speculation requested by our arguments and transformers'; without any, plain decoding.
@@ -111,7 +111,7 @@ def speculative_config(
     }
     values = {name: asked_for(config, name, name in explicit, by_config) for name, by_config in asked.items()}
     name, k = draft_tokens(num_speculative_tokens, lookup, values["num_assistant_tokens"])
-    policy = length_policy_of(length_policy, config, k)
+    policy = length_policy_of(length_policy, config, k, target)
     ngram = values["max_matching_ngram_size"]
     if ngram is not None and not is_lookup:
         raise ConfigError(f"max_matching_ngram_size={ngram} belongs to prompt lookup; add drafter='prompt_lookup'")
@@ -120,23 +120,25 @@ def speculative_config(
             raise DrafterError(
                 f"{name}={k} without a drafter; pass drafter=, or leave the number out for plain decoding"
             )
-        if length_policy != "fixed" or not explicit.isdisjoint(POLICY_ALIASES):
+        if not is_default(length_policy) or not explicit.isdisjoint(POLICY_ALIASES):
             raise DrafterError(f"length_policy {policy.name!r} without a drafter; pass drafter=, or leave it out")
         return SpeculativeConfig(NoDrafts(), 1, chosen_layout)
     if ngram is not None and not (is_whole(ngram) and ngram >= 1):
         raise ConfigError(f"max_matching_ngram_size={ngram!r} is not a number of tokens; choose 1 or more")
     chosen = resolve(drafter, target, **({} if ngram is None else {"max_ngram_size": ngram}))
-    if length_policy == "fixed" and isinstance(policy, Heuristic):
+    if is_default(length_policy) and isinstance(policy, Heuristic):
         k = MAX_DRAFT_TOKENS  # transformers' number applies only to the first draft
     return SpeculativeConfig(chosen, k or policy.default_tokens, chosen_layout, policy)
 
 
 def names_folder(drafter: object) -> bool:
     """Whether a drafter is text that names a folder, from which it is loaded for a target."""
-    from specdec.drafters.registry import only_one, parse
+    from specdec.drafters.registry import is_plain, only_one, parse
 
     drafter = only_one(drafter)
-    return isinstance(drafter, str | PathLike) and any(part.folder is not None for part in parse(str(drafter)))
+    candidates = drafter if isinstance(drafter, list | tuple) else [drafter]
+    texts = [str(one) for one in candidates if isinstance(one, str | PathLike) and not is_plain(one)]
+    return any(part.folder is not None for text in texts for part in parse(text))
 
 
 def asked_for(config: GenerationConfig | None, name: str, is_keyword: bool, by_config: bool) -> Any:
@@ -173,20 +175,37 @@ def draft_tokens(
     return next(iter(given.items()), ("num_speculative_tokens", None))
 
 
+def is_default(length_policy: LengthPolicy | str | None) -> bool:
+    """Whether the caller leaves the length to us, or to transformers' names; "fixed" has always meant that too."""
+    return length_policy is None or (isinstance(length_policy, str) and length_policy == "fixed")
+
+
+def default_policy(num_tokens: int | None, target: PreTrainedModel | None) -> LengthPolicy:
+    """The policy of a caller who names none.
+
+    num_tokens: what the caller asked for; None if nothing. target: None where it is not known yet.
+    """
+    return Fixed()
+
+
 def length_policy_of(
-    length_policy: LengthPolicy | str, config: GenerationConfig | None, first_tokens: int | None
+    length_policy: LengthPolicy | str | None,
+    config: GenerationConfig | None,
+    first_tokens: int | None,
+    target: PreTrainedModel | None = None,
 ) -> LengthPolicy:
     """The policy given by our argument, or by transformers' names. first_tokens: of the schedule's first draft.
 
     Raises ConfigError if several ask for one.
     """
-    policy = resolve_length_policy(length_policy)
+    chosen = default_policy(first_tokens, target) if length_policy is None else length_policy
+    policy = resolve_length_policy(chosen)
     schedule, threshold = (getattr(config, name, None) for name in POLICY_ALIASES)
     if schedule not in (None, *SCHEDULES):
         raise ConfigError(f"num_assistant_tokens_schedule={schedule!r}; choose {', '.join(map(repr, SCHEDULES))}")
     if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
         raise ConfigError(f"assistant_confidence_threshold={threshold!r} is not a probability; choose 0 to 1")
-    asked = {} if length_policy == "fixed" else {f"length_policy={policy.name!r}": policy}
+    asked = {} if is_default(length_policy) else {f"length_policy={policy.name!r}": policy}
     if schedule in SCHEDULES[1:]:
         asked[f"num_assistant_tokens_schedule={schedule!r}"] = Heuristic(first_tokens or DEFAULT_FIXED)
     if threshold:

@@ -180,9 +180,13 @@ class Survival:
         """P(token j is accepted | those before it are), [rows, num_tokens]."""
         self._make_room(row_ids)
         tried, accepted = self.rows[:, row_ids, None]
-        places = self.accepted[:num_tokens] / self.tried[:num_tokens]
-        shares = (accepted + self.ROW_WEIGHT * places) / (tried + self.ROW_WEIGHT)
+        shares = (accepted + self.ROW_WEIGHT * self.places(num_tokens)) / (tried + self.ROW_WEIGHT)
         return np.maximum(shares, self.LEAST_PROBABILITY)
+
+    def places(self, num_tokens: int) -> np.ndarray:
+        """The shares of the first places over all rows, [num_tokens]."""
+        shares: np.ndarray = self.accepted[:num_tokens] / self.tried[:num_tokens]
+        return shares
 
     def learn(self, row_ids: np.ndarray, asked: np.ndarray, accepted: np.ndarray) -> None:
         """asked: [rows] integers, the tokens that could have been accepted. accepted: [rows] integers, those that were.

@@ -239,11 +239,15 @@ def test_generate_streams_one_prompt(pair, expected, drafter):
     assert ("mean acceptance length" in result.stderr) == bool(drafter)
 
 
-def test_candidates_are_refused_by_name(pair):
-    """Drafters among which nobody chooses yet."""
-    result = generate(pair, "--prompt", PROMPTS[0], "--drafter", "prompt_lookup", "--drafter", "draft_model:folder=x")
-    assert result.exit_code == 2 and "2 candidates, prompt_lookup, draft_model:folder=x:" in result.stderr
-    assert "pass one of them, or 'prompt_lookup+draft_model:folder=x'" in result.stderr
+def test_candidates_are_for_the_cost_model(pair, expected):
+    options = ["--drafter", "prompt_lookup", "--drafter", f"draft_model:folder={pair / 'draft'}"]
+    result = generate(pair, "--prompt", PROMPTS[0], *options)
+    assert result.exit_code == 2 and "does not choose among drafters" in result.stderr
+    lists = (options, ["--drafter", "prompt_lookup,draft_model,none", "--draft", str(pair / "draft")])
+    for options in lists:
+        result = generate(pair, "--prompt", PROMPTS[0], *options, "--length-policy", "cost_model")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == words(expected[0]) + "\n"
 
 
 def test_look_ahead_embeddings_as_the_draft(demo_pair):

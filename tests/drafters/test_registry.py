@@ -13,6 +13,7 @@ from tiny_xlnet import tiny_xlnet
 from specdec.drafter import Drafter
 from specdec.drafters import registry
 from specdec.drafters.any_subset import AnySubsetDrafter
+from specdec.drafters.candidates import Candidates
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.either import Either
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
@@ -252,19 +253,43 @@ def max_ngram():
     return GenerationConfig(max_matching_ngram_size=5)
 
 
-def test_several_candidates_are_named():
-    candidates = ["prompt_lookup:max_ngram_size=4", DraftModel(tiny_llama(1)), tiny_llama(1)]
-    message = (
-        r"3 candidates, prompt_lookup:max_ngram_size=4, draft_model, LlamaForCausalLM: .*not supported yet; pass one"
-    )
-    with pytest.raises(DrafterError, match=message):
-        resolve(candidates)
-    with pytest.raises(DrafterError, match=r"or 'prompt_lookup\+draft_model:folder=x' for the first that has a draft"):
-        speculative_config(["prompt_lookup", "draft_model:folder=x"], None)
+def test_a_list_holds_candidates():
+    draft = tiny_llama(1)
+    for given in (["prompt_lookup:max_ngram_size=4", draft, None], ("prompt_lookup", draft, "none")):
+        made = resolve(given)
+        assert isinstance(made, Candidates) and made.name == "prompt_lookup, draft_model, none"
+        assert [type(part) for part in made.candidates] == [PromptLookup, DraftModel]
+        assert made.kv_model is draft and made.needs_choice
+    text = resolve("prompt_lookup:max_ngram_size=4,min_ngram_size=2,prompt_lookup+prompt_lookup:max_ngram_size=2")
+    assert [part.name for part in text.candidates] == ["prompt_lookup", "prompt_lookup+prompt_lookup"]
+    assert [part.name for part in resolve("prompt_lookup,none").candidates] == ["prompt_lookup"]
+
+
+def test_what_is_no_list_of_candidates_is_named():
+    with pytest.raises(DrafterError, match="'draft_model' and 'draft_model' each have a network with a cache"):
+        resolve([DraftModel(tiny_llama(1)), tiny_llama(1)])
     with pytest.raises(DrafterError, match="unknown drafter 'magic'"):
         resolve(["prompt_lookup", "magic"])
     with pytest.raises(DrafterError, match="names no candidate"):
         resolve([])
+    with pytest.raises(DrafterError, match="names no drafter; pass None"):
+        resolve([None, "none"])
+    with pytest.raises(DrafterError, match="a list within a list"):
+        resolve(["prompt_lookup", ["prompt_lookup"]])
+    one = PromptLookup()
+    with pytest.raises(DrafterError, match="uses one instance twice"):
+        resolve([one, one])
+    made = LookAheadEmbeddings(3, TARGET.config.hidden_size).trained_for(TARGET, {})
+    with pytest.raises(DrafterError, match="'look_ahead' has to draft in every step"):
+        resolve(["prompt_lookup", LookAhead(made)])
+
+
+@pytest.mark.parametrize("policy", ["fixed", "heuristic", "confidence", None])
+def test_only_the_cost_model_takes_a_list(policy):
+    config = speculative_config(["prompt_lookup", tiny_llama(1)], None, length_policy=policy)
+    with pytest.raises(DrafterError, match="does not choose among drafters, and the list names prompt_lookup, draft_m"):
+        config.check(TARGET, 10)
+    speculative_config(["prompt_lookup", tiny_llama(1)], None, length_policy="cost_model").check(TARGET, 10)
 
 
 def test_what_is_no_drafter_is_named():

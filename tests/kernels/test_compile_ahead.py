@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from specdec.kernels import dispatch
-from specdec.kernels.compile_ahead import compile_ahead
+from specdec.kernels.compile_ahead import compile_ahead, in_background, wait_for_background
 from specdec.kernels.dispatch import compiling_only
 from specdec.kernels.linear.in_order_linear import in_order_linear
 
@@ -32,6 +33,19 @@ def test_a_launch_only_compiles_inside(monkeypatch):
         kernel[(1,)](None)
     kernel[(1,)](None)
     assert seen == [False, True, True, False]
+
+
+def test_a_capture_waits_for_what_compiles_in_the_background():
+    done = []
+
+    def fail():
+        raise RuntimeError("a kernel that cannot be compiled; its launch will say so")
+
+    in_background(lambda: (time.sleep(0.05), done.append(1)))
+    in_background(fail)
+    wait_for_background()
+    assert done == [1]
+    wait_for_background()
 
 
 def test_whatever_is_launched_can_be_compiled_alone():

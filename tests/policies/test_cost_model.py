@@ -65,7 +65,7 @@ class World:
         self.random, self.clock, self.rows = np.random.default_rng(seed), FakeClock(), Rows(rows)
         self.policy = CostModel(None, self.clock, Knowledge())
         shows = frozenset() if estimate is None else frozenset({"logits"})
-        self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, context=None)
+        self.drafter = SimpleNamespace(name="made up", shows=shows, model=None, context=None, needs_choice=False)
         self.policy.check(TARGET, self.drafter)
         self.policy._estimate = self.estimate = estimate
         self.begin()

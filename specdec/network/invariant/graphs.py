@@ -1,8 +1,9 @@
 """Decode steps as CUDA graphs: captured once per shape, replayed by one launch.
 
 A graph fixes shapes and addresses, so rows, width and the slots that attention looks at are rounded up to buckets and
-the inputs are copied into place. Rows and columns that pad a bucket compute something that nobody reads; their keys
-go to slots after the texts, and no other row's bits depend on them.
+the inputs are copied into place. A bucket that is seldom asked for is served by a larger one. Rows and columns that pad
+a bucket compute something that nobody reads; their keys go to slots after the texts, and no other row's bits depend on
+them.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from specdec.batch.cache import RaggedCache
+from specdec.kernels.compile_ahead import wait_for_background
 from specdec.limits import MAX_STEP_WIDTH
 from specdec.network.base import NetworkOutput
+from specdec.network.invariant.seconds import TOKEN_SHARE, StepSeconds
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 ROWS_BEYOND = 32  # larger batches are rounded up to a multiple of it
@@ -32,11 +35,23 @@ PROMPT_ROUNDING = 64
 CAPTURED_PROMPT_TOKENS = 2048  # of all rows
 MOST_PROMPT_SHAPES = 32
 SLOTS_ROUNDING = 256  # of caches that are kept, so that a slightly longer text finds room
+# A capture takes a model of 8 billion parameters on an H200 as long as reading its weights this many times. Larger
+# steps serve in place of one that was not captured until they have wasted as much.
+WORTH_A_CAPTURE, LEAST_WASTE = 8.0, 0.25
 
 logger = logging.getLogger(__name__)
 
 Output = TypeVar("Output")
 Forward = Callable[[Tensor, Tensor, int, tuple[int, ...]], NetworkOutput]
+
+
+class Key(NamedTuple):
+    """The bucket of a step."""
+
+    rows: int
+    width: int
+    slots: int
+    layers: tuple[int, ...] = ()
 
 
 @dataclass
@@ -54,13 +69,18 @@ class CapturedStep:
 
 
 class StepGraphs:
-    """The graphs of one network over one cache; they share one pool of memory."""
+    """The graphs of one network over one cache; they share one pool of memory.
+
+    seconds: what those that were timed take on the device (`timings.py`).
+    """
 
     def __init__(self, cache: RaggedCache):
         """cache: its last MAX_STEP_WIDTH slots hold no text."""
         self.cache = cache
         self.pool = torch.cuda.graph_pool_handle()
-        self.captured: dict[tuple, CapturedStep] = {}
+        self.captured: dict[Key, CapturedStep] = {}
+        self.wasted: dict[Key, float] = {}  # by larger steps that served in place of each
+        self.seconds = StepSeconds()
         self.nbytes = 0  # of device memory that the captures have taken
 
     def replay(
@@ -73,9 +93,7 @@ class StepGraphs:
             too, which that would break.
         """
         rows, width = token_ids.shape
-        slots = min(slot_bucket(used_slots), self.cache.num_slots)
-        key = (row_bucket(rows), width_bucket(width), slots, layers)
-        step = self.captured.get(key) or self._capture(forward, *key)
+        step = self.step_of(forward, rows, width, used_slots, layers)
         step.token_ids[:rows, :width] = token_ids
         step.starts[:rows] = starts
         if rows < step.num_starts:
@@ -84,6 +102,29 @@ class StepGraphs:
         step.graph.replay()
         logits, states, _ = step.output
         return NetworkOutput(logits[:rows, :width], tuple(state[:rows, :width] for state in states))
+
+    def step_of(
+        self, forward: Forward, rows: int, width: int, used_slots: int, layers: tuple[int, ...] = ()
+    ) -> CapturedStep:
+        """The step that serves this shape. forward: as in `replay`."""
+        key = Key(row_bucket(rows), width_bucket(width), self.slots_of(used_slots), layers)
+        step = self.captured.get(key)
+        if step is not None:
+            return step
+        serving = serving_key(key, self.captured)
+        if serving is not None:
+            self.wasted[key] = self.wasted.get(key, 0.0) + waste(key, serving)
+            if self.wasted[key] < WORTH_A_CAPTURE:
+                return self.captured[serving]
+        return self.exact_step(forward, key)
+
+    def exact_step(self, forward: Forward, key: Key) -> CapturedStep:
+        """The step of this bucket and no larger one, captured if it was not yet."""
+        return self.captured.get(key) or self._capture(forward, *key)
+
+    def slots_of(self, used_slots: int) -> int:
+        """The slots that a captured step looks at."""
+        return min(slot_bucket(used_slots), self.cache.num_slots)
 
     def _capture(self, forward: Forward, rows: int, width: int, slots: int, layers: tuple[int, ...]) -> CapturedStep:
         shape = f"{rows} rows x {width} tokens over {slots} slots"
@@ -95,9 +136,9 @@ class StepGraphs:
         reserved = reserved_bytes(self.cache.device)
         graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
         self.nbytes += max(reserved_bytes(self.cache.device) - reserved, 0)
-        self.captured[rows, width, slots, layers] = CapturedStep(graph, token_ids, starts, output)
+        step = self.captured[Key(rows, width, slots, layers)] = CapturedStep(graph, token_ids, starts, output)
         logger.info("captured in %.1f s", time.perf_counter() - begin)
-        return self.captured[rows, width, slots, layers]
+        return step
 
 
 _refuses_syncs: ContextVar[bool] = ContextVar("refuses_syncs", default=False)
@@ -197,6 +238,7 @@ class CapturedPrompts:
 
 def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Output]:
     """The call as a graph, in that pool of memory, and its result, which each replay overwrites."""
+    wait_for_background()  # whose allocations would break the capture
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -209,6 +251,22 @@ def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CU
     with torch.cuda.graph(graph, pool=pool):
         output = call()
     return graph, output
+
+
+def serving_key(key: Key, captured: Iterable[Key]) -> Key | None:
+    """The smallest captured step that can serve in place of this one, the same if it was captured; None if none can.
+
+    Rows leave and texts end, so most shapes are asked for a few times only, and capturing each would take longer than
+    computing what a larger one does in vain.
+    """
+    able = [other for other in captured if other.rows >= key.rows and other.width >= key.width and other[2:] == key[2:]]
+    return min(able, key=lambda other: other.rows * other.width, default=None)
+
+
+def waste(key: Key, serving: Key) -> float:
+    """What the larger step computes in vain, in times of reading the weights; at least so much that a shape that is
+    asked for often is captured soon."""
+    return LEAST_WASTE + TOKEN_SHARE * (serving.rows * serving.width - key.rows * key.width)
 
 
 @cache

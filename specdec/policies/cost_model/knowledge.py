@@ -100,7 +100,12 @@ def knowledge_of(target: PreTrainedModel, drafter: Drafter, estimate: Acceptance
 
     Each kind of estimate has its own: it errs in its own way and takes its own time.
     """
-    drafting: Hashable = (type(drafter), drafter.name) if drafter.model is None else ref(drafter.model)
+    return kept_with(target, (Knowledge, key_of(target, drafter), type(estimate)), Knowledge)
+
+
+def key_of(target: PreTrainedModel, drafter: Drafter) -> Hashable:
+    """Equal for drafters with which the same was learned."""
+    model = drafter.kv_model if drafter.model is None else drafter.model
+    drafting = type(drafter), drafter.name, None if model is None else ref(model)
     layout = None if drafter.context is None else drafter.context.layout.name
-    key = (Knowledge, drafting, type(estimate), target.device, target.dtype, layout, torch.get_num_threads())
-    return kept_with(target, key, Knowledge)
+    return drafting, target.device, target.dtype, layout, torch.get_num_threads()

@@ -14,10 +14,14 @@ from specdec.batch.rows import Rows
 from specdec.draft import Draft, Shown
 from specdec.drafter import Drafter
 from specdec.policies.by_estimate import with_predictions
+from specdec.policies.cost_model.chooser import Chooser
 from specdec.policies.cost_model.forecast import StepCosts
 from specdec.policies.cost_model.knowledge import Knowledge, knowledge_of
 from specdec.policies.cost_model.planning import Planner, room_of
+from specdec.policies.cost_model.records import records_of
 from specdec.policies.cost_model.states import Drafting, State, is_promised
+from specdec.policies.cost_model.tables import Tables
+from specdec.policies.cost_model.timed import TimedTables
 from specdec.policies.costs import CostClock, CudaClock, HostClock
 from specdec.policies.estimates import (
     AcceptanceEstimate,
@@ -53,6 +57,7 @@ class CostModel(LengthPolicy):
     """Works with every drafter; the output of greedy decoding does not depend on what it picks."""
 
     name = "cost_model"
+    chooses = True
 
     def __init__(
         self,
@@ -67,11 +72,18 @@ class CostModel(LengthPolicy):
         """
         self.head, self._given_clock, self._given_knowledge = head, clock, knowledge
         self._estimate: AcceptanceEstimate | None = None
+        self._chooser: Chooser | None = None
 
     def check(self, target: PreTrainedModel, drafter: Drafter) -> None:
-        self._estimate = self.find_estimate(target, drafter) if drafter.shows else None
+        self._estimate = self.find_estimate(target, drafter) if self._asks_while_drafting(target, drafter) else None
         self.sees = frozenset() if self._estimate is None else self._estimate.sees
         super().check(target, drafter)
+
+    def _asks_while_drafting(self, target: PreTrainedModel, drafter: Drafter) -> bool:
+        """On a GPU the host waits longer for each token's estimate than the drafter needs for the next token, so the
+        width is decided beforehand, unless the caller wants an estimate."""
+        is_default_on_gpu = target.device.type == "cuda" and self.head == "beside"
+        return bool(drafter.shows) and not is_default_on_gpu
 
     def find_estimate(self, target: PreTrainedModel, drafter: Drafter) -> AcceptanceEstimate:
         """The estimate for a pair whose drafter shows its tokens."""
@@ -86,9 +98,24 @@ class CostModel(LengthPolicy):
     def start(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> None:
         on_cuda = target.device.type == "cuda"
         self._clock: CostClock = self._given_clock or (CudaClock() if on_cuda else HostClock())
+        self._chooser = self._chooser_for(target, drafter, max_tokens)
         self._known = self._given_knowledge or knowledge_of(target, drafter, self._estimate)
         self._known.begin_call()
         self._planner = Planner(self._known, max_tokens, self._estimate is not None)
+
+    def _chooser_for(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> Chooser | None:
+        """Where the steps' costs are known without timing any of the caller's, and no estimate stops drafts; and for
+        several candidates."""
+        is_timed = self._given_clock is not None or self._given_knowledge is not None or self._estimate is not None
+        tables: Tables | None = None if is_timed or drafter.context is None else Tables.of(drafter)
+        if tables is None and drafter.needs_choice:
+            tables = TimedTables(target, drafter, self._clock)
+        if tables is None:
+            return None
+
+        records = records_of(target, drafter)
+        records.begin_call()
+        return Chooser(drafter, tables, records, max_tokens)
 
     @property
     def state(self) -> State:
@@ -98,6 +125,9 @@ class CostModel(LengthPolicy):
     # ---- before drafting
 
     def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
+        if self._chooser is not None:
+            return self._chooser.widths(rows, max_tokens)
+
         num_rows = len(rows)
         if not self._planner.go_on_resting(num_rows):
             begin = self._clock.mark()
@@ -108,6 +138,8 @@ class CostModel(LengthPolicy):
         return np.full(num_rows, self.state.width)
 
     def next_width(self, max_tokens: int) -> int | None:
+        if self._chooser is not None:
+            return self._chooser.next_width()
         return 0 if is_promised(self.state) else None
 
     # ---- while drafting
@@ -125,13 +157,18 @@ class CostModel(LengthPolicy):
         return np.full(len(rows), state.forecast.says_go_on(step.odds, state.rate, num_drafted))
 
     def drafted(self, draft: Draft) -> None:
-        if self.state.is_timed:
+        if self._chooser is not None:
+            self._chooser.drafted()
+        elif self.state.is_timed:
             self._step.drafted = self._clock.mark()
 
     # ---- after the verification
 
     def learn(self, report: StepReport) -> StepReport:
         if report.is_prefill:
+            return report
+        if self._chooser is not None:
+            self._chooser.learn(report)
             return report
 
         self._known.budget.add_step()
