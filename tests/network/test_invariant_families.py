@@ -153,6 +153,28 @@ def test_a_router_that_chooses_otherwise_is_refused(monkeypatch):
         make_batch_invariant(model)
 
 
+KERNELS = ("in_order_linear", "expert_groups", "expert_linear", "per_row", "norms", "gated")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v2", "gpt2", "cohere"])
+def test_the_kernels_in_the_interpreter_give_the_models_logits(family, monkeypatch):
+    """The launches that a GPU sees, in their order and with their operands; attention by its reference."""
+    model, ids = model_of(family), PROMPTS[0][None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        with batch_invariant(model):
+            launched = []
+            for name in KERNELS:
+                where = f"specdec.kernels.linear.{name}.uses_triton"
+                monkeypatch.setattr(where, lambda *args, name=name: launched.append(name) or True)
+            found = model(input_ids=ids, use_cache=False).logits
+    of_mixtures = {"expert_groups", "expert_linear", "per_row"} if family in MIXTURES else set()
+    assert {"in_order_linear", "norms"} | of_mixtures <= set(launched)
+    # Sums of large terms in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 def test_experts_that_compute_something_else_are_refused():
     model = model_of("gpt_oss")
     experts = model.model.layers[0].mlp.experts

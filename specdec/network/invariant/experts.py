@@ -87,7 +87,7 @@ def experts_forward(
     assert indices is not None and weights is not None
     pairs = indices.reshape(-1).long()
     with own_arithmetic():
-        groups = group_by_expert(pairs, module.num_experts) if hidden_states.is_cuda else None
+        groups = group_by_expert(pairs, module.num_experts)
         up = expert_linear(hidden_states, *projection(module, up_name(module)), pairs, groups)
     active = activate(module, up)
     with own_arithmetic():

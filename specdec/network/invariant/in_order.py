@@ -110,7 +110,7 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     _check_product(a)
     batch, rows, _ = a.shape
     ids = torch.arange(batch, device=a.device).repeat_interleave(rows)
-    groups = group_by_expert(ids, batch) if a.is_cuda else None
+    groups = group_by_expert(ids, batch)
     out = expert_linear(a.reshape(batch * rows, a.shape[2]), b.transpose(1, 2), None, ids, groups)
     return out.view(batch, rows, b.shape[2])
 
