@@ -31,6 +31,7 @@ from specdec.network.invariant.graphs import MAX_STEP_WIDTH, Forward, StepGraphs
 from specdec.network.invariant.guard import own_arithmetic
 from specdec.network.invariant.layers import Head, Norm, layers_of
 from specdec.network.invariant.one_launch import one_launch_step
+from specdec.network.invariant.seconds import StepSeconds
 from specdec.network.invariant.step import Step, step_of
 from specdec.network.invariant.swap import is_batch_invariant, is_invariant_forward
 from specdec.network.invariant.timings import CapturedTimings
@@ -70,6 +71,14 @@ class InvariantForward:
         self.one_launch = None
         if not must_be_exact:
             self.one_launch = one_launch_step(model, self.cache, *self.layers[0].options.rotation, num_slots)
+
+    def known_seconds(self) -> StepSeconds | None:
+        """What steps take, for a later forward of the same weights with another cache."""
+        return None if self.graphs is None else self.graphs.seconds.taken_over(len(self.graphs.captured))
+
+    def take_over(self, known: StepSeconds | None) -> None:
+        if known is not None and self.graphs is not None:
+            self.graphs.seconds = known
 
     def serves(self, model: PreTrainedModel, max_rows: int, num_slots: int) -> bool:
         """Whether it is large enough and of the same weights."""
@@ -181,8 +190,10 @@ def kept_forward(
     """
     kept = _kept[must_be_exact].pop(model, None)
     if kept is None or not kept.serves(model, max_rows, num_slots):
+        known = None if kept is None or kept.weights != addresses(model) else kept.known_seconds()
         del kept  # before the new one takes memory
         kept = InvariantForward(model, row_bucket(max_rows), rounded_up(num_slots), must_be_exact)
+        kept.take_over(known)
     yield kept
     _kept[must_be_exact][model] = kept  # not after an exception: a step may have been interrupted half-way
 
@@ -241,7 +252,9 @@ class InvariantNetwork(Network):
     def resize(self, max_rows: int, num_slots: int) -> None:
         if max_rows > self.kept.max_rows or num_slots > self.kept.num_slots:
             size = row_bucket(max(max_rows, self.kept.max_rows)), max(num_slots, self.kept.num_slots)
+            known = self.kept.known_seconds()
             self.kept = InvariantForward(self.model, size[0], rounded_up(size[1]), self.must_be_exact)
+            self.kept.take_over(known)
             self.kept.cache.copy_from(self.cache)
             self.cache = self.kept.cache
 
