@@ -78,6 +78,16 @@ def test_a_shape_is_timed_once_over_a_usual_context(timings):
     assert timings.seconds(4, 600)[6] == pytest.approx(6.4e-3)
 
 
+def test_what_was_timed_with_an_earlier_cache_is_captured_but_not_timed_again(timings):
+    timings.measure(4, 2, 600)
+    version, graphs = timings.version, StepGraphs(timings.graphs.cache, timings.graphs.seconds)
+    later = CapturedTimings(graphs, timings.forward, 2048)
+    assert later.version > version and not later.has(4, 2, 600) and np.isinf(later.ready_seconds(4, 600)[2])
+    assert later.seconds(4, 600)[2] == pytest.approx(4.8e-3)
+    later.measure(4, 2, 600)
+    assert later.has(4, 2, 600) and len(timings.timed) == 1 and np.isfinite(later.ready_seconds(4, 600)[2])
+
+
 def test_texts_stay_what_they_are(timings):
     cache = timings.graphs.cache
     before = torch.rand_like(cache._buffers)

@@ -70,13 +70,13 @@ class StepGraphs:
     seconds: what those that were timed take on the device (`timings.py`).
     """
 
-    def __init__(self, cache: RaggedCache):
-        """cache: its last MAX_STEP_WIDTH slots hold no text."""
+    def __init__(self, cache: RaggedCache, seconds: StepSeconds | None = None):
+        """cache: its last MAX_STEP_WIDTH slots hold no text. seconds: what is known of steps over an earlier cache."""
         self.cache = cache
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[Key, CapturedStep] = {}
         self.wasted: dict[Key, float] = {}  # by larger steps that served in place of each
-        self.seconds = StepSeconds()
+        self.seconds = StepSeconds() if seconds is None else seconds.taken_over()
         self.nbytes = 0  # of device memory that the captures have taken
 
     def replay(
@@ -132,6 +132,7 @@ class StepGraphs:
         reserved = reserved_bytes(self.cache.device)
         graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
         self.nbytes += max(reserved_bytes(self.cache.device) - reserved, 0)
+        self.seconds.num_changes += 1
         step = self.captured[Key(rows, width, slots, layers)] = CapturedStep(graph, token_ids, starts, output)
         logger.info("captured in %.1f s", time.perf_counter() - begin)
         return step

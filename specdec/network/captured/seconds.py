@@ -23,14 +23,20 @@ class StepSeconds:
 
     def __init__(self) -> None:
         self.timed: dict[Shape, dict[int, float]] = {}  # by width
-        self.num_timed = 0
+        self.num_changes = 0  # captures, too
         # Of what runs now in place of each width, as of so many captured steps.
         self.ready: dict[Shape, tuple[int, np.ndarray]] = {}
         self._curves: dict[Shape, np.ndarray] = {}
 
+    def taken_over(self) -> StepSeconds:
+        """For another cache, in which nothing was captured yet."""
+        self.ready.clear()
+        self.num_changes += 1
+        return self
+
     def add(self, shape: Shape, width: int, seconds: float) -> None:
         self.timed.setdefault(shape, {})[width] = seconds
-        self.num_timed += 1
+        self.num_changes += 1
         self._curves.clear()
         self.ready.clear()
 

@@ -26,14 +26,14 @@ class CapturedTimings:
 
     @property
     def version(self) -> int:
-        return len(self.graphs.captured) + self.graphs.seconds.num_timed
+        return self.graphs.seconds.num_changes
 
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         return self.graphs.seconds.curve((row_bucket(num_rows), self.graphs.slots_of(used_slots)))
 
     def has(self, num_rows: int, width: int, used_slots: int) -> bool:
         key = self._key(num_rows, width, used_slots)
-        return key.width in self.graphs.seconds.timed.get((key.rows, key.slots), ())
+        return key in self.graphs.captured and self._is_timed(key)
 
     def ready_seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         shape = row_bucket(num_rows), self.graphs.slots_of(used_slots)
@@ -55,6 +55,8 @@ class CapturedTimings:
             return
         key = self._key(num_rows, width, used_slots)
         step = self.graphs.exact_step(self.forward, key)
+        if self._is_timed(key):  # with an earlier cache
+            return
         # The whole bucket computes, over texts of a length that is usual for these slots.
         context = max(min(int(CONTEXT_SHARE * key.slots), self.num_text_slots - 1, key.slots - key.width), 0)
         with self.graphs.cache.restored(key.rows, context, context + key.width):
@@ -63,6 +65,9 @@ class CapturedTimings:
             seconds = seconds_of(step.graph)
         self.graphs.seconds.add((key.rows, key.slots), key.width, seconds)
         logger.info("a step of %d rows x %d tokens over %d slots takes %.3f ms", *key[:3], 1e3 * seconds)
+
+    def _is_timed(self, key: Key) -> bool:
+        return key.width in self.graphs.seconds.timed.get((key.rows, key.slots), ())
 
     def _key(self, num_rows: int, width: int, used_slots: int) -> Key:
         return Key(row_bucket(num_rows), width_bucket(width), self.graphs.slots_of(used_slots))

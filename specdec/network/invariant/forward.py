@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 from specdec.batch.cache import RaggedCache
 from specdec.batch.columns import Columns
 from specdec.draft import ExtraQueries
+from specdec.kept import kept_with
 from specdec.kernels.attention.ragged_attention import TREE_SLOTS
 from specdec.kernels.compile_ahead import compile_ahead
 from specdec.kernels.persistent.step import is_faster
 from specdec.network.base import NetworkOutput, layer_numbers
 from specdec.network.captured.graphs import StepGraphs, addresses, row_bucket, slot_bucket
 from specdec.network.captured.prompts import PromptGraphs
+from specdec.network.captured.seconds import StepSeconds
 from specdec.network.invariant.guard import own_arithmetic
 from specdec.network.invariant.layers import Head, Norm, layers_of
 from specdec.network.invariant.one_launch import one_launch_step
@@ -40,7 +42,10 @@ class InvariantForward:
         self.cache = RaggedCache(len(self.layers), max_rows, num_cache_slots, model.device)
         head_dim = model.model.layers[0].self_attn.head_dim
         self.cache.allocate(model.config.num_key_value_heads, head_dim, self.embedding.weight.dtype)
-        self.graphs = StepGraphs(self.cache) if model.device.type == "cuda" else None
+        self.graphs: StepGraphs | None = None
+        if model.device.type == "cuda":
+            seconds = kept_with(model, ("step seconds", must_be_exact), StepSeconds, self.weights)
+            self.graphs = StepGraphs(self.cache, seconds)
         self.prompts = PromptGraphs(model.device) if model.device.type == "cuda" else None
         self.graphs_with_extra: dict[int, tuple[StepGraphs, ExtraQueries]] = {}  # by the number of extra queries
         self.one_launch = None

@@ -14,6 +14,10 @@ its price. What drafts have gained they may lose again, up to a limit. Only the 
 
 `states.py` names the states that a step can be in, `planning.py` chooses among them, and `policy.py` connects them to
 the steps of a generation.
+
+Where networks time their captured steps by themselves, on a GPU, none of this is needed: `tables.py` knows what each
+step costs, `records.py` keeps what was learned of acceptance, and `chooser.py` chooses a step ahead. A list of drafters
+is always chosen from by it, with the costs of `timed.py` where steps have to be timed.
 """
 
 from specdec.policies.cost_model.knowledge import Knowledge, LossBudget, knowledge_of

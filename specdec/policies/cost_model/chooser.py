@@ -67,6 +67,7 @@ class Chooser:
         self.choice = records.choice  # of the step that is under way, or the last one of the call before
         self._planned: Choice | None = None  # of the next step, as far as nothing speaks against it
         self._promised: Choice | None = None
+        self._can_draft = False  # whether the drafters' own forwards have been made ready
         self._is_wanted = False  # the step is only to be seen
         self._worth_a_capture: Choice | None = None
         self._first: tuple[int, int] | None = None  # the number of rows of the first step, and their tokens to come
@@ -79,6 +80,8 @@ class Chooser:
         self.tables.step_began()
         num_rows, length = len(rows), rows.max_length
         choice, self._promised = self._promised, None
+        if not self._num_steps:  # before anything was timed nothing is known, and a plain step is needed in any case
+            self.tables.make_ready(Choice(0, 0), num_rows, length)
         if choice is None:
             choice = self._chosen(rows, length, max_tokens)
             if self._has_to_be_made(choice, num_rows, length):
@@ -149,8 +152,10 @@ class Chooser:
         if wanted is not None:
             self._is_wanted = True
             return wanted
-        if not self._num_steps:
-            self._make_tables(plain, len(rows), length)
+        if not self._can_draft:
+            for index in range(len(self._rests)):
+                self.tables.make_ready_to_draft(index, len(rows), length)
+            self._can_draft = True
 
         plain_seconds = self._plain_seconds_of(rows, length)
         outlooks = [self._outlook(index, rows, length, ladder) for index in range(len(self._rests))]
@@ -164,12 +169,6 @@ class Chooser:
         if not rows.keeps_outputs:
             return float(by_rows[-1])
         return float((steps_with(left[:, None].astype(float))[:, 0] * by_rows).sum()) * len(rows) / float(left.sum())
-
-    def _make_tables(self, plain: Choice, num_rows: int, length: int) -> None:
-        """Before any step was timed nothing is known. These are needed in any case."""
-        self.tables.make_ready(plain, num_rows, length)
-        for index in range(len(self._rests)):
-            self.tables.make_ready_to_draft(index, num_rows, length)
 
     def _outlook(self, index: int, rows: Rows, length: int, ladder: np.ndarray) -> Outlook:
         conditional = self.records.acceptance[index].spread_out(rows.row_ids, int(ladder[-1]))
