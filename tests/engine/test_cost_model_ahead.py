@@ -75,12 +75,12 @@ def generate(prompts, drafter, target=TARGET, **options):
     ids, mask = left_pad(prompts)
     policy = CostModel(head="beside")
     # On a GPU no estimate is asked for while drafting.
-    with mock.patch.object(CostModel, "_asks_while_drafting", lambda self, target, drafter: False):
-        with running_ahead() as counts:
-            out = specdec.generate(
-                target, ids, mask, drafter=DRAFTERS.get(drafter, drafter)(), length_policy=policy, pad_token_id=0,
-                return_dict_in_generate=True, **options,
-            )  # fmt: skip
+    decides_beforehand = mock.patch.object(CostModel, "_asks_while_drafting", lambda self, target, drafter: False)
+    with decides_beforehand, running_ahead() as counts:
+        out = specdec.generate(
+            target, ids, mask, drafter=DRAFTERS.get(drafter, drafter)(), length_policy=policy, pad_token_id=0,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
     assert policy._chooser is not None
     return out, counts
 

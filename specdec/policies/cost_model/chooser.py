@@ -113,10 +113,10 @@ class Chooser:
     def _step_costs(self, num_rows: int, length: int) -> None:
         """What this step and a plain one take."""
         drafter, width, _ = self.choice
-        self._plain_seconds = self._seconds = self.tables.plain(num_rows, length)
+        self._plain_seconds = self._seconds = float(self.tables.plain_by_rows(num_rows, length)[-1])
         if width:
-            _, now = self.tables.drafting(drafter, num_rows, length, np.array([width]))
-            self._seconds = float(now[0]) + self.tables.catch_up(drafter, num_rows, self._missed[drafter])
+            self._seconds = self.tables.draft_step(drafter, num_rows, length, width)
+            self._seconds += self.tables.catch_up(drafter, num_rows, self._missed[drafter])
 
     def _plan(self, rows: Rows, length: int) -> Choice | None:
         """The choice for the next step if it can be promised before this one is known."""
