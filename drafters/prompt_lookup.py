@@ -74,4 +74,4 @@ class PromptLookup(Drafter):
         sizes = self.max_ngram_size, self.min_ngram_size
         before = rows.lengths - num_tokens
         drafted = prompt_lookup(rows.token_ids, before, rows.max_length, num_tokens, *sizes)
-        return (drafted == rows.last_tokens(num_tokens)).cumprod(1).sum(1)
+        return (drafted == rows.last_tokens(num_tokens)).long().cumprod(1).sum(1)

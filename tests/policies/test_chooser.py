@@ -99,9 +99,10 @@ def test_whole_texts_whose_rows_end_at_different_times(acceptance, rows):
     assert mean_of(lambda world: world.call(new_tokens=128)) >= 0.93 * max(fixed)
 
 
-def test_steps_are_promised_once_it_has_settled():
+@pytest.mark.parametrize("acceptance", [0.0, 0.85, 0.98])
+def test_steps_are_promised_once_it_has_settled(acceptance):
     """Only then the engine launches the next forward early."""
-    world = World(8, {"draft": 0.85})
+    world = World(8, {"draft": acceptance})
     world.call(60)
     rows, chooser, promised = Rows(8, 10**6), Chooser(world.drafter, world.tables, world.records, MOST), 0
     last = None
@@ -112,7 +113,7 @@ def test_steps_are_promised_once_it_has_settled():
         last = chooser.next_width()
         promised += last is not None
         world.learn(chooser, rows, width)
-    assert promised >= 55
+    assert promised >= 50
 
 
 def test_nothing_is_measured_while_a_forward_is_on_its_way():

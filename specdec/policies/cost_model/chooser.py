@@ -57,7 +57,7 @@ class Chooser:
     def __init__(self, drafter: Drafter, tables: Tables, records: Records, max_tokens: int):
         """max_tokens: the most draft tokens of any step."""
         self.drafter, self.tables, self.records = drafter, tables, records
-        self._ladder = LADDER[max_tokens >= LADDER]
+        self._max_tokens, self._ladder = max_tokens, LADDER[max_tokens >= LADDER]
         count = len(drafter.candidates)
         self._rests, self._rest_lengths = [0] * count, [FIRST_REST] * count
         self._missed = [0] * count  # tokens committed since each candidate's last draft, of the row with the most
@@ -96,7 +96,7 @@ class Chooser:
         self._step_costs(num_rows, length)
         for index in range(len(self._rests)):
             self._rests[index] -= not (choice.width and index == choice.drafter)
-        self._planned = self._plan(rows, length, max_tokens)
+        self._planned = self._plan(rows, length)
         self._watch(rows)
         return np.full(num_rows, choice.width)
 
@@ -113,17 +113,18 @@ class Chooser:
     def _step_costs(self, num_rows: int, length: int) -> None:
         """What this step and a plain one take."""
         drafter, width, _ = self.choice
-        self._plain_seconds = self._seconds = self.tables.plain(num_rows, length)
+        self._plain_seconds = self._seconds = float(self.tables.plain_by_rows(num_rows, length)[-1])
         if width:
-            _, now = self.tables.drafting(drafter, num_rows, length, np.array([width]))
-            self._seconds = float(now[0]) + self.tables.catch_up(drafter, num_rows, self._missed[drafter])
+            self._seconds = self.tables.draft_step(drafter, num_rows, length, width)
+            self._seconds += self.tables.catch_up(drafter, num_rows, self._missed[drafter])
 
-    def _plan(self, rows: Rows, length: int, max_tokens: int) -> Choice | None:
+    def _plan(self, rows: Rows, length: int) -> Choice | None:
         """The choice for the next step if it can be promised before this one is known."""
         choice = self.choice
         if choice.is_trial or (choice.width and not self.records.acceptance[choice.drafter].is_certain):
             return None  # what becomes of this step matters
-        left = max_tokens - (choice.width + 1)  # in the next step, for the row with the most room
+        # In the next step, for the row with the most room.
+        left = min(self._max_tokens, rows.max_remaining - 1 - (choice.width + 1))
         if left < max(choice.width, 1):
             return None
         length += choice.width + 1

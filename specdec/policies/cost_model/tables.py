@@ -63,6 +63,15 @@ class Tables:
         now = target.ready_seconds(num_rows, length)[width] + drafts.ready_seconds(num_rows, length)[tokens]
         return best, np.maximum(best, now)
 
+    def draft_step(self, drafter: int, num_rows: int, length: int, tokens: int) -> float:
+        """Seconds of one step that drafts so many tokens, above 0, as it runs now."""
+        made = self._kept(
+            (drafter, num_rows, -tokens, context_bucket(length)),
+            self._target.version + self._drafts(drafter).version,
+            lambda: self.drafting(drafter, num_rows, length, np.array([tokens]))[1],
+        )
+        return float(made[0])
+
     def drafting_by_rows(self, drafter: int, num_rows: int, length: int, tokens: np.ndarray) -> np.ndarray:
         """The same for 1 to num_rows rows, [2, rows, choices]."""
         return self._kept(

@@ -40,6 +40,9 @@ class TimedTables(Tables):
         seconds = seconds + self.known[drafter].draft.curve(num_rows, length).seconds[tokens]
         return seconds, seconds
 
+    def draft_step(self, drafter: int, num_rows: int, length: int, tokens: int) -> float:
+        return float(self.drafting(drafter, num_rows, length, np.array([tokens]))[1][0])
+
     def drafting_by_rows(self, drafter: int, num_rows: int, length: int, tokens: np.ndarray) -> np.ndarray:
         """Of fewer rows nothing is known yet, so they count as much as all."""
         seconds = np.stack(self.drafting(drafter, num_rows, length, tokens))
