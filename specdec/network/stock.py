@@ -29,6 +29,21 @@ from specdec.network.kept_forwards import kept_forward, kept_of
 from specdec.network.model_cache import cache_argument
 
 
+@contextmanager
+def without_padding_advice(model: PreTrainedModel) -> Iterator[None]:
+    """Some models look for padding in every forward without a mask, to advise that one be passed; a GPU's host would
+    wait for the answer in every step."""
+    name = "warn_if_padding_and_no_attention_mask"
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and name not in part.__dict__]
+    try:
+        for part in parts:
+            part.__dict__[name] = lambda *args, **options: None
+        yield
+    finally:
+        for part in parts:
+            del part.__dict__[name]
+
+
 class StockNetwork(Network):
     """Switches the model to ragged attention while it runs, and back afterwards.
 
@@ -79,6 +94,7 @@ class StockNetwork(Network):
                 stack.enter_context(batch_invariant(self.model))
             stack.enter_context(attention.attention_implementation(self.model, self.attention))
             stack.enter_context(evaluating(self.model))
+            stack.enter_context(without_padding_advice(self.model))
             yield
 
     def _run(

@@ -3,12 +3,14 @@ host takes part. Off a GPU a replay runs the captured call again."""
 
 from __future__ import annotations
 
+import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
 from families import tiny
 from tiny import continuations, left_pad, plain_greedy, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import specdec
 from specdec import batch_invariant
@@ -16,7 +18,7 @@ from specdec.network import choose
 from specdec.network.captured import graphs as step_graphs
 from specdec.network.choose import build_network, service_of
 from specdec.network.kept_forwards import kept_of
-from specdec.network.stock import CapturedStock, CapturedSwapped, StockNetwork
+from specdec.network.stock import CapturedStock, CapturedSwapped, StockNetwork, SwappedNetwork
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 7, 5, 9, 7, 5, 9], [11, 4, 8], [6, 13, 21, 34, 6, 13, 3, 8, 6, 13, 40])]
 FAMILIES = ["gpt_neox", "gpt2", "opt", "phi", "stablelm", "starcoder2", "olmo2", "cohere", "gemma2"]
@@ -131,6 +133,29 @@ def test_a_step_that_depends_on_the_hosts_length_is_noticed(capturing, monkeypat
 
     monkeypatch.setattr(CapturedStock, "_run", with_host_length)
     assert "other logits" in choose.capture_problem(model, CapturedStock)
+
+
+@pytest.mark.parametrize("kind", [StockNetwork, SwappedNetwork])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "phi", "qwen3_moe", "gpt_oss"])
+def test_no_step_waits_for_the_device(kind, family, monkeypatch):
+    """No number of the device's is read on the host: torch's own operations that do so are watched."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # only the swap asks; its bits do not matter here
+    model, seen = tiny(family), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(word in func._schema.name for word in ("_local_scalar_dense", "aten::equal", "nonzero", "unique")):
+                seen.append((func._schema.name, traceback.extract_stack(limit=12)))
+            return func(*args, **(kwargs or {}))
+
+    network = kind(model, 2, 40)
+    rows = specdec.Rows([PROMPTS[0], PROMPTS[1]], 16, 0, model.device)
+    with network.running(), torch.no_grad():
+        network.prefill(rows)
+        used_slots = rows.max_length + 3
+        with Watch():
+            network.forward(torch.ones(2, 3, dtype=torch.long), rows.lengths, used_slots)
+    assert not seen, seen
 
 
 def test_hooks_are_called_at_every_step(capturing):

@@ -56,8 +56,10 @@ def span_mask(
     if tree_of_forward() is not None:
         return torch.cat([spans, visible.int()], -1)[:, None]
     slot = torch.arange(kv_length, device=device)
-    # One look at the first forward is enough, since later ones only append: no later step waits for the device.
-    is_checked = attention_mask is not None and q_length > 1
+    # One look at the first forward is enough, since later ones only append: no later step waits for the device. Our own
+    # caches, which have an offset per row, pad at the front alone.
+    is_ours = isinstance(q_offset, Tensor) and q_offset.dim() == 1
+    is_checked = attention_mask is not None and q_length > 1 and not is_ours
     if is_checked and not torch.equal(visible, (slot >= spans[..., :1]) & (slot < spans[..., 1:2])):
         raise InputError("attention_mask has holes; batch-invariant attention needs the padding at the sides")
     return spans[:, None]
