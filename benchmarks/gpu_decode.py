@@ -35,8 +35,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import specdec
 from specdec.files.environment import environment
 from specdec.kernels.persistent.step import is_faster
+from specdec.network.captured.graphs import row_bucket, slot_bucket
 from specdec.network.invariant import layers as invariant_layers
-from specdec.network.invariant.graphs import row_bucket, slot_bucket
 from specdec.network.invariant.network import InvariantForward, InvariantNetwork
 
 PARTS = ("copy", "agreement", "steps", "oracle", "tokens", "profile", "peers")

@@ -3,8 +3,9 @@
     python benchmarks/invariance.py --device cuda --pair models/code-qwen3 --output benchmarks/results/invariance.json
 
 Parts: `bits` compares each kernel with itself; `speed` times the in-order linear's tiles against the library;
-`logits` and `tokens` run a trained pair, `large` a model of Qwen3-8B's shape with random weights. Everything also runs
-on the stock modules, where differences must appear; otherwise the test would be too weak to mean anything.
+`logits` and `tokens` run a trained pair, `large` a model of Qwen3-8B's shape with random weights, `moe` one of
+Qwen3-30B-A3B's, a mixture of experts, logits and tokens, whose tiles `moe_speed` times. Everything also runs on the
+stock modules, where differences must appear; otherwise the test would be too weak to mean anything.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from invariance_bits import attention_bits, linear_bits, logit_bits, norm_bits
+from invariance_moe import expert_speed, moe_model, token_records
 from invariance_tokens import Job, Setting, compare
 from linear_tuning import CANDIDATES, SHAPES, table_source, tune
 from pairs import load_pair
@@ -31,7 +34,7 @@ from specdec.bench.measure import log_to_stderr as log
 from specdec.files.environment import environment
 
 DRAFTERS = ("draft_model", "prompt_lookup")
-PARTS = ("bits", "speed", "logits", "tokens", "large")
+PARTS = ("bits", "speed", "logits", "tokens", "large", "moe", "moe_speed")
 DEMO_PAIR = Path(__file__).resolve().parent.parent / "specdec" / "assets" / "demo_pair"
 
 
@@ -48,6 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 3, 8, 32])
     parser.add_argument("--num-processes", type=int, default=1)
     parser.add_argument("--layers", type=int, default=36, help="of the large model")
+    parser.add_argument("--moe-layers", type=int, help="of the mixture of experts; by default all 48")
     parser.add_argument("--revision", help="recorded if there is no git repository")
     parser.add_argument("--output", type=Path)
     return parser.parse_args(argv)
@@ -106,6 +110,23 @@ def large_model(device: torch.device, num_layers: int) -> PreTrainedModel:
         torch.set_default_dtype(before)
 
 
+def mixture(device: torch.device, dtype: torch.dtype, num_layers: int | None, num_prompts: int, new: int) -> dict:
+    """Logits and tokens of a mixture of experts, on stock and on invariant modules."""
+    model = moe_model(device, dtype, num_layers)
+    log(f"mixture of experts, {sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters")
+    longest, vocab_size = (600 if device.type == "cuda" else 60), model.config.vocab_size
+    sequences = random_sequences(32 if device.type == "cuda" else 3, longest, vocab_size)
+    prompts = [ids[: 40 + 5 * i] for i, ids in enumerate(random_sequences(num_prompts, longest, vocab_size))]
+    found: dict = {"config": model.config.to_diff_dict(), "logits": {}, "tokens": {}}
+    for name in ("stock", "invariant"):
+        log(f"{name} modules")
+        alone = name == "stock"
+        with nullcontext() if alone else batch_invariant(model):
+            found["logits"][name] = logit_bits(model, sequences, 18, log, transformers_alone=alone)
+            found["tokens"][name] = list(token_records(model, prompts, new, log, transformers_alone=alone))
+    return found
+
+
 def token_settings(drafters: Sequence[str], batch_sizes: Sequence[int], ks: Sequence[int]) -> list[Setting]:
     return [Setting(name, size, k) for name in drafters for size in batch_sizes for k in ks]
 
@@ -133,6 +154,14 @@ def run(arguments: argparse.Namespace, record: dict) -> None:
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if "moe" in arguments.parts:
+        record["moe"] = mixture(
+            device, dtype, arguments.moe_layers, min(32, arguments.num_prompts), min(32, arguments.max_new_tokens)
+        )
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if "moe_speed" in arguments.parts:
+        record["moe_speed"] = expert_speed(log)
     if "tokens" in arguments.parts:
         record["tokens"] = {}
         for name, settings in (
@@ -173,7 +202,7 @@ def main(argv: list[str]) -> None:
 def text_of(value: object, depth: int = 0) -> str:
     """JSON with one line per record of a list."""
     inside, behind = " " * (depth + 1), " " * depth
-    if isinstance(value, dict) and depth < 2:
+    if isinstance(value, dict) and depth < 3:
         entries = [f"{inside}{json.dumps(key)}: {text_of(entry, depth + 1)}" for key, entry in value.items()]
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         entries = [f"{inside}{json.dumps(entry)}" for entry in value]
@@ -192,13 +221,16 @@ def summary(record: dict) -> str:
             lines.append(
                 f"{name}: {sum(e['different'] for e in entries)} of {sum(e['compared'] for e in entries)} differ"
             )
-    for part in ("logits", "large"):
-        for name, entries in record.get(part, {}).items():
+    moe = record.get("moe", {})
+    logits = {"logits": record.get("logits", {}), "large": record.get("large", {}), "moe": moe.get("logits", {})}
+    for part, found in logits.items():
+        for name, entries in found.items():
             lines += [f"{part}, {name}, {e['what']}: {e['different']} of {e['compared']} differ, "
                       f"{e['argmax_different']} argmaxes" for e in entries]  # fmt: skip
-    for name, entries in record.get("tokens", {}).items():
-        equal, prompts = sum(e["num_equal"] for e in entries), sum(e["num_prompts"] for e in entries)
-        lines.append(f"tokens, {name}: {equal} of {prompts} prompts equal in {len(entries)} settings")
+    for part, found in (("tokens", record.get("tokens", {})), ("moe tokens", moe.get("tokens", {}))):
+        for name, entries in found.items():
+            equal, prompts = sum(e["num_equal"] for e in entries), sum(e["num_prompts"] for e in entries)
+            lines.append(f"{part}, {name}: {equal} of {prompts} prompts equal in {len(entries)} settings")
     return "\n".join(lines)
 
 

@@ -117,16 +117,21 @@ def attention_bits(
 
 @torch.no_grad()
 def logit_bits(
-    model: PreTrainedModel, sequences: Sequence[Tensor], num_checked: int, log: Callable[[str], None]
+    model: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    num_checked: int,
+    log: Callable[[str], None],
+    transformers_alone: bool = False,
 ) -> list[dict]:
     """Logits of each sequence's last `num_checked` tokens: from one forward alone, against every other way to get them.
 
     sequences: [length] int64 each, of different lengths. The stock modules differ here; invariant ones must not.
+    transformers_alone: without our networks, which refuse models whose stock logits differ too far.
     """
     sequences = sorted((ids.to(model.device) for ids in sequences), key=len, reverse=True)
     expected = [model(input_ids=ids[None], use_cache=False, logits_to_keep=num_checked).logits[0] for ids in sequences]
     records = []
-    for what, logits in other_ways(model, sequences, num_checked):
+    for what, logits in other_ways(model, sequences, num_checked, transformers_alone):
         tally = Tally(f"logits: {what}")
         flips = 0
         for row, begin, found in logits:
@@ -141,10 +146,12 @@ def logit_bits(
 Found = Iterator[tuple[int, int, Tensor]]  # row, first of its checked tokens, logits [tokens, vocab]
 
 
-def other_ways(model: PreTrainedModel, sequences: Sequence[Tensor], num_checked: int) -> Iterator[tuple[str, Found]]:
+def other_ways(
+    model: PreTrainedModel, sequences: Sequence[Tensor], num_checked: int, transformers_alone: bool
+) -> Iterator[tuple[str, Found]]:
     yield "decoded one by one, batch 1, transformers' cache", decoded(model, sequences[:2], num_checked)
     yield f"left-padded prefill, batch {len(sequences)}, no cache", padded(model, sequences, num_checked)
-    for width in (1, 4, 9):
+    for width in () if transformers_alone else (1, 4, 9):
         for batch in sorted({1, len(sequences)}):
             what = "decoded one by one" if width == 1 else f"verified {width} at a time"
             chosen = sequences[:batch]

@@ -30,62 +30,90 @@ SHAPES = {
     "0.6B down": (1024, 3072),
     "0.6B head": (151936, 1024),
 }
+
+
+def described(*fields: int, parts: int = 1, persistent: int = 0, halves: bool = False, group: int = 8) -> Tile:
+    """A tile whose operands come by tensor descriptors; fields: those of every tile."""
+    return Tile(*fields, True, parts, persistent, halves, group)  # type: ignore[arg-type]
+
+
 FEW_ROWS = [
-    Tile(16, 16, 128, True, 6, 4),
     Tile(16, 16, 256, True, 4, 4),
     Tile(16, 16, 256, True, 6, 4),
-    Tile(16, 16, 512, True, 3, 4),
-    Tile(16, 32, 128, True, 5, 4),
-    Tile(16, 32, 256, True, 4, 4),
-    Tile(16, 64, 128, True, 4, 4),
+    Tile(16, 16, 512, True, 4, 4),
+    Tile(16, 32, 256, True, 6, 4),
+    Tile(16, 64, 128, True, 3, 4),
+    Tile(16, 64, 128, True, 5, 4),
     Tile(16, 64, 256, True, 3, 4),
-    Tile(16, 128, 128, True, 4, 4),
+    Tile(16, 128, 128, True, 4, 8),
+    described(16, 32, 256, True, 8, 4, persistent=1),
+    described(16, 64, 128, True, 5, 4),
+    described(16, 64, 256, True, 5, 4, persistent=1),
+    described(16, 128, 128, True, 5, 4, persistent=1),
+    described(16, 128, 256, True, 3, 8, persistent=1),
+]
+MANY_ROWS = [
+    Tile(128, 128, 64, False, 4, 8),
+    described(64, 64, 128, False, 3, 4),
+    described(128, 128, 64, False, 3, 4),
+    described(128, 128, 64, False, 4, 4, persistent=1, halves=True),
+    described(128, 128, 128, False, 3, 8, persistent=1, halves=True),
+    described(128, 256, 64, False, 3, 8, persistent=1),
+    described(128, 256, 64, False, 4, 8, persistent=1, halves=True),
+    described(128, 256, 64, False, 4, 8, persistent=1, halves=True, group=16),
 ]
 CANDIDATES = {
     1: FEW_ROWS,
     8: FEW_ROWS,
-    40: [
-        Tile(32, 32, 128, False, 5, 4),
-        Tile(32, 64, 128, False, 4, 4),
+    32: [
+        Tile(32, 64, 128, True, 3, 4),
+        Tile(32, 64, 128, True, 6, 4),
         Tile(64, 16, 128, False, 5, 4),
-        Tile(64, 16, 256, False, 4, 4),
-        Tile(64, 32, 128, False, 4, 4),
-        Tile(64, 32, 128, False, 6, 4),
-        Tile(64, 32, 256, False, 3, 4),
-        Tile(64, 64, 128, False, 4, 4),
-        Tile(64, 64, 64, True, 5, 4),
-        Tile(64, 64, 128, True, 3, 4),
-        Tile(64, 64, 128, True, 4, 4),
-        Tile(64, 128, 64, True, 4, 4),
+        Tile(64, 32, 256, False, 4, 4),
+        described(32, 32, 256, True, 6, 4, persistent=1),
+        described(32, 64, 128, True, 4, 4),
+        described(32, 64, 256, True, 4, 4, persistent=1),
+        described(64, 32, 256, False, 4, 4),
     ],
-    160: [
+    48: [
+        Tile(64, 16, 128, False, 5, 4),
         Tile(64, 32, 128, False, 5, 4),
-        Tile(64, 64, 128, False, 4, 4),
-        Tile(64, 64, 128, True, 4, 4),
-        Tile(64, 128, 64, True, 4, 4),
-        Tile(128, 32, 128, False, 4, 4),
-        Tile(128, 64, 64, False, 4, 4),
-        Tile(128, 64, 128, False, 3, 4),
-        Tile(128, 64, 128, False, 3, 8),
-        Tile(128, 128, 64, False, 4, 8),
-        Tile(256, 32, 64, False, 4, 8),
-        Tile(256, 64, 64, False, 4, 8),
-        Tile(256, 128, 64, False, 3, 8),
-        Tile(256, 128, 64, True, 3, 8),
+        Tile(64, 32, 256, False, 4, 4),
+        Tile(64, 64, 64, False, 4, 4),
+        Tile(64, 64, 128, True, 5, 4),
+        described(32, 128, 64, True, 4, 4, parts=2),
+        described(64, 32, 256, False, 4, 4),
+        described(64, 64, 128, True, 4, 4),
+        described(64, 128, 64, False, 4, 4),
     ],
-    512: [
-        Tile(64, 64, 128, True, 4, 4),
-        Tile(64, 128, 64, True, 4, 4),
-        Tile(128, 64, 128, False, 3, 4),
-        Tile(128, 128, 64, False, 4, 8),
-        Tile(128, 128, 64, False, 4, 4),
-        Tile(128, 128, 128, False, 3, 8),
-        Tile(128, 256, 64, False, 3, 8),
-        Tile(128, 256, 64, False, 4, 8),
-        Tile(256, 128, 64, False, 3, 8),
-        Tile(256, 128, 64, False, 4, 8),
+    96: [
+        Tile(64, 64, 128, True, 5, 4),
+        Tile(64, 64, 128, False, 6, 4),
+        Tile(128, 64, 64, True, 3, 4),
+        Tile(128, 64, 128, True, 4, 8),
+        described(32, 64, 128, True, 4, 4, parts=3),
+        described(32, 128, 64, True, 4, 4, parts=3),
+        described(64, 128, 64, False, 6, 4),
+        described(128, 64, 64, False, 6, 4),
     ],
+    192: [
+        Tile(64, 32, 128, False, 5, 4),
+        Tile(64, 128, 128, False, 4, 8),
+        Tile(128, 64, 64, False, 6, 8),
+        Tile(128, 128, 64, True, 6, 8),
+        described(64, 64, 64, False, 6, 4, parts=3),
+        described(64, 64, 64, True, 6, 4, parts=3),
+        described(64, 128, 128, False, 4, 4),
+        described(64, 128, 128, False, 4, 4, persistent=1),
+        described(64, 128, 128, True, 4, 4),
+        described(128, 128, 64, False, 6, 4),
+    ],
+    512: MANY_ROWS,
+    1024: MANY_ROWS,
+    4096: MANY_ROWS,
+    16384: MANY_ROWS,
 }
+MOST_HEAD_ROWS = 512  # a prefill's logits are those of its last tokens
 BEYOND_CACHE = 300_000_000  # bytes of weights to cycle through; the cache holds 60 MB
 
 
@@ -102,6 +130,8 @@ def tune(
         copies = min(64, max(1, beyond_cache // (2 * size_out * size_in)))
         weights = [random((size_out, size_in), generator) / size_in**0.5 for _ in range(copies)]
         for rows, tiles in candidates.items():
+            if name.endswith("head") and rows > MOST_HEAD_ROWS:
+                continue
             x = random((rows, size_in), generator)
             expected = in_order_linear(x, weights[0])
             timed, different = [], 0
@@ -111,7 +141,7 @@ def tune(
             best_us, best = min(timed)
             table_us = microseconds(lambda w, x=x: in_order_linear(x, w), weights)
             library_us = microseconds(lambda w, x=x: F.linear(x, w), weights)
-            gb = 2e-9 * size_out * size_in
+            gb, tflop = 2e-9 * size_out * size_in, 2e-12 * rows * size_out * size_in
             records.append(
                 {
                     "layer": name, "out": size_out, "in": size_in, "rows": rows, "best_tile": list(best),
@@ -119,13 +149,15 @@ def tune(
                     "best_us": best_us, "table_us": table_us, "library_us": library_us,
                     "best_gb_s": gb / best_us * 1e6, "table_gb_s": gb / table_us * 1e6,
                     "library_gb_s": gb / library_us * 1e6, "library_over_best": library_us / best_us,
+                    "best_tflop_s": tflop / best_us * 1e6, "library_tflop_s": tflop / library_us * 1e6,
                     "different_between_tiles": different,
                     "all_us": [[round(us, 2), list(tile)] for us, tile in timed],
                 }
             )  # fmt: skip
             log(
-                f"{name:14} rows {rows:4}: best {gb / best_us * 1e6:5.0f} GB/s {tuple(best)}, "
-                f"table {gb / table_us * 1e6:5.0f}, library {gb / library_us * 1e6:5.0f}, differing {different}"
+                f"{name:14} rows {rows:5}: best {gb / best_us * 1e6:5.0f} GB/s {tflop / best_us * 1e6:4.0f} TFLOP/s "
+                f"{tuple(best)}, table {best_us / table_us:.2f} of it, library {best_us / library_us:.2f}, "
+                f"differing {different}"
             )
         del weights
     return records
@@ -170,7 +202,7 @@ def table_source(records: Sequence[dict]) -> str:
 def serving(bucket: int, tuned_rows: Sequence[int]) -> int:
     """The largest number of rows that was tuned within the bucket or below it; the smallest if there is none.
 
-    >>> [serving(bucket, (1, 8, 40, 160, 512)) for bucket in (1, 16, 64, 256, 1024)]
-    [1, 8, 40, 160, 512]
+    >>> [serving(bucket, (1, 8, 48, 192, 512)) for bucket in (1, 16, 64, 256, 512)]
+    [1, 8, 48, 192, 512]
     """
     return max((rows for rows in tuned_rows if rows <= bucket), default=min(tuned_rows))

@@ -44,21 +44,22 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from specdec.batch.columns import Columns
 from specdec.files.environment import environment
 from specdec.kernels import overlap
-from specdec.kernels.linear import in_order_linear
+from specdec.kernels.linear import descriptor_linear, in_order_linear
 from specdec.kernels.linear.linear_tiles import BUCKETS as BUCKETS_TODAY
 from specdec.kernels.linear.linear_tiles import DEFAULTS, TUNED, Tile, choose_tile
 from specdec.network.base import NetworkOutput
+from specdec.network.captured.graphs import StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant import layers as invariant_layers
-from specdec.network.invariant.graphs import StepGraphs, row_bucket, width_bucket
 from specdec.network.invariant.network import InvariantForward
 
 CELLS = "1x1,8x1,32x1,8x6,32x4,32x6"
 LAYERS = {"8B": 6, "0.6B": 12}  # enough layers that the weights exceed the cache
-BUCKETS = "16,32,64,128,256,1024"
+BUCKETS = "4,16,32,64,96,128,192,256,512"
 CONTEXT = 512
 SHARED_BYTES = 227 * 1024  # shared memory that a program may use
 ACCUMULATORS = 128  # per thread
 NUM_FINALISTS = 2
+KERNELS = ((in_order_linear, "_in_order_linear_kernel"), (descriptor_linear, "_descriptor_linear_kernel"))
 SECOND_PASS = 6  # number of the best tiles of the first pass that the second tries again
 LEAST_GAIN = 0.002  # of the step's time; less is noise
 
@@ -179,9 +180,11 @@ def compile_kernel(wanted: Kernel) -> str | None:
 
     size = 1024  # any number divisible by 16 and by any inner block
     product = {"product": Product(size * wanted.num_weights, size, wanted.num_weights)}
-    kernel = CompileOnly(in_order_linear._in_order_linear_kernel)
     setting = Setting({"product": wanted.tile}, wanted.overlap)
-    with applied(setting, product), mock.patch.object(in_order_linear, "_in_order_linear_kernel", kernel):
+    with ExitStack() as stack:
+        stack.enter_context(applied(setting, product))
+        for module, name in KERNELS:
+            stack.enter_context(mock.patch.object(module, name, CompileOnly(getattr(module, name))))
         try:
             x, *weights = torch.empty(1 + wanted.num_weights, size, size, dtype=torch.bfloat16, device="cuda")
             in_order_linear.in_order_linears(x, weights, [None] * wanted.num_weights)
@@ -457,11 +460,6 @@ def summary(entry: dict) -> dict:
     return shown
 
 
-def bucket_of(rows: int) -> int:
-    """The column of the current table that serves this number of rows."""
-    return min(bisect_left(BUCKETS_TODAY, rows), len(BUCKETS_TODAY) - 1)
-
-
 def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
     """BUCKETS, DEFAULTS and TUNED of kernels/linear/linear_tiles.py, still to be formatted, preceded by the results per
     exact number of rows.
@@ -481,7 +479,9 @@ def table_source(entries: Sequence[dict], buckets: Sequence[int]) -> str:
         for shape, tiles in found.items()
         for rows, tile in sorted(tiles.items())
     ]
-    defaults = ", ".join(f"Tile{tuple(DEFAULTS[bucket_of(high)])}" for high in buckets)
+    columns = [bisect_left(BUCKETS_TODAY, high) for high in buckets]
+    # Larger numbers of rows have no default tile: the package chooses by shape.
+    defaults = ", ".join(f"Tile{tuple(DEFAULTS[column])}" for column in columns if column < len(DEFAULTS))
     lines += [
         f"BUCKETS = {tuple(buckets)}",
         f"DEFAULTS = ({defaults},)",

@@ -139,10 +139,17 @@ class DraftModel(Drafter):
         limit = rows.max_limit if len(rows) else None
         # Accepted tokens are the target's own, whatever the draft model's last bits are.
         self._network = build_network(
-            self.model, len(rows.slots), rows.capacity, limit, context.layout, must_be_exact=False
+            self.model,
+            len(rows.slots),
+            rows.capacity,
+            limit,
+            context.layout,
+            must_be_exact=False,
+            exact=context.exact,
         )
         self._running.enter_context(self._network.running())
         if len(rows):
+            self._network.compile_ahead(len(rows), rows.max_length, (1, NEWEST))
             self._network.prefill(rows, self._known(rows.token_ids))
         self._cached = np.zeros(len(rows.slots), dtype=np.int64)  # by slot: tokens in the cache, drafts included
         self._cached[: len(rows)] = rows.host_lengths

@@ -1,8 +1,12 @@
-"""Chooses the implementation of a kernel for a call."""
+"""Chooses the implementation of a kernel for a call, and makes kernels out of functions."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +14,38 @@ try:
     import triton
 except ImportError:  # Triton exists for Linux only; the references run everywhere
     triton = None
+
+_compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
+
+if triton is not None:
+
+    class Kernel(triton.JITFunction):
+        """A kernel that is compiled and not run where it is launched within `compiling_only`."""
+
+        def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            return super().run(*args, grid=grid, warmup=warmup or _compiles_only.get(), **options)
+
+
+def kernel(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Any]:
+    """`triton.jit` for what is launched. do_not_specialize: arguments of which every value takes the same code."""
+
+    def decorate(function: Callable) -> Any:
+        names = list(do_not_specialize)
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return triton.jit(function, do_not_specialize=names)
+        return Kernel(function, do_not_specialize=names)
+
+    return decorate
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Launches inside compile their kernels and do not run them."""
+    token = _compiles_only.set(True)
+    try:
+        yield
+    finally:
+        _compiles_only.reset(token)
 
 
 def uses_triton(implementation: str, tensor: Tensor) -> bool:

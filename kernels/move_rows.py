@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
@@ -49,7 +49,7 @@ def is_sequential(moves: Tensor) -> bool:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_moves"])
+    @kernel(do_not_specialize=["num_moves"])
     def _move_rows_kernel(
         buffers_ptr, moves_ptr, num_moves, num_elements, buffer_stride, row_stride, BLOCK: tl.constexpr
     ):

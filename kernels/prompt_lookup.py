@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
@@ -75,7 +75,7 @@ def _prompt_lookup_triton(
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["max_length", "num_tokens", "max_ngram_size", "min_ngram_size"])
+    @kernel(do_not_specialize=["max_length", "num_tokens", "max_ngram_size", "min_ngram_size"])
     def _prompt_lookup_kernel(
         tokens_ptr, lengths_ptr, draft_ptr, row_stride, max_length, num_tokens, max_ngram_size, min_ngram_size,
         BLOCK: tl.constexpr, DRAFT_BLOCK: tl.constexpr,

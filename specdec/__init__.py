@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from specdec.infill.infill import infill
     from specdec.network.any_subset.model import AnySubsetModel
     from specdec.network.invariant.swap import batch_invariant, make_batch_invariant
+    from specdec.network.kept_forwards import release
     from specdec.policy import LengthPolicy
     from specdec.verify.lossy import Lenient, TopBeta, Typical
 
@@ -71,6 +72,7 @@ __all__ = [
     "generate_many",
     "infill",
     "make_batch_invariant",
+    "release",
     "speculative",
 ]
 
@@ -88,6 +90,7 @@ _HOMES = {
     "infill.infill": "infill",
     "api.generate_many": "Completion Completions generate_many",
     "network.invariant.swap": "batch_invariant make_batch_invariant",
+    "network.kept_forwards": "release",
     "policy": "LengthPolicy",
     "verify.lossy": "Lenient TopBeta Typical",
     "engine.metrics": "Speculation",

@@ -70,6 +70,7 @@ class Context:
     sampler: how to sample drafts, None where all rows are greedy. A drafter may sample by it and return the
         distributions in `Draft.probs`. The drafts of one that does not are verified as deterministic ones, which is
         lossless too.
+    exact: whether models on a GPU run batch-invariant kernels, as in `generate`.
     policy: the length policy, if it looks at drafted tokens; else None. A drafter that `shows` tokens asks it after
         each one, and rows that do not go on get no further token.
     """
@@ -79,6 +80,7 @@ class Context:
     max_draft_tokens: int
     sampler: Sampler | None = None
     policy: Watcher | None = None
+    exact: bool = True
 
     @property
     def target(self) -> PreTrainedModel:

@@ -161,6 +161,7 @@ def test_public_names():
         "generate_many",
         "infill",
         "make_batch_invariant",
+        "release",
         "speculative",
     ]
     for name in specdec.__all__:

@@ -12,7 +12,7 @@ as that is finite. A chain written as a tree has the bits of the chain, and so h
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,16 @@ from specdec.kernels.dispatch import triton, uses_triton
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
-    import triton.language as tl
-
-    from specdec.kernels.overlap import wait_for_previous_kernel
+    from specdec.kernels.attention.ragged_attention_triton import merge_kernel, split_kernel, wide_kernel
 
 # All four are part of the arithmetic: another value gives other bits.
 BLOCK_QUERIES = 64  # (query, head of the group) pairs per program
 BLOCK_KEYS = 64
 SPLIT_KEYS = 256
 NUM_WARPS = 4
+# Programs from which on splits are merged in registers: nearly one for each processor of an H200, though each walks all
+# splits of its queries. With fewer, the splits have programs of their own, and memory between. The bits are the same.
+FILLING_PROGRAMS = 128
 TREE_SLOTS = 64  # slots per step: the bits of a mask
 MAX_WORKSPACE = 1 << 28  # bytes of partial results; wider forwards run in pieces
 
@@ -141,7 +142,7 @@ def _ragged_attention_triton(
     sinks: Tensor | None,
     tree: Tree | None,
 ) -> Tensor:
-    rows, num_heads, width, dim = query.shape
+    rows, num_heads, width, _ = query.shape
     num_kv_heads, num_slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group = num_heads // num_kv_heads
     if group > BLOCK_QUERIES:
@@ -151,15 +152,72 @@ def _ragged_attention_triton(
         return out
     if not num_slots:
         return out.zero_()
+    num_programs = rows * num_kv_heads * triton.cdiv(width, BLOCK_QUERIES // group)
+    if num_programs >= FILLING_PROGRAMS and tree is None:
+        _merge_in_registers(query, key, value, spans, scaling, softcap, sinks, out)
+    else:
+        _merge_in_memory(query, key, value, spans, scaling, softcap, sinks, tree, out)
+    return out
+
+
+def _merge_in_registers(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
+    """For wide steps: a program walks all splits of its queries, and nothing but the result is written."""
+    rows, num_heads, width, _ = query.shape
+    num_kv_heads, num_slots = key.shape[1:3]
+    blocks = triton.cdiv(width, BLOCK_QUERIES // (num_heads // num_kv_heads))
+    wide_kernel[(blocks, rows * num_kv_heads)](
+        query,
+        key,
+        value,
+        spans,
+        sinks,
+        out,
+        width,
+        num_slots,
+        scaling,
+        softcap or 1.0,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        HAS_SINKS=sinks is not None,
+        BLOCK_QUERIES=BLOCK_QUERIES,
+        num_warps=NUM_WARPS,
+        **_shared_options(query, key, value, softcap),
+    )
+
+
+def _merge_in_memory(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    tree: Tree | None,
+    out: Tensor,
+) -> None:
+    """For narrow steps: each split has its own program, and its partial results are merged by a second kernel."""
+    rows, num_heads, width, _ = query.shape
+    num_kv_heads, num_slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
     # The first slot may lie anywhere within its split.
     num_splits = triton.cdiv(num_slots - 1, SPLIT_KEYS) + 1
     bytes_per_query = 4 * rows * num_heads * num_splits * (value_dim + 2)
     step = min(width, max(1, MAX_WORKSPACE // bytes_per_query))
-    block_dim = max(16, triton.next_power_of_2(max(dim, value_dim)))
     partial = torch.empty(rows * num_heads * step * num_splits, value_dim + 2, dtype=torch.float32, device=out.device)
     for begin in range(0, width, step):
         count = min(step, width - begin)
-        _split_kernel[(rows * num_kv_heads, triton.cdiv(count, BLOCK_QUERIES // group), num_splits)](
+        blocks = triton.cdiv(count, BLOCK_QUERIES // (num_heads // num_kv_heads))
+        split_kernel[(rows * num_kv_heads, blocks, num_splits)](
             query,
             key,
             value,
@@ -176,24 +234,13 @@ def _ragged_attention_triton(
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
-            NUM_KV_HEADS=num_kv_heads,
-            GROUP=group,
-            DIM=dim,
-            VALUE_DIM=value_dim,
-            BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
-            BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-            HAS_SOFTCAP=softcap is not None,
             IS_TREE=tree is not None,
             TREE_SLOTS=TREE_SLOTS,
             BLOCK_QUERIES=BLOCK_QUERIES,
-            BLOCK_KEYS=BLOCK_KEYS,
-            SPLIT_KEYS=SPLIT_KEYS,
             num_warps=NUM_WARPS,
-            # As many tiles in flight as fit into shared memory; the arithmetic is the same.
-            num_stages=max(1, min(3, 1024 // (block_dim * query.element_size()))),
-            **overlap_options(query),
+            **_shared_options(query, key, value, softcap),
         )
-        _merge_kernel[(rows * count * num_heads,)](
+        merge_kernel[(rows * count * num_heads,)](
             partial,
             spans,
             sinks,
@@ -208,179 +255,26 @@ def _ragged_attention_triton(
             HAS_SINKS=sinks is not None,
             IS_TREE=tree is not None,
             SPLIT_KEYS=SPLIT_KEYS,
+            UNROLL=4,
             num_warps=1,
             **overlap_options(query),
         )
-    return out
 
 
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["begin", "count", "width", "num_slots"])
-    def _split_kernel(
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        spans_ptr,
-        tree_starts_ptr,
-        tree_mask_ptr,
-        partial_ptr,
-        begin,
-        count,
-        width,
-        num_slots,
-        scaling,
-        softcap,
-        query_row,
-        query_head,
-        query_column,
-        key_row,
-        key_head,
-        key_slot,
-        value_row,
-        value_head,
-        value_slot,
-        NUM_KV_HEADS: tl.constexpr,
-        GROUP: tl.constexpr,
-        DIM: tl.constexpr,
-        VALUE_DIM: tl.constexpr,
-        BLOCK_DIM: tl.constexpr,
-        BLOCK_VALUE: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        IS_TREE: tl.constexpr,
-        TREE_SLOTS: tl.constexpr,
-        BLOCK_QUERIES: tl.constexpr,
-        BLOCK_KEYS: tl.constexpr,
-        SPLIT_KEYS: tl.constexpr,
-        OVERLAP: tl.constexpr,
-    ):
-        """partial: [rows, heads, count, splits, value_dim + 2]: the sum of weighted values, the maximum, the sum."""
-        wait_for_previous_kernel(OVERLAP)
-        COLUMNS: tl.constexpr = BLOCK_QUERIES // GROUP
-        row = (tl.program_id(0) // NUM_KV_HEADS).to(tl.int64)
-        kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
-        pair = tl.arange(0, BLOCK_QUERIES)
-        column = tl.program_id(1) * COLUMNS + pair // GROUP
-        head = kv_head * GROUP + pair % GROUP
-        pair_ok = (pair < COLUMNS * GROUP) & (column < count)
-        span = spans_ptr + (row * width + begin + column) * 3
-        low = tl.load(span, mask=pair_ok, other=0)
-        high = tl.load(span + 1, mask=pair_ok, other=0)
-        origin = tl.load(spans_ptr + row * width * 3 + 2)
-        sees = high > low
-        lowest = tl.min(tl.where(sees, low, num_slots), 0)
-        highest = tl.max(tl.where(sees, high, 0), 0)
-        split = tl.program_id(2) + tl.maximum(-origin, 0) // SPLIT_KEYS
-        first = tl.maximum(split * SPLIT_KEYS, (lowest - origin) // BLOCK_KEYS * BLOCK_KEYS)
-        end = tl.minimum((split + 1) * SPLIT_KEYS, highest - origin)
-        if first < end:
-            dim = tl.arange(0, BLOCK_DIM)
-            value_dim = tl.arange(0, BLOCK_VALUE)
-            dim_ok = dim < DIM
-            value_ok = value_dim < VALUE_DIM
-            query_at = row * query_row + head * query_head + (begin + column).to(tl.int64) * query_column
-            query = tl.load(
-                query_ptr + query_at[:, None] + dim[None, :], mask=pair_ok[:, None] & dim_ok[None, :], other=0.0
-            )
-            if IS_TREE:
-                own_begin = tl.load(tree_starts_ptr + row)
-                own_mask = tl.load(tree_mask_ptr + row * width + begin + column, mask=pair_ok, other=0)
-            highest_score = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_QUERIES], tl.float32)
-            values = tl.zeros([BLOCK_QUERIES, BLOCK_VALUE], tl.float32)
-            for position in range(first, end, BLOCK_KEYS):
-                slot = position + origin + tl.arange(0, BLOCK_KEYS)
-                slot_ok = (slot >= lowest) & (slot < highest)
-                key_at = row * key_row + kv_head * key_head + slot.to(tl.int64) * key_slot
-                key = tl.load(
-                    key_ptr + key_at[None, :] + dim[:, None], mask=slot_ok[None, :] & dim_ok[:, None], other=0.0
-                )
-                score = tl.dot(query, key, input_precision="ieee") * scaling
-                if HAS_SOFTCAP:
-                    score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
-                visible = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
-                if IS_TREE:
-                    own = slot.to(tl.int64) - own_begin
-                    bit = tl.minimum(tl.maximum(own, 0), TREE_SLOTS - 1)
-                    is_set = ((own_mask[:, None] >> bit[None, :]) & 1) != 0
-                    visible = visible & ((own < 0)[None, :] | ((own < TREE_SLOTS)[None, :] & is_set))
-                score = tl.where(visible, score, float("-inf"))
-                new_highest = tl.maximum(highest_score, tl.max(score, 1))
-                # Until a query has seen a key its maximum stays -inf; using 0 instead avoids NaN.
-                finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-                weight = tl.exp(score - finite[:, None])
-                scale = tl.exp(highest_score - finite)
-                total = total * scale + tl.sum(weight, 1)
-                value_at = row * value_row + kv_head * value_head + slot.to(tl.int64) * value_slot
-                value = tl.load(
-                    value_ptr + value_at[:, None] + value_dim[None, :],
-                    mask=slot_ok[:, None] & value_ok[None, :],
-                    other=0.0,
-                )
-                values = values * scale[:, None]
-                values = tl.dot(weight.to(value.dtype), value, values, input_precision="ieee")
-                highest_score = new_highest
-            num_splits = tl.num_programs(2)
-            place = ((row * NUM_KV_HEADS * GROUP + head) * count + column) * num_splits + tl.program_id(2)
-            place = place * (VALUE_DIM + 2)
-            tl.store(
-                partial_ptr + place[:, None] + value_dim[None, :], values, mask=pair_ok[:, None] & value_ok[None, :]
-            )
-            tl.store(partial_ptr + place + VALUE_DIM, highest_score, mask=pair_ok)
-            tl.store(partial_ptr + place + VALUE_DIM + 1, total, mask=pair_ok)
-
-    @triton.jit(do_not_specialize=["begin", "count", "width", "num_splits"])
-    def _merge_kernel(
-        partial_ptr,
-        spans_ptr,
-        sinks_ptr,
-        out_ptr,
-        begin,
-        count,
-        width,
-        num_splits,
-        NUM_HEADS: tl.constexpr,
-        VALUE_DIM: tl.constexpr,
-        BLOCK_VALUE: tl.constexpr,
-        HAS_SINKS: tl.constexpr,
-        IS_TREE: tl.constexpr,
-        SPLIT_KEYS: tl.constexpr,
-        OVERLAP: tl.constexpr,
-    ):
-        """One program per query and head; it reads only the splits of which the query sees any slot."""
-        wait_for_previous_kernel(OVERLAP)
-        head = tl.program_id(0) % NUM_HEADS
-        column = tl.program_id(0) // NUM_HEADS % count
-        row = (tl.program_id(0) // NUM_HEADS // count).to(tl.int64)
-        span = spans_ptr + (row * width + begin + column) * 3
-        low = tl.load(span)
-        high = tl.load(span + 1)
-        origin = tl.load(spans_ptr + row * width * 3 + 2)
-        value_dim = tl.arange(0, BLOCK_VALUE)
-        value_ok = value_dim < VALUE_DIM
-        values = tl.zeros([BLOCK_VALUE], tl.float32)
-        if HAS_SINKS:
-            highest_score = tl.load(sinks_ptr + head).to(tl.float32)
-            total = 1.0
-        else:
-            highest_score = float("-inf")
-            total = 0.0
-        skipped = tl.maximum(-origin, 0) // SPLIT_KEYS
-        first = (low - origin) // SPLIT_KEYS - skipped
-        last = tl.where(high > low, (high - 1 - origin) // SPLIT_KEYS - skipped, first - 1)
-        place = ((row * NUM_HEADS + head) * count + column) * num_splits
-        for split in range(first, last + 1):
-            at = partial_ptr + (place + split) * (VALUE_DIM + 2)
-            split_highest = tl.load(at + VALUE_DIM)
-            new_highest = tl.maximum(highest_score, split_highest)
-            finite = new_highest
-            if IS_TREE:  # every slot of a split may be hidden
-                finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-            scale = tl.exp(highest_score - finite)
-            split_scale = tl.exp(split_highest - finite)
-            total = total * scale + tl.load(at + VALUE_DIM + 1) * split_scale
-            values = values * scale + tl.load(at + value_dim, mask=value_ok, other=0.0) * split_scale
-            highest_score = new_highest
-        values = values / tl.where(total == 0.0, 1.0, total)
-        place_out = ((row * width + begin + column) * NUM_HEADS + head) * VALUE_DIM
-        tl.store(out_ptr + place_out + value_dim, values.to(out_ptr.dtype.element_ty), mask=value_ok)
+def _shared_options(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> dict[str, Any]:
+    num_kv_heads, dim, value_dim = key.shape[1], query.shape[3], value.shape[3]
+    block_dim, block_value = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    return {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": query.shape[1] // num_kv_heads,
+        "DIM": dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_DIM": block_dim,
+        "BLOCK_VALUE": block_value,
+        "HAS_SOFTCAP": softcap is not None,
+        "BLOCK_KEYS": BLOCK_KEYS,
+        "SPLIT_KEYS": SPLIT_KEYS,
+        # As many tiles in flight as fit into shared memory; the arithmetic is the same.
+        "num_stages": max(1, min(3, 1024 // (max(block_dim, block_value) * query.element_size()))),
+        **overlap_options(query),
+    }

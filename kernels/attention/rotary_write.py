@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.linear.norms import rms_norm_reference
 from specdec.kernels.overlap import overlap_options
 
@@ -15,6 +16,10 @@ if triton is not None:
     import triton.language as tl
 
     from specdec.kernels.overlap import wait_for_previous_kernel
+
+MANY_TOKENS = 512  # from here on, starting a program for each head costs more than its work
+MAX_HEADS = 8
+WARP_BYTES = 512  # what a warp loads at once; a longer head would be divided among warps, in another order of its sum
 
 
 class HeadNorm(NamedTuple):
@@ -67,7 +72,8 @@ def rotary_write(
     num_heads = qkv.shape[2] // dim - 2 * num_kv_heads
     out = torch.empty(rows, width, num_heads, dim, dtype=qkv.dtype, device=qkv.device)
     block = triton.next_power_of_2(dim)
-    _rotary_write_kernel[(rows * width, num_heads + 2 * num_kv_heads)](
+    heads = _heads_per_program(rows * width, num_heads, num_kv_heads, block * qkv.element_size())
+    _rotary_write_kernel[(rows * width, (num_heads + 2 * num_kv_heads) // heads)](
         qkv.contiguous(),
         starts,
         places,
@@ -87,16 +93,25 @@ def rotary_write(
         NUM_KV_HEADS=num_kv_heads,
         DIM=dim,
         BLOCK=block,
+        HEADS=heads,
         HAS_PLACES=places is not None,
         HAS_NORM=head_norm is not None,
         UNIT_OFFSET=head_norm is not None and head_norm.unit_offset,
         ROUND_FIRST=head_norm is None or head_norm.round_first,
-        num_warps=1,  # as in the RMSNorm of a row this short: the order of its sum depends on the number of warps
+        # One warp a head, as in the RMSNorm of a row this short: the order of its sum depends on the number of warps.
+        num_warps=heads,
         enable_fp_fusion=False,  # a fused multiply-add would skip a rounding
         **overlap_options(qkv),
     )
 
     return out
+
+
+def _heads_per_program(num_tokens: int, num_heads: int, num_kv_heads: int, head_bytes: int) -> int:
+    """Of one kind (queries, keys or values), each for a warp of its own."""
+    if num_tokens < MANY_TOKENS or head_bytes > WARP_BYTES:
+        return 1
+    return math.gcd(num_heads, num_kv_heads, MAX_HEADS)
 
 
 def rotary_write_reference(
@@ -143,7 +158,7 @@ if triton is not None:
             weight = 1.0 + weight
         return (x * weight).to(dtype).to(tl.float32)
 
-    @triton.jit
+    @kernel()
     def _rotary_write_kernel(
         qkv_ptr,
         starts_ptr,
@@ -164,27 +179,29 @@ if triton is not None:
         NUM_KV_HEADS: tl.constexpr,
         DIM: tl.constexpr,
         BLOCK: tl.constexpr,
+        HEADS: tl.constexpr,
         HAS_PLACES: tl.constexpr,
         HAS_NORM: tl.constexpr,
         UNIT_OFFSET: tl.constexpr,
         ROUND_FIRST: tl.constexpr,
         OVERLAP: tl.constexpr,
     ):
-        """One program per token and head; heads are queries, keys, values in this order."""
+        """One program per token and HEADS heads of one kind; heads are queries, keys, values in this order."""
         wait_for_previous_kernel(OVERLAP)
         token = tl.program_id(0).to(tl.int64)
-        head = tl.program_id(1)
+        first = tl.program_id(1) * HEADS
+        head = first + tl.arange(0, HEADS)[:, None]
         dtype: tl.constexpr = out_ptr.dtype.element_ty
         row = token // width
         slot = tl.load(starts_ptr + row) + token % width
         place = slot
         if HAS_PLACES:
             place = tl.load(places_ptr + token)
-        column = tl.arange(0, BLOCK)
-        inside = column < DIM
+        column = tl.arange(0, BLOCK)[None, :]
+        inside = (column < DIM) & (head >= 0)
         here = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * DIM
         head_values = tl.load(here + column, mask=inside, other=0.0)
-        if head >= NUM_HEADS + NUM_KV_HEADS:
+        if first >= NUM_HEADS + NUM_KV_HEADS:
             here = values_ptr + row * values_row + slot * slot_stride + (head - NUM_HEADS - NUM_KV_HEADS) * DIM
             tl.store(here + column, head_values, mask=inside)
         else:
@@ -193,18 +210,19 @@ if triton is not None:
             x = head_values.to(tl.float32)
             turned = tl.load(here + partner, mask=inside, other=0.0).to(tl.float32)
             if HAS_NORM:
-                scale = tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
-                weight_ptr = query_weight_ptr if head < NUM_HEADS else key_weight_ptr
-                weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-                turned_weight = tl.load(weight_ptr + partner, mask=inside, other=0.0).to(tl.float32)
+                scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / DIM + eps)
+                weight_ptr = query_weight_ptr if first < NUM_HEADS else key_weight_ptr
+                in_head = column < DIM
+                weight = tl.load(weight_ptr + column, mask=in_head, other=0.0).to(tl.float32)
+                turned_weight = tl.load(weight_ptr + partner, mask=in_head, other=0.0).to(tl.float32)
                 x = _weighted(x * scale, weight, dtype, UNIT_OFFSET, ROUND_FIRST)
                 turned = _weighted(turned * scale, turned_weight, dtype, UNIT_OFFSET, ROUND_FIRST)
-            cos = tl.load(cos_ptr + place * DIM + column, mask=inside, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + place * DIM + column, mask=inside, other=0.0).to(tl.float32)
+            cos = tl.load(cos_ptr + place * DIM + column, mask=column < DIM, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + place * DIM + column, mask=column < DIM, other=0.0).to(tl.float32)
             straight = (x * cos).to(dtype).to(tl.float32)
             crossed = (sign * turned * sin).to(dtype).to(tl.float32)
             rotated = (straight + crossed).to(dtype)
-            if head < NUM_HEADS:
+            if first < NUM_HEADS:
                 tl.store(out_ptr + (token * NUM_HEADS + head) * DIM + column, rotated, mask=inside)
             else:
                 here = keys_ptr + row * keys_row + slot * slot_stride + (head - NUM_HEADS) * DIM

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.commit.truncation import Truncations
-from specdec.kernels.dispatch import triton
+from specdec.kernels.dispatch import kernel, triton
 
 if triton is not None:
     import triton.language as tl
@@ -169,7 +169,7 @@ if triton is not None:
         tl.store(partials_ptr, top.to(tl.float64))
         tl.store(partials_ptr + num_blocks, mass)
 
-    @triton.jit
+    @kernel()
     def _mass_kernel(
         scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, cutoff_ptr,
         VOCAB_BLOCK: tl.constexpr,
@@ -214,7 +214,7 @@ if triton is not None:
             needed = tl.minimum(needed, vocab)
         return needed
 
-    @triton.jit
+    @kernel()
     def _narrow_kernel(
         scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, needed_ptr,
         old_low_ptr, old_amounts_ptr, step, low_ptr, amounts_ptr,
@@ -255,7 +255,7 @@ if triton is not None:
             if b == 0:
                 tl.store(low_ptr + position, low)
 
-    @triton.jit
+    @kernel()
     def _cut_kernel(
         scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, old_cutoff_ptr,
         needed_ptr, low_ptr, amounts_ptr, step, kept_ptr, cutoff_ptr,
@@ -277,7 +277,7 @@ if triton is not None:
         else:
             _copy(partials_ptr, old_cutoff_ptr, position, b, num_blocks, kept_ptr, cutoff_ptr)
 
-    @triton.jit
+    @kernel()
     def _min_p_kernel(
         scores_ptr, vocab, places, row_stride, place_stride, num_blocks, temperature_ptr, partials_ptr, old_cutoff_ptr,
         log_min_p_ptr, kept_ptr, cutoff_ptr, VOCAB_BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,

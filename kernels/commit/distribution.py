@@ -23,7 +23,7 @@ from torch import Tensor
 from specdec.kernels.commit.block_statistics import block_statistics, kernel_scores, tiles_of
 from specdec.kernels.commit.greedy_commit import NO_TOKEN, best_of_blocks
 from specdec.kernels.commit.truncation import Truncation, Truncations
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
@@ -260,7 +260,7 @@ def _distribution_triton(scores: Tensor, truncations: Truncations) -> Distributi
 
 if triton is not None:
 
-    @triton.jit
+    @kernel()
     def _combine_kernel(
         partials_ptr, cutoff_ptr, top_ptr, mass_ptr, block_best_ptr, block_ids_ptr, best_ptr, places, num_blocks,
         temperature_ptr, HAS_GREEDY: tl.constexpr, NUM_BLOCKS: tl.constexpr,

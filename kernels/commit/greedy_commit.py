@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.commit.block_statistics import tiles_of
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
@@ -242,7 +242,7 @@ if triton is not None:
         tl.store(report_ptr + 4, fault.to(tl.int64))
         tl.store(lengths_ptr + row, length + num_committed)
 
-    @triton.jit
+    @kernel()
     def _best_kernel(scores_ptr, vocab, width, row_stride, place_stride, best_ptr, ids_ptr, VOCAB_BLOCK: tl.constexpr):
         """The largest score of one block of one place, and its lowest index; NaN is the largest."""
         position, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -271,7 +271,7 @@ if triton is not None:
         token = tl.min(tl.where(wins, ids, 2147483647), 0)
         return tl.where(any_nan, float("nan"), top), token.to(tl.int64)
 
-    @triton.jit
+    @kernel()
     def _greedy_commit_kernel(
         best_ptr, ids_ptr, num_blocks, draft_ptr, passes_ptr, eos_ptr, tokens_ptr, lengths_ptr, limits_ptr, report_ptr,
         width, num_eos, eos_stride, tokens_stride,

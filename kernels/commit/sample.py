@@ -16,7 +16,7 @@ from specdec.kernels.commit.block_statistics import block_statistics, kernel_sco
 from specdec.kernels.commit.distribution import cutoffs, probs_of
 from specdec.kernels.commit.greedy_commit import NO_TOKEN, best_of_blocks
 from specdec.kernels.commit.truncation import Truncation, Truncations
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 
 BLOCK = 128  # entries of the vocabulary that the reference sums first
 
@@ -147,7 +147,7 @@ def _sample_triton(scores: Tensor, truncations: Truncations, uniforms: Tensor, p
 
 if triton is not None:
 
-    @triton.jit
+    @kernel()
     def _probs_kernel(
         scores_ptr, vocab, stride, partials_ptr, cutoff_ptr, part_best_ptr, part_ids_ptr, num_parts, temperature_ptr,
         probs_ptr, num_columns, probs_stride, sums_ptr,
@@ -170,7 +170,7 @@ if triton is not None:
         tl.store(probs_ptr + row * probs_stride + index, probs.to(tl.float32), mask=index < num_columns)
         tl.store(sums_ptr + row * tl.num_programs(1) + b, tl.sum(probs, 0))
 
-    @triton.jit
+    @kernel()
     def _choose_kernel(
         probs_ptr, num_columns, probs_stride, sums_ptr, num_blocks, uniforms_ptr, uniforms_stride, tokens_ptr,
         NUM_BLOCKS: tl.constexpr, VOCAB_BLOCK: tl.constexpr,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.kernels.commit.block_statistics import kernel_scores, tiles_of
 from specdec.kernels.commit.greedy_commit import Committed, empty_report, eos_shape
-from specdec.kernels.dispatch import triton
+from specdec.kernels.dispatch import kernel, triton
 
 if TYPE_CHECKING:
     from specdec.kernels.commit.distribution import Distribution
@@ -138,7 +138,7 @@ if triton is not None:
         else:
             return tl.where(index == drafted, 0.0, p * scale), p
 
-    @triton.jit
+    @kernel()
     def _sums_kernel(
         target_ptr, cutoff_ptr, top_ptr, mass_ptr, draft_ptr, draft_probs_ptr, uniforms_ptr, k, vocab,
         p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature_ptr, token_scale, sums_ptr,
@@ -195,7 +195,7 @@ if triton is not None:
         num_agreed = tl.min(tl.where(agrees & (column < k), k, column), 0)
         return num_agreed, _at(best, column, num_agreed)
 
-    @triton.jit
+    @kernel()
     def _commit_kernel(
         target_ptr, cutoff_ptr, top_ptr, mass_ptr, draft_ptr, draft_probs_ptr, uniforms_ptr, k, vocab,
         p_row_stride, p_stride, q_row_stride, q_stride, uniforms_stride, temperature_ptr, token_scale, sums_ptr,

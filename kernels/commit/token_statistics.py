@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.commit.block_statistics import kernel_scores, tiles_of
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 
 if triton is not None:
     import triton.language as tl
@@ -88,7 +88,7 @@ if triton is not None:
     def _token(tokens_ptr, token_stride, row, vocab):
         return tl.minimum(tl.maximum(tl.load(tokens_ptr + row * token_stride), 0), vocab - 1)
 
-    @triton.jit
+    @kernel()
     def _block_kernel(
         scores_ptr, row_stride, vocab, tokens_ptr, token_stride, partials_ptr, num_blocks, VOCAB_BLOCK: tl.constexpr
     ):  # fmt: skip
@@ -108,7 +108,7 @@ if triton is not None:
         tl.store(partials_ptr + 2 * num_blocks, tl.sum(moment.to(tl.float64), 0))
         tl.store(partials_ptr + 3 * num_blocks, tl.max(other, 0).to(tl.float64))
 
-    @triton.jit
+    @kernel()
     def _row_kernel(
         scores_ptr, row_stride, vocab, tokens_ptr, token_stride, partials_ptr, num_blocks, out_ptr,
         NUM_BLOCKS: tl.constexpr,

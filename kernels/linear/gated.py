@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -17,7 +17,9 @@ if triton is not None:
 
     from specdec.kernels.overlap import wait_for_previous_kernel
 
+FEW_ROWS = 512
 BLOCK = 1024
+BLOCK_OF_MANY = 2048  # of many rows, which fill the device anyway
 
 
 def silu_mul(gate_up: Tensor, implementation: str = "auto") -> Tensor:
@@ -42,8 +44,9 @@ def _gated(gate_up: Tensor, is_gelu: bool, implementation: str) -> Tensor:
     size = rows.shape[1] // 2
     out = torch.empty(len(rows), size, dtype=rows.dtype, device=rows.device)
     if out.numel():
-        grid = len(rows), triton.cdiv(size, BLOCK)
-        _gated_kernel[grid](rows, out, size, IS_GELU=is_gelu, BLOCK=BLOCK, **overlap_options(rows))
+        block = BLOCK if len(rows) <= FEW_ROWS else BLOCK_OF_MANY
+        grid = len(rows), triton.cdiv(size, block)
+        _gated_kernel[grid](rows, out, size, IS_GELU=is_gelu, BLOCK=block, **overlap_options(rows))
     return out.view(*gate_up.shape[:-1], size)
 
 
@@ -79,7 +82,7 @@ if triton is not None:
         def _tanh(x):
             return libdevice.tanh(x)
 
-    @triton.jit
+    @kernel()
     def _gated_kernel(in_ptr, out_ptr, size, IS_GELU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
         wait_for_previous_kernel(OVERLAP)
         row = tl.program_id(0).to(tl.int64)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
-from specdec.kernels.linear.linear_tiles import Tile, choose_tile
+from specdec.kernels.dispatch import kernel, triton, uses_triton
+from specdec.kernels.linear.descriptor_linear import MAX_WEIGHTS, descriptor_linears, fits_descriptors
+from specdec.kernels.linear.linear_tiles import Tile, choose_tile, pointer_tile
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -24,8 +25,6 @@ if triton is not None:
     from specdec.kernels.overlap import wait_for_previous_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_WEIGHTS = 3
-GROUP_ROWS = 8  # row blocks that share a pass over the weights while it is in the cache
 
 
 def in_order_linear(
@@ -47,7 +46,8 @@ def in_order_linears(
 ) -> Tensor:
     """One to three linears of the same x side by side, [..., out1 + out2 + ...]: each bit for bit as computed alone.
 
-    weights: [out_i, in] each; biases: [out_i] each, or None for all of them.
+    weights: [out_i, in] each; biases: [out_i] each, or None for all of them. Transposed views of [in, out_i] tensors
+    are read in place if all of them are such; other strides are copied.
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(biases) != len(weights):
         raise ValueError(f"{len(weights)} weights and {len(biases)} biases; need 1 to {MAX_WEIGHTS} of both")
@@ -71,8 +71,15 @@ def in_order_linears(
         raise ValueError(f"x is {x.dtype}; the kernel serves bfloat16, float16 and float32")
 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = _in_order_linears_triton(rows, [weight.contiguous() for weight in weights], biases, tile)
+    if not all(is_input_first(weight) for weight in weights):
+        weights = [weight.contiguous() for weight in weights]
+    out = _in_order_linears_triton(rows, weights, biases, tile)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def is_input_first(weight: Tensor) -> bool:
+    """Whether the [out, in] weight lies in memory as [in, out] alone, as that of GPT-2's Conv1D does."""
+    return weight.t().is_contiguous() and not weight.is_contiguous()
 
 
 def in_order_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,6 +100,11 @@ def _in_order_linears_triton(
         return out
 
     tile = tile or choose_tile(num_rows, sum(sizes), size_in, x.dtype)
+    if tile.descriptors and fits_descriptors(x, weights):
+        descriptor_linears(x, weights, biases, out, tile)
+        return out
+    tile = pointer_tile(num_rows, x.dtype) if tile.descriptors else tile
+
     num_out_blocks = sum(triton.cdiv(size, tile.block_out) for size in sizes)
     absent = MAX_WEIGHTS - len(weights)
 
@@ -111,10 +123,11 @@ def _in_order_linears_triton(
         HAS_BIAS=biases[0] is not None,
         EVEN_IN=size_in % tile.block_in == 0,
         SWAPPED=tile.swapped,
+        INPUT_FIRST=is_input_first(weights[0]),
         BLOCK_ROWS=tile.block_rows,
         BLOCK_OUT=tile.block_out,
         BLOCK_IN=tile.block_in,
-        GROUP=GROUP_ROWS,
+        GROUP=tile.group,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
         **overlap_options(x),
@@ -124,7 +137,7 @@ def _in_order_linears_triton(
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_rows"])
+    @kernel(do_not_specialize=["num_rows"])
     def _in_order_linear_kernel(
         x_ptr,
         weight_ptr,
@@ -143,6 +156,7 @@ if triton is not None:
         HAS_BIAS: tl.constexpr,
         EVEN_IN: tl.constexpr,
         SWAPPED: tl.constexpr,
+        INPUT_FIRST: tl.constexpr,
         BLOCK_ROWS: tl.constexpr,
         BLOCK_OUT: tl.constexpr,
         BLOCK_IN: tl.constexpr,
@@ -181,6 +195,7 @@ if triton is not None:
         wait_for_previous_kernel(OVERLAP)
         inner = tl.arange(0, BLOCK_IN)
         row_ok = row < num_rows
+        weight_row = column if INPUT_FIRST else column * size_in
         column_ok = column < size_out
         if SWAPPED:  # few rows: the weights fill the tensor core's longer side
             total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
@@ -188,14 +203,15 @@ if triton is not None:
             total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
         for k in tl.range(0, size_in, BLOCK_IN, num_stages=NUM_STAGES):
             place = k + inner
+            weight_column = place.to(tl.int64) * size_out if INPUT_FIRST else place
             if SWAPPED:
-                left = weight_ptr + column[:, None] * size_in + place[None, :]
+                left = weight_ptr + weight_row[:, None] + weight_column[None, :]
                 right = x_ptr + row[None, :] * size_in + place[:, None]
                 left_ok = column_ok[:, None]
                 right_ok = row_ok[None, :]
             else:
                 left = x_ptr + row[:, None] * size_in + place[None, :]
-                right = weight_ptr + column[None, :] * size_in + place[:, None]
+                right = weight_ptr + weight_row[None, :] + weight_column[:, None]
                 left_ok = row_ok[:, None]
                 right_ok = column_ok[None, :]
             if not EVEN_IN:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import kernel, triton, uses_triton
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -101,8 +101,11 @@ def _rms_norm_triton(
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, implementation: str = "auto"
 ) -> Tensor:
-    """(x - mean) / std * weight + bias over the last dimension, in float32. x: [..., size], weight and bias: [size]."""
-    _check(x, weight, bias)
+    """(x - mean) / std * weight + bias over the last dimension, in float32. x: [..., size], weight and bias: [size].
+
+    Or x: [..., groups, size] with a weight, and a bias, for each group (the norms per head of Cohere): [groups, size].
+    """
+    _check(x, weight, bias, may_be_grouped=True)
     if not uses_triton(implementation, x):
         return layer_norm_reference(x, weight, bias, eps)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -115,6 +118,7 @@ def layer_norm(
             bias,
             out,
             rows.shape[1],
+            1 if weight is None or weight.dim() == 1 else len(weight),
             eps,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
@@ -144,12 +148,14 @@ def sum_in_pairs(x: Tensor) -> Tensor:
     return x
 
 
-def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, may_be_grouped: bool = False) -> None:
+    is_grouped = may_be_grouped and weight is not None and weight.dim() == 2 and x.dim() > 1
+    need = x.shape[-2:] if is_grouped else x.shape[-1:]
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
-            raise ValueError(f"{name} {list(parameter.shape)} does not fit x {list(x.shape)}; need [{x.shape[-1]}]")
+        if parameter is not None and parameter.shape != need:
+            raise ValueError(f"{name} {list(parameter.shape)} does not fit x {list(x.shape)}; need {list(need)}")
         if parameter is not None and not parameter.is_contiguous():
-            raise ValueError(f"{name} has stride {parameter.stride(0)}; make it contiguous")
+            raise ValueError(f"{name} has strides {parameter.stride()}; make it contiguous")
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; cast it to a floating-point dtype")
 
@@ -161,7 +167,7 @@ def _num_warps(block: int) -> int:
 
 if triton is not None:
 
-    @triton.jit
+    @kernel()
     def _rms_norm_kernel(
         x_ptr,
         residual_ptr,
@@ -201,13 +207,14 @@ if triton is not None:
                 y = y * weight.to(tl.float32)
         tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @kernel()
     def _layer_norm_kernel(
         x_ptr,
         weight_ptr,
         bias_ptr,
         out_ptr,
         size,
+        num_groups,
         eps,
         HAS_WEIGHT: tl.constexpr,
         HAS_BIAS: tl.constexpr,
@@ -221,8 +228,9 @@ if triton is not None:
         x = tl.load(x_ptr + row * size + column, mask=inside, other=0.0).to(tl.float32)
         centred = tl.where(inside, x - tl.sum(x, 0) / size, 0.0)
         y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / size + eps)
+        place = row % num_groups * size + column
         if HAS_WEIGHT:
-            y = y * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            y = y * tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            y = y + tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            y = y + tl.load(bias_ptr + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * size + column, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -10,7 +10,7 @@ brings up to date for those that wait.
 
 from __future__ import annotations
 
-from specdec.kernels.dispatch import triton
+from specdec.kernels.dispatch import kernel, triton
 
 if triton is not None:
     import triton.language as tl
@@ -502,7 +502,7 @@ if triton is not None:
             tl.store(logits_ptr + place, total.to(logits_ptr.dtype.element_ty), mask=ok)
             tile = following
 
-    @triton.jit(do_not_specialize=["rows", "width", "num_layers", "num_text_slots"])
+    @kernel(do_not_specialize=["rows", "width", "num_layers", "num_text_slots"])
     def persistent_step_kernel(
         token_ids_ptr, starts_ptr, table_ptr, arrived_ptr, embedding_ptr, norm_ptr, head_ptr, cos_ptr, sin_ptr,
         hidden_ptr, qkv_ptr, partial_ptr, weights_ptr, gated_ptr, normed_ptr, logits_ptr,

@@ -57,6 +57,7 @@ def generate(
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
     length_policy: LengthPolicy | str | None = None,
+    exact: bool = True,
     **options: Any,
 ) -> Tensor | SpeculativeOutput:
     """Decode a batch of prompts: greedily, token for token what `model.generate` writes for each of them alone, or with
@@ -88,6 +89,9 @@ def generate(
     length_policy: how far each row is drafted in each step, "fixed", "heuristic", "confidence", "acceptance_head",
         "disco", "cost_model", or a LengthPolicy; see docs/length-policies.md. None is "fixed". transformers'
         `num_assistant_tokens_schedule=` and `assistant_confidence_threshold=` choose one too.
+    exact: on a GPU, run target and draft model with batch-invariant kernels where they have them, so that greedy output
+        is plain greedy decoding's in half precision too, and steps are captured (docs/gpu.md). False keeps the models'
+        own modules and kernels.
     options: the fields of GenerationConfig, over `generation_config` over the model's own; those that would need
         beams are refused.
 
@@ -109,7 +113,7 @@ def generate(
     randomness = Randomness(seed, generator, verification).checked(bool(config.do_sample), speculation.drafter)
     callbacks = Callbacks(streamer, logits_processor, prefix_allowed_tokens_fn, stopping_criteria, tokenizer, on_commit)
     copies = whole_number("num_return_sequences", config.num_return_sequences or 1)
-    return _generate(model, input_ids, attention_mask, speculation, config, callbacks, randomness, copies)
+    return _generate(model, input_ids, attention_mask, speculation, config, callbacks, randomness, exact, copies)
 
 
 def speculative(
@@ -124,13 +128,14 @@ def speculative(
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
     length_policy: LengthPolicy | str | None = None,
+    exact: bool = True,
 ) -> Callable[..., Tensor | SpeculativeOutput]:
     """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.
 
     Everything else is configured on `model.generate` as usual. streamer, tokenizer, stop_strings: transformers keeps
     these from a custom loop (and a streamer given to it prints the prompt alone), so they are given here, as are our
-    own seed, generator, verification, layout and length policy. An `assistant_model` given to transformers never
-    arrives either.
+    own seed, generator, verification, layout, length policy and exact. An `assistant_model` given to transformers
+    never arrives either.
     """
     if drafter is None:
         raise DrafterError("speculative() needs a drafter; for plain decoding call model.generate without it")
@@ -168,7 +173,7 @@ def speculative(
         # A drafter of its own for each call, unless the caller made one.
         speculation = speculative_config(drafter, num_speculative_tokens, **choice, target=model)
         checked = randomness.checked(bool(config.do_sample), speculation.drafter)
-        return _generate(model, input_ids, mask, speculation, config, callbacks, checked)
+        return _generate(model, input_ids, mask, speculation, config, callbacks, checked, exact)
 
     return custom_generate
 
@@ -181,6 +186,7 @@ def _generate(
     config: GenerationConfig,
     callbacks: Callbacks,
     randomness: Randomness,
+    exact: bool,
     copies: int = 1,
 ) -> Tensor | SpeculativeOutput:
     """Every row is a request of one engine. copies: rows per prompt."""
@@ -195,6 +201,7 @@ def _generate(
         num_speculative_tokens=speculation.num_speculative_tokens,
         verification=randomness.verification,
         layout=speculation.layout,
+        exact=exact,
         order=TOGETHER,
         on_commit=callbacks.on_commit,
     )

@@ -98,6 +98,7 @@ def generate_many(
     verification: str | Lossy = "token",
     layout: Layout | str = "ragged",
     length_policy: LengthPolicy | str | None = None,
+    exact: bool = True,
     **options: Any,
 ) -> Completions:
     """Decode any number of prompts in a batch of `max_rows`: a row that finishes is replaced at once.
@@ -138,6 +139,7 @@ def generate_many(
         num_speculative_tokens=speculation.num_speculative_tokens,
         verification=verification,
         layout=speculation.layout,
+        exact=exact,
         max_rows=max_rows,
         kv_tokens=kv_tokens,
         prefill_tokens=prefill_tokens,

@@ -172,12 +172,14 @@ def transformers_method(
     return Method(name, batch_size, False, k, decode)
 
 
-def our_method(pair: Pair, way: Way, drafter: Drafter | PreTrainedModel | str | None, max_new_tokens: int) -> Method:
+def our_method(
+    pair: Pair, way: Way, drafter: Drafter | PreTrainedModel | str | None, max_new_tokens: int, exact: bool = True
+) -> Method:
     """drafter: the object for `way.drafter` that `specdec.generate` takes; None for plain decoding."""
 
     def decode(batch: Batch, clock: StepClock | None = None) -> Decoded:
         k = way.num_speculative_tokens
-        return generate(pair, batch, drafter, k, max_new_tokens, clock, generate_options(way))
+        return generate(pair, batch, drafter, k, max_new_tokens, clock, {**generate_options(way), "exact": exact})
 
     name = f"specdec {way.name}"
     return Method(name, way.batch_size, True, way.num_speculative_tokens, decode, dict(way.options))
@@ -188,10 +190,11 @@ def our_methods(
     ways: Sequence[Way],
     drafters: Mapping[str, Drafter | PreTrainedModel | str],
     max_new_tokens: int,
+    exact: bool = True,
 ) -> list[Method]:
     """drafters: by the names used in the ways."""
     named = {NO_DRAFTER: None, **drafters}
-    return [our_method(pair, way, named[way.drafter], max_new_tokens) for way in ways]
+    return [our_method(pair, way, named[way.drafter], max_new_tokens, exact) for way in ways]
 
 
 def generate(

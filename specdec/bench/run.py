@@ -22,6 +22,7 @@ from specdec.bench.stages import profile
 from specdec.bench.suite import Question, Suite, ask, of_length
 from specdec.bench.sweeps import forced_acceptance
 from specdec.check.equivalence import check_prompts
+from specdec.check.oracle import is_exact, oracle_of
 from specdec.check.referee import name_of
 from specdec.check.settings import greedy_settings
 from specdec.check.ways import PLAIN as NO_DRAFTER
@@ -40,7 +41,8 @@ class BenchPlan:
     """ways: our methods, run at every batch size. rates: forced acceptances to sweep. context_lengths: prompt lengths
     to sweep.
     with_peers: whether transformers' speculating methods run too; its plain decoding always does. repeats: timed runs
-    of every method. profiling: also run with a clock around the stages. max_prompt_tokens: see `suite.ask`.
+    of every method. profiling: also run with a clock around the stages. exact: as in `generate`. max_prompt_tokens: see
+    `suite.ask`.
     """
 
     ways: Sequence[Way]
@@ -53,6 +55,7 @@ class BenchPlan:
     context_lengths: Sequence[int] = ()
     with_peers: bool = True
     profiling: bool = True
+    exact: bool = True
     max_prompt_tokens: int | None = None
 
 
@@ -91,10 +94,10 @@ def run(
 
     with greedy_settings(model), evaluating(model), older_objects_left_alone():
         log(f"decoding {len(questions)} questions plainly, one by one")
-        suite = ask(model, subject.tokenizer, questions, plan.max_new_tokens, plan.max_prompt_tokens)
-
-        suites = [suite]
-        suites += [of_length(suite, length, model, plan.max_new_tokens) for length in plan.context_lengths]
+        with oracle_of(model, plan.exact):
+            suite = ask(model, subject.tokenizer, questions, plan.max_new_tokens, plan.max_prompt_tokens)
+            suites = [suite]
+            suites += [of_length(suite, length, model, plan.max_new_tokens) for length in plan.context_lengths]
         pairs = [Pair(subject.name, model, subject.draft, one.prompts) for one in suites]
         for pair in pairs:
             check_suite(pair, subject, plan)
@@ -113,6 +116,7 @@ def run(
         **{name: getattr(plan, name) for name in ("seed", "repeats", "max_new_tokens")},
         "device": model.device.type,
         "batch_invariant": is_batch_invariant(model),
+        "exact": is_exact(model, plan.exact),
         "dtype": name_of(model.dtype),
         "models": describe_pair(pairs[0]),
         "memory_bandwidth_bytes_per_s": bandwidth,
@@ -149,8 +153,8 @@ def check_suite(pair: Pair, subject: Subject, plan: BenchPlan) -> None:
 def methods_of(subject: Subject, pair: Pair, suite: Suite, plan: BenchPlan) -> list[Method]:
     length = plan.max_new_tokens
     found = peers(pair, length, plan.batch_sizes) if plan.with_peers else plain_peers(pair, length, plan.batch_sizes)
-    found += our_methods(pair, plan.ways, subject.drafters, length)
-    return found + forced_acceptance(pair, suite.reference, plan.rates, plan.ks, plan.batch_sizes, length)
+    found += our_methods(pair, plan.ways, subject.drafters, length, plan.exact)
+    return found + forced_acceptance(pair, suite.reference, plan.rates, plan.ks, plan.batch_sizes, length, plan.exact)
 
 
 def plain_peers(pair: Pair, max_new_tokens: int, batch_sizes: Sequence[int]) -> list[Method]:

@@ -20,6 +20,7 @@ def forced_acceptance(
     ks: Sequence[int],
     batch_sizes: Sequence[int],
     max_new_tokens: int,
+    exact: bool = True,
 ) -> list[Method]:
     """One method per rate, K and batch size. reference: the target's greedy continuations, the source of drafts."""
     continuations = [torch.tensor(tokens) for tokens in reference]
@@ -27,7 +28,7 @@ def forced_acceptance(
     def method(rate: float, k: int, batch_size: int) -> Method:
         def decode(batch: Batch, clock: StepClock | None = None) -> Decoded:
             drafter = Synthetic(rate, [continuations[index] for index in batch.prompt_indices])
-            return generate(pair, batch, drafter, k, max_new_tokens, clock)
+            return generate(pair, batch, drafter, k, max_new_tokens, clock, {"exact": exact})
 
         return Method(f"{SYNTHETIC} {rate:g}", batch_size, True, k, decode)
 

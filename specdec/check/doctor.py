@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,24 +16,39 @@ from specdec.drafter import Drafter
 from specdec.errors import SpecDecError, UnsupportedModelError
 from specdec.files.environment import machine, versions
 from specdec.network.base import vocab_size_of
-from specdec.network.choose import build_network
+from specdec.network.choose import build_network, service_of
 from specdec.network.free_memory import free_bytes
 from specdec.network.invariant.swap import batch_invariant, invariant_forward
+from specdec.network.kept_forwards import kept_bytes
 from specdec.network.memory import PROBE_SLOTS, Footprint, footprint
 from specdec.network.refusals import check_architecture, check_lengths
 from specdec.options.speculation import check_drafter
 
 # What each network is, by its class.
-NETWORKS = {"FusedNetwork": "fused", "InvariantNetwork": "invariant", "StockNetwork": "stock"}
+NETWORKS = {
+    "FusedNetwork": "fused",
+    "InvariantNetwork": "invariant",
+    "SwappedNetwork": "swapped",
+    "CapturedSwapped": "swapped, captured",
+    "StockNetwork": "stock",
+    "CapturedStock": "stock, captured",
+}
+EXACT_NOTE = "exact: greedy output is plain greedy decoding's, token for token, at any batch and with any drafter"
+HALF_NOTE = (
+    "half precision: batches and drafts round otherwise than single tokens, so greedy tokens may differ; only "
+    "batch-invariant kernels are exact"
+)
 MAX_NAMED = 5  # modules that are named one by one
 
 
 @dataclass(frozen=True)
 class Served:
-    """network: "fused", "invariant" or "stock"; None with the reason where the layout does not serve the model."""
+    """network: one of `NETWORKS`; None where the layout does not serve the model. is_exact: whether its bits depend on
+    no batch. reason: why it is served so, or not."""
 
     network: str | None
     reason: str = ""
+    is_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,8 @@ class Memory:
 
     target, draft: see `Footprint`. total: with `batch_size` rows of `length` tokens and a step's logits, without
     activations. still_needed: the total without the weights, which are loaded already. available: free bytes of the
-    device. max_rows: how many rows of that length fit.
+    device. max_rows: how many rows of that length fit. kept: bytes that earlier generations left allocated, which
+    `specdec.release()` gives back.
     """
 
     target: Footprint
@@ -84,6 +101,7 @@ class Memory:
     still_needed: int
     available: int
     max_rows: int
+    kept: int
 
     @property
     def fits(self) -> bool:
@@ -164,21 +182,19 @@ def served(model: PreTrainedModel, layout: Layout) -> Served:
     """Find out by building the network, which probes the model over this layout's cache."""
     try:
         check_architecture(model, layout)
-        network = build_network(model, 1, PROBE_SLOTS, layout=layout)
+        service = service_of(model, layout)
     except UnsupportedModelError as error:
         return Served(None, str(error))
-    return Served(NETWORKS[type(network).__name__])
+    return Served(NETWORKS[service.network_type.__name__], service.reason, service.is_exact)
 
 
 def exactness(model: PreTrainedModel) -> Exactness:
     modules, obstacles = swappable(model)
     half = model.dtype in (torch.bfloat16, torch.float16)
-    note = (
-        "half precision: batches and drafts round otherwise than single tokens, so greedy tokens may differ; only "
-        "batch_invariant is exact"
-        if half
-        else "equal to plain greedy up to ties within rounding, which `specdec check` finds and judges"
-    )
+    with suppress(UnsupportedModelError):
+        if service_of(model).is_exact:
+            return Exactness(EXACT_NOTE, modules, [], True, "", NETWORKS[service_of(model).network_type.__name__])
+    note = HALF_NOTE if half else "equal to plain greedy up to ties within rounding, which `specdec check` judges"
     num_threads = torch.get_num_threads()
     try:
         if model.device.type == "cpu":
@@ -238,4 +254,6 @@ def memory_for(
     taken = sum(part.total(0, slots, step) for part, step in parts)
     per_row = sum(part.total(1, slots, step) for part, step in parts) - taken
     available = free_bytes(model.device)
-    return Memory(target, drafted, batch_size, length, total, total - taken, available, available // max(per_row, 1))
+    return Memory(
+        target, drafted, batch_size, length, total, total - taken, available, available // max(per_row, 1), kept_bytes()
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.check.oracle import Run, run_plain, run_speculative
+from specdec.check.oracle import Run, is_exact, oracle_of, run_plain, run_speculative
 from specdec.check.progress import OnProgress, tell
 from specdec.check.referee import TIE_MULTIPLE, Referee, name_of
 from specdec.check.settings import greedy_settings
@@ -60,7 +60,8 @@ class EquivalenceReport:
 
     Rates count new tokens up to each row's end; plain decoding runs one prompt at a time. margin_dtype: None if nothing
     had to be judged; margin_note: why it is not float64. options: further keywords of `generate`. ignored_settings:
-    what the model's generation config asks for and neither run did.
+    what the model's generation config asks for and neither run did. is_exact: whether the target ran batch-invariant
+    kernels, in both runs; then every difference is a bug.
     """
 
     num_prompts: int
@@ -79,6 +80,7 @@ class EquivalenceReport:
     margin_note: str
     options: dict[str, Any] = field(default_factory=dict)
     ignored_settings: dict[str, Any] = field(default_factory=dict)
+    is_exact: bool = False
 
     @property
     def equivalent(self) -> bool:
@@ -116,17 +118,21 @@ def check_equivalence(
     num_speculative_tokens: int = DEFAULT_FIXED,
     max_new_tokens: int = 64,
     on_progress: OnProgress | None = None,
+    exact: bool = True,
 ) -> EquivalenceReport:
     """Decode all prompts plainly and speculatively, compare token ids, judge the differences.
 
     prompts: [length] integer tensors without padding. drafter: as in `specdec.generate`; None checks plain decoding.
-    batch_size: rows decoded together. Both runs are greedy, whatever the model's generation config says.
+    batch_size: rows decoded together. exact: as in `generate`. Both runs are greedy, whatever the model's generation
+    config says.
 
     Raises SpecDecError before any token is generated if something cannot be checked.
     """
     speculation = speculative_config(drafter, None if drafter is None else num_speculative_tokens, target=model)
     way = Way(speculation.drafter.name, speculation.num_speculative_tokens, batch_size)
-    return check_matrix(model, prompts, [way], {way.drafter: speculation.drafter}, max_new_tokens, on_progress)[0]
+    return check_matrix(model, prompts, [way], {way.drafter: speculation.drafter}, max_new_tokens, on_progress, exact)[
+        0
+    ]
 
 
 def check_matrix(
@@ -136,6 +142,7 @@ def check_matrix(
     drafters: Mapping[str, Drafter | PreTrainedModel | str],
     max_new_tokens: int = 64,
     on_progress: OnProgress | None = None,
+    exact: bool = True,
 ) -> list[EquivalenceReport]:
     """`check_equivalence` for every way, against one plain run. drafters: by the names that the ways give them.
 
@@ -150,16 +157,26 @@ def check_matrix(
         check_prompts(model, prompts, config, way.batch_size, max_new_tokens)
     reports = []
     with greedy_settings(model) as ignored, evaluating(model):
-        run_plain(model, prompts[:1], min(max_new_tokens, 2))
-        plain = run_plain(model, prompts, max_new_tokens, on_progress)
+        with oracle_of(model, exact):
+            run_plain(model, prompts[:1], min(max_new_tokens, 2))
+            plain = run_plain(model, prompts, max_new_tokens, on_progress)
         for way, config in zip(ways, configs, strict=True):
             # Packs, probes and compiles; long enough that drafts are verified.
             warm_up = min(max_new_tokens, config.num_speculative_tokens + 2)
-            options = generate_options(way)
+            options = {**generate_options(way), "exact": exact}
             run_speculative(model, prompts[: way.batch_size], config, way.batch_size, warm_up, options=options)
             ours = run_speculative(model, prompts, config, way.batch_size, max_new_tokens, on_progress, options)
             reports.append(compare(model, prompts, way, config, max_new_tokens, plain, ours, on_progress))
-    return [replace(report, ignored_settings=ignored) for report in reports]
+    is_same_bits = is_exact(model, exact)
+    return [settled(replace(report, ignored_settings=ignored), is_same_bits) for report in reports]
+
+
+def settled(report: EquivalenceReport, is_same_bits: bool) -> EquivalenceReport:
+    """is_same_bits: both runs had the same arithmetic, so that a difference is no tie."""
+    divergences = report.divergences
+    if is_same_bits:
+        divergences = [replace(divergence, kind=BUG) for divergence in divergences]
+    return replace(report, divergences=divergences, is_exact=is_same_bits)
 
 
 def compare(

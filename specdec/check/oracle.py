@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from specdec.check.padding import left_pad, until_end
 from specdec.check.progress import OnProgress, now, tell
 from specdec.check.settings import ends_of
 from specdec.engine.metrics import Speculation
+from specdec.network.choose import service_of
+from specdec.network.invariant.swap import batch_invariant
 from specdec.options.speculation import SpeculativeConfig
 
 
@@ -30,6 +33,17 @@ class Run:
     @property
     def tokens_per_second(self) -> float:
         return sum(map(len, self.outputs)) / self.seconds
+
+
+def is_exact(model: PreTrainedModel, exact: bool = True) -> bool:
+    """Whether `generate` runs the model with batch-invariant kernels, so that no rounding explains a difference."""
+    return service_of(model, exact=exact).is_exact
+
+
+def oracle_of(model: PreTrainedModel, exact: bool = True) -> AbstractContextManager:
+    """Within it transformers' own decoding of the model has the bits that `generate` gives: where that runs
+    batch-invariant kernels, they are swapped in."""
+    return batch_invariant(model) if is_exact(model, exact) else nullcontext()
 
 
 def run_plain(

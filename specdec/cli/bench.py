@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from specdec.cli.common import (
+    Arithmetic,
+    BatchInvariantOption,
     Count,
     DeviceOption,
     DraftOption,
     DtypeOption,
+    ExactOption,
     LayoutOption,
     LengthPoliciesOption,
     LimitOption,
@@ -73,9 +76,8 @@ def bench(
         bool, typer.Option(help="Also transformers' assisted generation and prompt lookup, at batch 1.")
     ] = True,
     stages: Annotated[bool, typer.Option(help="Also a run with a clock around the stages of a step.")] = True,
-    batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="Swap in the kernels that make half precision exact.")
-    ] = False,
+    exact: ExactOption = True,
+    batch_invariant: BatchInvariantOption = False,
     json_path: JsonOption = None,
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
@@ -103,10 +105,10 @@ def bench(
     axes = {"layout": layout, "length_policy": length_policy}
     wanted = bench_run.Wanted(
         target, draft, prompts, drafters, num_speculative_tokens, batch_size, axes, acceptance_rates, context_lengths,
-        max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, seed,
+        max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, exact, seed,
     )  # fmt: skip
     files = bench_run.Files(json_path, markdown, html, answers).checked()
-    if not bench_run.run(wanted, files, batch_invariant, dtype, device):
+    if not bench_run.run(wanted, files, Arithmetic(exact, batch_invariant), dtype, device):
         raise typer.Exit(1)
 
 

@@ -19,7 +19,7 @@ from specdec.bench.run import BenchPlan, Subject
 from specdec.bench.run import run as run_plan
 from specdec.bench.suite import read_questions
 from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers
-from specdec.cli.common import DRAFT_MODEL, LOOK_AHEAD, Models, by_kind, invariant_if, load_models, print_table
+from specdec.cli.common import DRAFT_MODEL, LOOK_AHEAD, Arithmetic, Models, by_kind, load_models, print_table
 from specdec.cli.demo import shipped_pair
 from specdec.drafters.registry import DRAFTERS, listed
 from specdec.errors import ConfigError
@@ -48,6 +48,7 @@ class Wanted:
     limit: int | None
     peers: bool
     stages: bool
+    exact: bool
     seed: int
 
     def with_defaults(self) -> Wanted:
@@ -79,7 +80,7 @@ class Wanted:
         rates = () if self.acceptance_rates is None else probabilities("--acceptance-rates", self.acceptance_rates)
         return BenchPlan(
             ways(self.drafters(), ks, sizes, axis_values(self.axes)), sizes, ks, self.max_new_tokens, self.repeats,
-            self.seed, rates, lengths, self.peers, self.stages, self.max_prompt_tokens,
+            self.seed, rates, lengths, self.peers, self.stages, self.exact, self.max_prompt_tokens,
         )  # fmt: skip
 
     def load(self, device: str, dtype: str | None) -> Models:
@@ -146,7 +147,7 @@ def probabilities(option: str, text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def run(wanted: Wanted, files: Files, batch_invariant: bool, dtype: str | None, device: str) -> bool:
+def run(wanted: Wanted, files: Files, arithmetic: Arithmetic, dtype: str | None, device: str) -> bool:
     """Measure, print, write. Returns whether all of our methods are equal."""
     wanted = wanted.with_defaults()
     plan = wanted.plan()
@@ -156,7 +157,7 @@ def run(wanted: Wanted, files: Files, batch_invariant: bool, dtype: str | None, 
     target = Path(str(wanted.target)).resolve()
     name = target.parent.name if target.name == "target" else target.name
     subject = Subject(name, models.target, models.draft, models.tokenizer, models.drafters())
-    with invariant_if(batch_invariant, models.target):
+    with arithmetic.swapped(models.target):
         record = run_plan(subject, questions, plan, ["specdec", *sys.argv[1:]], log, files.answers)
     files.write(record)
     print_record(record)

@@ -93,6 +93,22 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, ...")]
 
 
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact/--no-exact",
+        help="On a GPU: batch-invariant kernels, exact in half precision; or the model's own modules and kernels.",
+    ),
+]
+BatchInvariantOption = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="On a CPU: swap in the kernels' references, which make half precision exact there too; slow, one thread.",
+    ),
+]
+
+
 def check_temperature(value: float | None, for_greedy: str) -> None:
     """Raise ConfigError unless one can sample at this temperature. for_greedy: what to do instead, for the message."""
     from specdec.errors import ConfigError
@@ -230,15 +246,30 @@ def named_drafters(
     return {text: resolve(text, target, given()) for text in texts}
 
 
-def invariant_if(wanted: bool, model: PreTrainedModel) -> AbstractContextManager:
-    """`batch_invariant(model)` if requested."""
-    import torch
+@dataclass(frozen=True)
+class Arithmetic:
+    """exact: as in `generate`. batch_invariant: the kernels are swapped into the target for the whole run."""
 
-    from specdec.network.invariant.swap import batch_invariant
+    exact: bool = True
+    batch_invariant: bool = False
 
-    if wanted and model.device.type == "cpu":
-        torch.set_num_threads(1)  # several threads would split element-wise operations in ways that depend on the batch
-    return batch_invariant(model) if wanted else nullcontext()
+    def swapped(self, model: PreTrainedModel) -> AbstractContextManager:
+        """`batch_invariant(model)` if it was asked for."""
+        import torch
+
+        from specdec.network.invariant.swap import batch_invariant
+
+        if self.batch_invariant and model.device.type == "cpu":
+            torch.set_num_threads(1)  # several would split element-wise operations in ways that depend on the batch
+        return batch_invariant(model) if self.batch_invariant else nullcontext()
+
+    @contextmanager
+    def oracle(self, model: PreTrainedModel) -> Iterator[None]:
+        """The same, and where `generate` runs these kernels by itself."""
+        from specdec.check.oracle import oracle_of
+
+        with self.swapped(model), oracle_of(model, self.exact):
+            yield
 
 
 @dataclass(frozen=True)

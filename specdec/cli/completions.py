@@ -132,6 +132,7 @@ def print_completions(
     layout: str = "ragged",
     length_policy: str | None = None,
     decoding: DecodingOptions | None = None,
+    exact: bool = True,
 ) -> None:
     """Stream the text of a single prompt, or print several as they finish; a summary goes to stderr."""
     model, token_ids, decoding = models.target, models.encode(prompts), decoding or DecodingOptions()
@@ -171,6 +172,7 @@ def print_completions(
                 **choice,
                 **lengths,
                 streamer=streamer,
+                exact=exact,
                 on_commit=on_commit,
                 **decoding.options(batch),
             )

@@ -109,14 +109,17 @@ def print_diagnosis(found: Diagnosis) -> None:
     )
 
     typer.echo("\nLayouts")
-    layouts = [[name, served.network or "not served", served.reason] for name, served in found.layouts.items()]
-    print_table(["layout", "network", ""], layouts)
+    layouts = [
+        [name, served.network or "not served", "yes" if served.is_exact else "no", served.reason]
+        for name, served in found.layouts.items()
+    ]
+    print_table(["layout", "network", "exact", ""], layouts)
 
     typer.echo("\nExactness")
     typer.echo(exactness.note)
     kinds = ", ".join(f"{count} {kind}" for kind, count in exactness.modules.items())
     if exactness.invariant:
-        typer.echo(f"batch_invariant: yes, {exactness.network} network ({kinds} and the attention are swapped)")
+        typer.echo(f"batch_invariant: yes, {exactness.network} network ({kinds} and the attention have kernels)")
     else:
         typer.echo(f"batch_invariant: no ({kinds} have kernels)")
     for line in dict.fromkeys([exactness.reason, *exactness.obstacles]):
@@ -148,5 +151,6 @@ def print_memory(found: Diagnosis) -> None:
     typer.echo(
         f"{memory.batch_size} rows of {memory.length} tokens: {memory.total / MIB:.0f} MiB with weights and a step's "
         f"logits, without activations; {memory.still_needed / MIB:.0f} MiB of it besides the weights, where "
-        f"{memory.available / MIB:.0f} are free; {memory.max_rows} rows fit"
+        f"{memory.available / MIB:.0f} are free; {memory.max_rows} rows fit; {memory.kept / MIB:.0f} MiB are kept for "
+        "later calls"
     )

@@ -16,6 +16,7 @@ from specdec.cli.common import (
     DraftOption,
     DraftTokens,
     DtypeOption,
+    ExactOption,
     LengthPolicyOption,
     LimitOption,
     LookAheadOption,
@@ -88,6 +89,7 @@ def generate(
         ),
     ] = "arrival",
     limit: LimitOption = None,
+    exact: ExactOption = True,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -127,7 +129,7 @@ def generate(
         from specdec.cli.to_file import write_completions
 
         speculation = batch_size, num_speculative_tokens, max_new_tokens or DEFAULT_NEW_TOKENS
-        write_completions(models, texts, out, *speculation, layout, length_policy, kv_tokens, order)
+        write_completions(models, texts, out, *speculation, layout, length_policy, kv_tokens, order, exact)
         return
-    how = layout, length_policy, decoding
+    how = layout, length_policy, decoding, exact
     print_completions(models, texts, batch_size, num_speculative_tokens, max_new_tokens, as_json, *how)

@@ -36,6 +36,7 @@ def write_completions(
     length_policy: str | None,
     kv_tokens: int | None,
     order: str,
+    exact: bool = True,
 ) -> None:
     """Write each row once, as it finishes; show a bar and tokens/s on stderr."""
     token_ids = models.encode(list(prompts))
@@ -58,6 +59,7 @@ def write_completions(
             num_speculative_tokens=num_speculative_tokens,
             layout=layout,
             length_policy=length_policy,
+            exact=exact,
         )
         options |= dict(max_rows=max_rows, kv_tokens=kv_tokens, order=order, max_new_tokens=max_new_tokens)
         generate_many(models.target, token_ids, **options).close()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.batch.layout import Layout
 from specdec.batch.report import StepReport
-from specdec.drafter import Context
+from specdec.drafter import Context, NoDrafts
 from specdec.engine.decode import decode_steps
 from specdec.engine.decoding import Decoding
 from specdec.engine.guard import at_work, check_idle, check_shared_slots, drafting, unique_models
@@ -24,7 +24,6 @@ from specdec.engine.schedule import TOGETHER, Continuous, Schedule, Together, ch
 from specdec.engine.target import Target, check_tree
 from specdec.errors import BusyError, ConfigError
 from specdec.network.base import vocab_size_of
-from specdec.network.invariant.swap import make_batch_invariant
 from specdec.network.memory import check_memory
 from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.speculation import DrafterLike, Randomness, speculative_config
@@ -62,7 +61,7 @@ class Engine:
         num_speculative_tokens: int | None = None,
         verification: str | Lossy = "token",
         layout: Layout | str = "ragged",
-        exact: bool = False,
+        exact: bool = True,
         max_rows: int = 16,
         kv_tokens: int | None = None,
         prefill_tokens: int | None = None,
@@ -70,8 +69,8 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         on_commit: OnCommit | None = None,
     ):
-        """drafter, num_speculative_tokens, verification, layout, and policy (there `length_policy`): as in `generate`.
-        exact: run the target and a draft model with batch-invariant kernels until `close`, as `batch_invariant` does.
+        """drafter, num_speculative_tokens, verification, layout, exact, and policy (there `length_policy`): as in
+            `generate`.
         max_rows: the most rows of a step. kv_tokens, prefill_tokens, order: as in `generate_many`.
         tokenizer: the target's, for stop strings. on_commit: called with a `StepReport` after each step.
 
@@ -88,7 +87,7 @@ class Engine:
         check_architecture(model, speculation.layout)
         speculation.check(model, 1)
 
-        self.model, self.on_commit, self.verification = model, on_commit, verification
+        self.model, self.on_commit, self.verification, self.exact = model, on_commit, verification, exact
         self.drafter, self.policy, self.layout = speculation.drafter, speculation.length_policy, speculation.layout
         self.num_speculative_tokens, self.spare = speculation.num_speculative_tokens, speculation.spare_slots
         self.intake = Intake(model, tokenizer)
@@ -109,10 +108,7 @@ class Engine:
         self._is_closed = self._is_running = False
         self._cause: BaseException | None = None  # of the end
         self._any_sampled = False
-        with ExitStack() as stack:
-            for one in unique_models(model, self.drafter.kv_model) if exact else ():
-                stack.callback(make_batch_invariant(one))
-            self._open = stack.pop_all()
+        self._open = ExitStack()
         # An engine that is never closed gives the models back when it is collected.
         weakref.finalize(self, self._open.close).atexit = False
 
@@ -281,9 +277,10 @@ class Engine:
             processors=self.processors,
             verification=self._verification,
             hooks=self.hooks,
+            exact=self.exact,
         )
         check_tree(target.network, self.drafter, self.num_speculative_tokens)
-        check_memory(target.network, self.layout, len(rows.slots), rows.capacity, self.drafter.kv_model)
+        check_memory(target.network, self.layout, len(rows.slots), rows.capacity, self.drafter.kv_model, self.exact)
 
         return Decoding(
             target,
@@ -304,9 +301,12 @@ class Engine:
         sampler = None if is_greedy else Sampler(self.processors, self.streams, vocab_size_of(self.model))
         watcher = self.policy if self.policy.sees else None
         network = decoding.target.network
-        context = Context(network, self.layout, self.num_speculative_tokens, sampler, watcher)
+        context = Context(network, self.layout, self.num_speculative_tokens, sampler, watcher, self.exact)
 
         self._open.enter_context(network.running())
+        if len(decoding.rows):
+            width = 1 + (0 if isinstance(self.drafter, NoDrafts) else self.num_speculative_tokens)
+            network.compile_ahead(len(decoding.rows), decoding.rows.max_length, sorted({1, width}))
         self._open.enter_context(drafting(self.drafter, self.policy, context, decoding.rows))
         self._is_running = True
 

@@ -51,11 +51,12 @@ class Target:
         processors: Processors,
         verification: Verification,
         hooks: Hooks,
+        exact: bool = True,
     ):
         """layers: the hidden states that the drafter wants to see. max_rows, num_slots: of the cache, and the tokens of
-        each row. max_length: no row grows longer; None if that is not known."""
+        each row. max_length: no row grows longer; None if that is not known. exact: as in `build_network`."""
         self.layout, self.layers = layout, layers
-        self.network = build_network(model, max_rows, num_slots, max_length, layout)
+        self.network = build_network(model, max_rows, num_slots, max_length, layout, exact=exact)
         self.processors, self.verification, self.hooks = processors, verification, hooks
         self.vocab_size = vocab_size_of(model)
         self.is_free = False  # whether nobody looks at the outputs of the newest forward any more

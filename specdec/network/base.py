@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -78,10 +78,12 @@ class CachePlan(NamedTuple):
 class Network(ABC):
     """One model and its cache. Rows are the first rows of the cache; `keep_rows` moves them when some leave.
 
+    captures: steps are captured as CUDA graphs where the device has them, and replayed.
     runs_ahead: `forward` returns long before the device has run it, and asks the host for no row's length.
     max_tree: the most columns of a step that may be hidden from each other; None for any number.
     """
 
+    captures = False
     runs_ahead = False
     max_tree: int | None = None
 
@@ -208,6 +210,10 @@ class Network(ABC):
         columns = Columns.chain(starts, token_ids.shape[1])
         positions = self.cache.begin(columns, used_slots, host_starts=host_starts)
         self._run(token_ids, positions, torch.zeros_like(starts), ())
+
+    def compile_ahead(self, num_rows: int, prompt_length: int, widths: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Compile the kernels of prompts and of steps of these widths before they are launched; between entering
+        `running` and the first forward."""
 
     def keep_rows(self, index: Tensor) -> None:
         self.cache.keep_rows(index)

@@ -15,9 +15,11 @@ from transformers import (
     GemmaForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.models.gemma import modeling_gemma
@@ -25,8 +27,10 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 # Rotations that depend only on the position; "dynamic" and "longrope" also depend on the longest sequence.
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -63,7 +67,13 @@ GEMMA_LIKE: dict[type, Family] = {
     Gemma2ForCausalLM: Family(modeling_gemma2, "Gemma2", GELU_TANH, SANDWICH_NORMS, caps_scores=True, caps_logits=True),
     Gemma3ForCausalLM: Family(modeling_gemma3, "Gemma3", GELU_TANH, SANDWICH_NORMS, caps_logits=True),
 }
-FAMILIES = {**LLAMA_LIKE, **GEMMA_LIKE}
+# Llama-like, with a mixture of experts in place of the MLP of some layers or all.
+MIXTURES: dict[type, Family] = {
+    MixtralForCausalLM: Family(modeling_mixtral, "Mixtral"),
+    Qwen3MoeForCausalLM: Family(modeling_qwen3_moe, "Qwen3Moe"),
+}
+FAMILIES = {**LLAMA_LIKE, **GEMMA_LIKE, **MIXTURES}
+ONE_WINDOW = (MistralForCausalLM, *MIXTURES)  # in all layers, if any
 EMBEDDINGS = (
     nn.Embedding,
     *(getattr(family.modeling, f"{family.prefix}TextScaledWordEmbedding") for family in GEMMA_LIKE.values()),
@@ -93,16 +103,43 @@ def is_known_layer(model: PreTrainedModel, layer: Any) -> bool:
     """Whether a layer has the parts that it was built with, by their types."""
     family = FAMILIES[type(model)]
     module, prefix = family.modeling, family.prefix
-    parts = {"self_attn": "Attention", "mlp": "MLP", **dict.fromkeys(family.norms, "RMSNorm")}
+    parts = {"self_attn": "Attention", **dict.fromkeys(family.norms, "RMSNorm")}
     if type(layer) is not getattr(module, f"{prefix}DecoderLayer"):
         return False
     if any(type(getattr(layer, part)) is not getattr(module, prefix + kind) for part, kind in parts.items()):
         return False
-    block, mlp = layer.self_attn, layer.mlp
-    linears = (block.q_proj, block.k_proj, block.v_proj, block.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if not all(isinstance(linear, nn.Linear) for linear in linears):
+    block = layer.self_attn
+    if not all(isinstance(linear, nn.Linear) for linear in (block.q_proj, block.k_proj, block.v_proj, block.o_proj)):
         return False
-    return isinstance(mlp.act_fn, family.activations) and len(set(head_norm_eps(block))) <= 1
+    if len(set(head_norm_eps(block))) > 1:
+        return False
+    return is_known_mixture(model, layer.mlp) if is_mixture(model, layer.mlp) else is_known_mlp(family, layer.mlp)
+
+
+def is_known_mlp(family: Family, mlp: Any) -> bool:
+    if type(mlp) is not getattr(family.modeling, f"{family.prefix}MLP", None):
+        return False
+    linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return all(isinstance(linear, nn.Linear) for linear in linears) and isinstance(mlp.act_fn, family.activations)
+
+
+def is_mixture(model: PreTrainedModel, mlp: Any) -> bool:
+    """Whether a layer's MLP is the mixture of experts of the model's class."""
+    family = MIXTURES.get(type(model))
+    return family is not None and type(mlp) is getattr(family.modeling, f"{family.prefix}SparseMoeBlock")
+
+
+def is_known_mixture(model: PreTrainedModel, mlp: Any) -> bool:
+    family = MIXTURES[type(model)]
+    parts = {"gate": "TopKRouter", "experts": "Experts"}
+    if any(
+        type(getattr(mlp, part)) is not getattr(family.modeling, family.prefix + kind) for part, kind in parts.items()
+    ):
+        return False
+    weights = (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj)
+    return all(type(weight) is nn.Parameter for weight in weights) and isinstance(
+        mlp.experts.act_fn, family.activations
+    )
 
 
 def head_norm_eps(block: Any) -> list[float]:
@@ -133,7 +170,7 @@ def windows(model: PreTrainedModel) -> list[int | None]:
     """Each layer's sliding window, None for full attention."""
     config = model.config
     window = getattr(config, "sliding_window", None)
-    if type(model) is MistralForCausalLM:
+    if type(model) in ONE_WINDOW:
         return [window] * config.num_hidden_layers
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in types]

@@ -14,10 +14,11 @@ from specdec.batch.layout import Layout, Ragged
 from specdec.errors import ConfigError
 from specdec.kept import kept_with
 from specdec.network.base import Network, vocab_size_of
-from specdec.network.choose import build_network, choose_network
+from specdec.network.choose import build_network, service_of
 from specdec.network.free_memory import free_bytes
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.kept_forwards import release_others
 from specdec.network.probe import NetworkType, probe_key
 
 GIB = 2**30
@@ -74,10 +75,13 @@ def check_memory(
     max_rows: int,
     num_slots: int,
     draft_model: PreTrainedModel | None = None,
+    exact: bool = True,
 ) -> None:
     """Raise ConfigError if the keys and values of the target and of a draft model do not fit.
 
-    max_rows, num_slots: rows of each cache, and tokens of each row.
+    max_rows, num_slots: rows of each cache, and tokens of each row. exact: as in `build_network`. What is kept for
+    other models is given back first where it is in the way.
+
     Activations are not counted, so a generation that passes may still run out of memory. Only `LIMITED_DEVICES` are
     asked.
     """
@@ -87,13 +91,16 @@ def check_memory(
 
     needs = {"target": cache_bytes(cast(NetworkType, type(target)), target.model, max_rows, num_slots, layout)}
     if draft_model is not None:
-        draft_type = choose_network(draft_model, layout, must_be_exact=False)
+        draft_type = service_of(draft_model, layout, must_be_exact=False, exact=exact).network_type
         needs["draft model"] = cache_bytes(draft_type, draft_model, max_rows, num_slots, layout)
 
     needed = sum(bytes_ for bytes_, _ in needs.values())
+    if not needed:
+        return
     freed = sum(freed_bytes for _, freed_bytes in needs.values())
     available = free_bytes(device) + freed
     if needed > available:
+        release_others(target.model, draft_model)
         gc.collect()  # models and caches that only reference cycles keep
         available = free_bytes(device) + freed
 
@@ -123,16 +130,15 @@ def kv_bytes_per_token(network_type: NetworkType, model: PreTrainedModel, layout
 
     # Other families cache in shapes of their own, so the size is measured once, in a forward over one token.
     key = ("bytes of a token", *probe_key(model, network_type, layout))
-    return kept_with(
-        model, key, lambda: measured_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)) / PROBE_SLOTS
-    )
+    return kept_with(model, key, lambda: measured_bytes(network_type(model, 1, PROBE_SLOTS, layout=layout)))
 
 
 @torch.no_grad()
-def measured_bytes(network: Network) -> int:
-    """Bytes of the network's cache after a forward over one token of one row."""
+def measured_bytes(network: Network) -> float:
+    """Bytes that the network's cache takes for a token of a row, found by a forward over one token."""
     device = network.model.device
     with network.running():
         nothing = torch.zeros(1, dtype=torch.long, device=device)
         network.forward(nothing[:, None], nothing, 1)
-    return network.cache.nbytes
+        cache = network.cache  # a captured network has rounded its size up
+        return cache.nbytes / (cache.max_rows * cache.num_slots)

@@ -7,18 +7,24 @@ wrongly.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.batch.layout import Layout, Repad
+from specdec.batch.layout import Layout, Ragged, Repad
 from specdec.batch.rows import Rows
 from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
 from specdec.network.base import evaluating
+from specdec.network.captured.graphs import syncs_refused
 from specdec.network.fused import FusedNetwork
+from specdec.network.invariant.experts import has_experts
 from specdec.network.invariant.network import InvariantNetwork
-from specdec.network.stock import StockNetwork
+from specdec.network.invariant.swap import batch_invariant
+from specdec.network.stock import StockNetwork, SwappedNetwork
 
 # Differences that rounding can explain, relative to the spread of the logits. Trained models in bfloat16 show 0.01 to
 # 0.02, routers that flip 0.15, wrong masks or positions 0.35 and more. A float64 model gets more than float64 would
@@ -108,22 +114,31 @@ def probe_tolerance(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layout: Layout | None = None) -> float:
+def probe(
+    model: PreTrainedModel,
+    network_type: NetworkType,
+    seed: int = 0,
+    layout: Layout | None = None,
+    captured: bool = False,
+) -> float:
     """The distance of the network's logits from uncached ones, at the worst position; see `relative_difference`.
 
     Two rows of made-up tokens are prefilled, verified with drafts that turn wrong in a different column of each row,
-    rewound and verified again. Raises UnsupportedModelError if nothing was cached.
+    rewound and verified again. captured: by captured steps, where the network has them.
+
+    Raises UnsupportedModelError if nothing was cached.
     """
     width, num_true = 4, [1, 3]  # tokens of a step, and how many of the first step's tokens each row keeps
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 64
-    longest = max(1, min(9, positions - width - num_true[0]))
+    # Two rows of 8 tokens at most, so that few kernels are compiled: those that decode steps need anyway.
+    longest = max(1, min(8, positions - width - num_true[0]))
     prompt_lengths = [longest, max(1, longest - 3)]
     sequences = [
         probe_tokens(model, length + kept + width, seed + row)
         for row, (length, kept) in enumerate(zip(prompt_lengths, num_true, strict=True))
     ]
 
-    with evaluating(model):
+    with evaluating(model), _reference_modules(model, network_type):
         expected = [
             model(input_ids=ids[None].to(model.device), use_cache=False, return_dict=True).logits[0]
             for ids in sequences
@@ -131,12 +146,15 @@ def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layo
 
     rows = Rows([ids[:n] for ids, n in zip(sequences, prompt_lengths, strict=True)], 2 * width, 0, model.device)
     network = network_type(model, len(rows), rows.capacity, layout=layout)
+    if not captured:
+        network.captures = False
     differences = []
 
     def compare(row: int, logits: torch.Tensor, begin: int) -> None:
         differences.append(relative_difference(logits, expected[row][begin : begin + len(logits)]))
 
     with network.running():
+        network.compile_ahead(len(rows), longest, (width,))
         first = network.prefill(rows)
         for row, length in enumerate(prompt_lengths):
             compare(row, first[row : row + 1], length - 1)
@@ -159,6 +177,68 @@ def probe(model: PreTrainedModel, network_type: NetworkType, seed: int = 0, layo
             f"{type(model).__name__} keeps no keys and values in its cache; use transformers' own generate for it"
         )
     return torch.tensor(differences).max().item()  # NaN if any is
+
+
+def _reference_modules(model: PreTrainedModel, network_type: NetworkType) -> AbstractContextManager[Any]:
+    """What a network is compared with: the model's modules, and of a mixture's exact networks those with the kernels in
+    them. Their own check compares these with the stock ones in a way that experts chosen otherwise do not disturb."""
+    is_exact = issubclass(network_type, (InvariantNetwork, SwappedNetwork))
+    return batch_invariant(model) if is_exact and has_experts(model) else nullcontext()
+
+
+def capture_problem(model: PreTrainedModel, network_type: NetworkType) -> str:
+    """Why such a network's captured steps cannot serve the model, in words; empty if they can."""
+    try:
+        with syncs_refused():
+            difference = probe(model, network_type, captured=True)
+    except (*PROBE_ERRORS, UnsupportedModelError) as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    if not difference <= (tolerance := probe_tolerance(model)):
+        return f"they give other logits (relative difference {difference:.1e}, limit {tolerance:.0e})"
+    return ""
+
+
+def check_bits_once(model: PreTrainedModel) -> None:
+    """`check_bits`, the first time."""
+    kept_with(model, ("bits", *probe_key(model, Ragged())), lambda: check_bits(model))
+
+
+def check_bits(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless the short forward gives a token the same bits in steps of every kind.
+
+    Two rows are prefilled, decoded token by token alone, and verified together from different places.
+    """
+    width, lengths = 2, (3, 2)
+    rows = [probe_tokens(model, length + width, seed).to(model.device) for seed, length in enumerate(lengths)]
+
+    def network_of(num_rows: int) -> InvariantNetwork:
+        network = InvariantNetwork(model, num_rows, 64)
+        network.captures = False
+        return network
+
+    alone = []
+    for ids in rows:
+        with (network := network_of(1)).running():
+            steps = [
+                network.forward(ids[None, i : i + 1], torch.tensor([i], device=model.device), i + 1).logits[0]
+                for i in range(len(ids))
+            ]
+        alone.append(torch.cat(steps))
+
+    prompts = Rows([ids[:n].cpu() for ids, n in zip(rows, lengths, strict=True)], 2 * width, 0, model.device)
+    with (network := network_of(2)).running():
+        first = network.prefill(prompts)
+        tokens = torch.stack([ids[n:] for ids, n in zip(rows, lengths, strict=True)])
+        starts = torch.tensor(lengths, device=model.device)
+        verified = network.forward(tokens, starts, max(lengths) + width).logits
+    for row, length in enumerate(lengths):
+        together = torch.cat([first[row : row + 1], verified[row]])
+        if not torch.equal(together, alone[row][length - 1 :]):
+            count = int((together != alone[row][length - 1 :]).sum())
+            raise UnsupportedModelError(
+                f"{type(model).__name__} on {model.device}: {count} of {together.numel()} logits of prefill and "
+                "verification differ in their bits from those of single tokens"
+            )
 
 
 def probe_tokens(model: PreTrainedModel, length: int, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from specdec.network.invariant.graphs import capture, row_bucket
+from specdec.network.captured.graphs import capture, row_bucket
 
 if TYPE_CHECKING:
     from specdec.draft import Shown

@@ -364,7 +364,7 @@ def test_the_pair_that_ships_stands_in_for_what_is_not_said():
     from specdec.cli.demo import shipped_pair
     from specdec.errors import ConfigError
 
-    wanted = Wanted(None, None, None, None, "3", "1", {}, None, None, 8, None, 3, None, True, True, 0)
+    wanted = Wanted(None, None, None, None, "3", "1", {}, None, None, 8, None, 3, None, True, True, True, 0)
     found = wanted.with_defaults()
     assert found.target == str(shipped_pair() / "target") and found.draft == str(shipped_pair() / "draft")
     assert found.prompts == shipped_pair() / "prompts.json" and found.limit == 16

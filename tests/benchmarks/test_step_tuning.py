@@ -191,15 +191,15 @@ def test_the_table_of_a_record(tuning, tmp_path, capsys):
 
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"cells": [cell(32, SLOW), cell(48, FAST), cell(192, WRONG)]}))
-    assert tuning.main(["--table", str(record), "--buckets", "16,64,192,1024"]) == 0
+    assert tuning.main(["--table", str(record), "--buckets", "16,64,192,512"]) == 0
     printed = capsys.readouterr().out
     names = {"Tile": Tile}
     exec(printed.replace(": dict[tuple[int, int], tuple[Tile, ...]]", ""), names)
-    assert names["BUCKETS"] == (16, 64, 192, 1024)
-    assert names["DEFAULTS"] == tuple(DEFAULTS[BUCKETS.index(bucket)] for bucket in (16, 64, 256, 1024))
+    assert names["BUCKETS"] == (16, 64, 192, 512)
+    assert names["DEFAULTS"] == tuple(DEFAULTS[BUCKETS.index(bucket)] for bucket in (16, 64, 192))
     old = TUNED[6144, 4096]
-    assert names["TUNED"][6144, 4096] == (old[0], FAST, WRONG, old[BUCKETS.index(1024)])
-    assert names["TUNED"][2048, 1024][0] == TUNED[2048, 1024][0]
+    assert names["TUNED"][6144, 4096] == (old[BUCKETS.index(16)], FAST, WRONG, old[BUCKETS.index(512)])
+    assert names["TUNED"][2048, 1024][0] == TUNED[2048, 1024][BUCKETS.index(16)]
     assert f"# (6144, 4096), 32 rows: {tuple(SLOW)}" in printed
 
 

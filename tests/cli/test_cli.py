@@ -265,7 +265,7 @@ def test_look_ahead_embeddings_as_the_draft(demo_pair):
 def wanted_of(draft):
     from specdec.cli.bench_run import Wanted
 
-    return Wanted("t", str(draft), None, None, "3", "1", {}, None, None, 8, None, 3, None, True, True, 0)
+    return Wanted("t", str(draft), None, None, "3", "1", {}, None, None, 8, None, 3, None, True, True, True, 0)
 
 
 def test_check_takes_drafters_with_options(pair, tmp_path):

@@ -20,6 +20,8 @@ from specdec.options.generation import NEUTRAL, SERVED, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+# Of several scripts, in a file of their own.
+SHARED_OPTIONS = (ROOT / "benchmarks" / "pairs.py").read_text() + "--help"
 
 
 def blocks(text, language):
@@ -80,7 +82,7 @@ def test_the_readmes_commands_run(command, monkeypatch):
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.parametrize("name", ["certifying.md", "reading-the-report.md", "choosing.md", "engine.md"])
+@pytest.mark.parametrize("name", ["certifying.md", "reading-the-report.md", "choosing.md", "engine.md", "gpu.md"])
 def test_a_pages_python_and_commands_run(name, tmp_path, monkeypatch):
     """In a folder of their own, where they find the shipped pair and leave their files."""
     from specdec.cli.app import app
@@ -128,6 +130,17 @@ def test_the_architecture_names_files_that_exist():
                 folder = str(Path(name).parent) if "/" in name.rstrip("/") else folder
                 path = ROOT / name if "/" in name else ROOT / folder / name
                 assert path.exists(), name
+
+
+@pytest.mark.parametrize("name", ["docs/gpu.md", "benchmarks/README.md"])
+def test_commands_of_benchmarks_name_options_that_exist(name):
+    shell = re.sub(r"\\\n", " ", (ROOT / name).read_text())
+    commands = re.findall(r"(benchmarks/\w+\.(?:py|sh))((?: [^`#\n;]*)?)", shell)
+    assert len(commands) > 5
+    for script, arguments in commands:
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<= )--[\w-]+", arguments):
+            assert option in source or option in SHARED_OPTIONS, (script, option)
 
 
 def test_no_document_waits_to_be_filled_in():

@@ -244,21 +244,6 @@ def test_logprobs_are_those_of_the_targets_raw_logits():
             assert value == pytest.approx(expected[place, key].item(), abs=1e-4)
 
 
-def test_exact_wraps_the_models_until_close():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        target, draft = tiny_llama(0), tiny_llama(1)
-        own = target.config._attn_implementation
-        with Engine(target, draft, exact=True) as engine:
-            assert {target.config._attn_implementation, draft.config._attn_implementation} == {"specdec_invariant"}
-            [(tokens, _)] = decode(engine, Request([5, 6], max_new_tokens=6, eos_token_id=None))
-        assert target.config._attn_implementation == draft.config._attn_implementation == own
-        assert tokens == plain_greedy(target, torch.tensor([5, 6]), max_new_tokens=6, eos_token_id=None)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_a_requests_own_config_counts_over_the_models():
     config = GenerationConfig(do_sample=True, temperature=0.5, top_k=3, eos_token_id=None, max_new_tokens=7)
     [(ours, _)] = decode(Engine(TARGET), Request([5, 6], generation_config=config, seed=4))

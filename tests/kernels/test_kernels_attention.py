@@ -58,6 +58,7 @@ CASES = [
     (2, 3, 1, 4, 50, 16, 32, [46, 20], 9, None),
     (2, 2, 1, 2, 33, 8, 8, [31, 12], 20, [-5, 3]),
     (1, 2, 2, 40, 40, 16, 16, [0], None, None),
+    (2, 2, 1, 1, 200, 16, 16, [199, 130], None, None),
 ]
 
 
@@ -209,6 +210,19 @@ def test_kernel_in_the_interpreter_equals_the_reference(case, dtype, small_block
 
 
 @interpreted
+@pytest.mark.parametrize("case", CASES)
+def test_merge_in_registers_in_the_interpreter(case, small_blocks, monkeypatch):
+    """Fails if a split is merged for a query that sees nothing of it, or left out for one that does."""
+    monkeypatch.setattr(kernels, "FILLING_PROGRAMS", 1)
+    (query, key, value), spans = case_operands(case)
+    spans[0, 0, 1] = spans[0, 0, 0]  # a query that sees nothing among others that do
+    for options in ({}, {"softcap": 2.0}, {"sinks": torch.linspace(-1, 1, query.shape[1])}):
+        out = ragged_attention(query, key, value, spans, 0.3, **options, implementation="triton")
+        expected = dense(query, key, value, spans, 0.3, **options)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 def test_kernel_in_the_interpreter_serves_empty_spans_pieces_and_no_rows(small_blocks, monkeypatch):
     query, key, value = operands(1, 2, 1, 3, 70, 16)
     spans = torch.tensor([[[69, 69, 0], [0, 70, 0], [40, 41, 0]]], dtype=torch.int32)
@@ -315,3 +329,26 @@ def test_bits_on_a_gpu_depend_on_the_query_and_its_keys_alone(dtype, heads, kv_h
                 query[rows, :, columns], *padded, (spans[rows, columns] + 37).contiguous(), scaling
             )
             assert torch.equal(shifted, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, value_dim, window",
+    [(6, 2, 64, 64, None), (32, 8, 128, 128, None), (4, 4, 80, 80, 300), (8, 1, 256, 256, None), (5, 5, 96, 128, 70)],
+)
+def test_bits_on_a_gpu_do_not_depend_on_where_splits_are_merged(
+    dtype, heads, kv_heads, dim, value_dim, window, monkeypatch
+):
+    """Fails if a compiler fuses another product into the sums of one of the kernels."""
+    starts, origins, width = [0, 613, 250], [0, 130, -300], 333
+    query, key, value = operands(3, heads, kv_heads, width, 950, dim, value_dim, dtype, "cuda")
+    spans = causal_spans(starts, width, window, origins, "cuda")
+    spans[1, 5, 1] = spans[1, 5, 0]
+    sinks = torch.linspace(-1, 1, heads, device="cuda", dtype=dtype)
+    for options in ({}, {"softcap": 20.0}, {"sinks": sinks}):
+        results = []
+        for filling in (1, 10**9):
+            monkeypatch.setattr(kernels, "FILLING_PROGRAMS", filling)
+            results.append(ragged_attention(query, key, value, spans, dim**-0.5, **options))
+        assert torch.equal(*results), options.keys()

@@ -95,7 +95,7 @@ def test_wrong_operands_are_named():
     x, weight, _ = operands((3, 8))
     with pytest.raises(ValueError, match=r"weight \[7\] does not fit"):
         rms_norm(x, weight[:7], 1e-5)
-    with pytest.raises(ValueError, match="stride 2"):
+    with pytest.raises(ValueError, match=r"strides \(2,\)"):
         rms_norm(x, torch.ones(16)[::2], 1e-5)
     with pytest.raises(ValueError, match="residual"):
         add_rms_norm(x, x[:1], weight, 1e-5)
@@ -130,3 +130,36 @@ def test_sum_and_norm_together_have_the_same_bits_on_a_gpu(dtype, size):
     residual = x.flip(0) * 3 + residual
     normed, total = add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual) and torch.equal(normed, rms_norm(x + residual, weight, 1e-5))
+
+
+def grouped(x, weight, bias):
+    """The LayerNorm of each group alone."""
+    parts = [layer_norm(x[..., i, :], weight[i], None if bias is None else bias[i], 1e-5) for i in range(len(weight))]
+    return torch.stack(parts, -2)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (3, 4, 8), (2, 5, 3, 33)])
+def test_a_layer_norm_of_groups_gives_each_its_weight(shape):
+    """As in the norms per head of Cohere. Fails if every group gets the first weight."""
+    x, weight, bias = operands(shape)
+    weight, bias = (p + torch.arange(shape[-2])[:, None] for p in (weight, bias))
+    for b in (bias, None):
+        assert torch.equal(layer_norm(x, weight, b, 1e-5), grouped(x, weight, b))
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(3, 4, 8), (2, 5, 3, 33)])
+def test_a_layer_norm_of_groups_in_the_interpreter(shape, monkeypatch):
+    x, weight, bias = operands(shape)
+    weight, bias = (p + torch.arange(shape[-2])[:, None] for p in (weight, bias))
+    poison(monkeypatch)
+    for b in (bias, None):
+        out = layer_norm(x, weight, b, 1e-5, "triton")
+        torch.testing.assert_close(out, grouped(x, weight, b), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_groups_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"weight \[3, 8\] does not fit x \[2, 4, 8\]; need \[4, 8\]"):
+        layer_norm(torch.ones(2, 4, 8), torch.ones(3, 8), None, 1e-5)
+    with pytest.raises(ValueError, match=r"weight \[4, 8\] does not fit x \[2, 4, 8\]; need \[8\]"):
+        rms_norm(torch.ones(2, 4, 8), torch.ones(4, 8), 1e-5)

@@ -83,7 +83,10 @@ def test_places_turn_and_slots_receive():
 @interpreted
 @pytest.mark.parametrize("shape, dtype", [*((shape, torch.float32) for shape in SHAPES), (SHAPES[1], torch.float16)])
 @pytest.mark.parametrize("normed", [None, *ARITHMETIC])
-def test_kernel_in_the_interpreter_equals_the_reference(shape, normed, dtype, monkeypatch):
+@pytest.mark.parametrize("many", [1, kernels.MANY_TOKENS])
+def test_kernel_in_the_interpreter_equals_the_reference(shape, normed, dtype, many, monkeypatch):
+    """With a program per head, and with one for several heads where their numbers have a common divisor."""
+    monkeypatch.setattr(kernels, "MANY_TOKENS", many)
     empty = torch.empty
     monkeypatch.setattr(kernels.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     ours, reference = operands(shape, normed, dtype), operands(shape, normed, dtype)
@@ -110,7 +113,9 @@ def test_wrong_operands_are_named():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("normed", [None, *ARITHMETIC])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-def test_bits_on_a_gpu_are_those_of_the_operations_apart(dtype, normed, dim):
+@pytest.mark.parametrize("many", [1, kernels.MANY_TOKENS])
+def test_bits_on_a_gpu_are_those_of_the_operations_apart(dtype, normed, dim, many, monkeypatch):
+    monkeypatch.setattr(kernels, "MANY_TOKENS", many)
     shape = (3, 4, 8, 2, dim)
     qkv, starts, cos, sin, keys, values, norm = operands(shape, normed, dtype, "cuda")
     query, key, value = qkv.view(3, 4, -1, dim).split([8, 2, 2], 2)

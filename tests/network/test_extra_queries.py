@@ -17,11 +17,11 @@ from specdec.batch.rows import Rows
 from specdec.draft import ExtraQueries
 from specdec.errors import UnsupportedModelError
 from specdec.network.base import NetworkOutput
+from specdec.network.captured.graphs import MAX_STEP_WIDTH, row_bucket, slot_bucket, width_bucket
 from specdec.network.choose import build_network
 from specdec.network.extra_queries import check_extra_queries, probe
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant import network as invariant_network
-from specdec.network.invariant.graphs import MAX_STEP_WIDTH, row_bucket, slot_bucket, width_bucket
 from specdec.network.invariant.network import InvariantNetwork
 from specdec.network.stock import StockNetwork
 

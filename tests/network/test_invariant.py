@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 
 import pytest
 import torch
+from families import tiny as tiny_family
 from tiny import continuations, left_pad, plain_greedy, tiny_llama
 from torch import nn
 from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -42,7 +38,8 @@ from specdec.network.fused import can_fuse
 from specdec.network.invariant.attention import INVARIANT, span_mask
 from specdec.network.invariant.guard import is_harmless
 from specdec.network.invariant.network import InvariantNetwork
-from specdec.network.invariant.swap import invariant_forward, is_batch_invariant, rms_norm_variant
+from specdec.network.invariant.norms import rms_norm_variant
+from specdec.network.invariant.swap import invariant_forward, is_batch_invariant
 from specdec.network.model_cache import cache_argument
 from specdec.network.stock import StockNetwork
 
@@ -245,33 +242,81 @@ def test_modules_that_are_not_plain_are_refused_by_name(damage):
 
 
 def test_parts_without_a_kernel_are_refused_by_name():
-    sizes = dict(vocab_size=61, n_layer=2, n_head=4, n_positions=64)
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, **sizes)).eval()
+    jetmoe = tiny_family("jetmoe")
+    before = state(jetmoe)
     with (
-        pytest.raises(UnsupportedModelError, match=r"h.0.attn.c_attn \(Conv1D\) runs aten.addmm"),
-        batch_invariant(gpt2),
+        pytest.raises(UnsupportedModelError, match=r"layers.0.self_attention \(JetMoeAttention\) runs aten.index_add"),
+        batch_invariant(jetmoe),
     ):
         pass
-    moe = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).eval()
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp"), batch_invariant(moe):
-        pass
+    assert state(jetmoe) == before
     bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)).eval()
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not use"), batch_invariant(bloom):
         pass
 
 
-def test_a_functional_product_hidden_in_a_module_is_found():
+class Mixing(nn.Module):
+    """Products and sums in a module of nobody's."""
+
+    def __init__(self, size=64):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(size, size) / size**0.5)
+
+    def forward(self, x):
+        return x @ self.matrix - x.mean(-1, keepdim=True) + torch.softmax(x, -1)
+
+
+class Counting(nn.Module):
+    def forward(self, x):
+        return torch.cumsum(x, -1)
+
+
+class OverTokens(nn.Module):
+    def forward(self, x):
+        return x - x.mean(-2, keepdim=True)
+
+
+def with_activation(module):
     model = tiny_llama()
-    mlp = model.model.layers[1].mlp
-    mlp.act_fn = copy.copy(mlp.act_fn)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = module
+    return model
 
-    class Mixing(nn.Module):
-        def forward(self, x):
-            return x - x.mean(-1, keepdim=True)
 
-    mlp.act_fn = Mixing()
-    with pytest.raises(UnsupportedModelError, match=r"layers.1.mlp.act_fn \(Mixing\) runs aten.mean"):
+def test_products_hidden_in_a_module_are_computed_in_order():
+    """Fails on the module's own operations, whose order the library chooses by the number of rows."""
+    model = with_activation(Mixing())
+    before = state(model)
+    prompt = PROMPTS[2][None]
+    with torch.no_grad():
+        stock = model(input_ids=prompt).logits
+        with batch_invariant(model):
+            logits = model(input_ids=prompt).logits
+            torch.testing.assert_close(logits, stock, rtol=1e-3, atol=1e-3)
+            rows = model(input_ids=prompt.expand(3, -1)).logits
+            assert torch.equal(rows, logits.expand(3, -1, -1))
+            assert torch.equal(model(input_ids=prompt[:, :5]).logits, logits[:, :5])
+    assert state(model) == before
+
+
+def test_a_module_that_is_put_in_after_the_check_is_found():
+    """A model is checked once, but not for parts that it did not have then."""
+    model = tiny_llama()
+    with batch_invariant(model):
+        pass
+    model.model.layers[1].mlp.act_fn = Counting()
+    with pytest.raises(UnsupportedModelError, match=r"layers.1.mlp.act_fn \(Counting\)"):
         make_batch_invariant(model)
+
+
+def test_operations_without_an_order_are_found():
+    with pytest.raises(UnsupportedModelError, match=r"layers.0.mlp.act_fn \(Counting\) runs aten.cumsum"):
+        make_batch_invariant(with_activation(Counting()))
+
+
+def test_a_sum_over_tokens_is_refused():
+    with pytest.raises(UnsupportedModelError, match="dimension of 19, which is the number of tokens"):
+        make_batch_invariant(with_activation(OverTokens()))
 
 
 def test_settings_that_break_exactness_are_refused():
@@ -324,6 +369,7 @@ def test_harmless_operations():
     assert is_harmless(torch.ops.aten.silu.default, (x,), {})
     assert is_harmless(torch.ops.aten.view.default, (x, [6]), {})
     assert is_harmless(torch.ops.aten.cumsum.default, (x.long(), 0), {})
+    assert is_harmless(torch.ops.aten.polar.default, (x, x), {})
     assert is_harmless(torch.ops.aten.bmm.default, (torch.ones(1, 4, 1), torch.ones(1, 1, 5)), {})
     for func, args in (
         (torch.ops.aten.mm.default, (x, x.t())),
@@ -331,5 +377,6 @@ def test_harmless_operations():
         (torch.ops.aten._softmax.default, (x, 1, False)),
         (torch.ops.aten.native_layer_norm.default, (x, [3], None, None, 1e-5)),
         (torch.ops.aten.sum.dim_IntList, (x, [1])),
+        (torch.ops.aten.topk.default, (x, 1)),
     ):
         assert not is_harmless(func, args, {}), func

@@ -9,17 +9,22 @@ from tiny import continuations, left_pad, plain_greedy, tiny_llama
 from transformers import (
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import specdec
 from specdec import batch_invariant
 from specdec.network.choose import build_network
 from specdec.network.invariant import network as invariant_network
-from specdec.network.invariant.network import InvariantNetwork, kept_forward
+from specdec.network.invariant.network import InvariantNetwork, kept_invariant
+from specdec.network.kept_forwards import kept_of
 from specdec.network.stock import StockNetwork
 
 SIZES = dict(
@@ -27,6 +32,7 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
     pad_token_id=0,
 )  # fmt: skip
+MIXTURE = dict(SIZES, num_local_experts=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
 MODELS = {
     "llama": lambda: tiny_llama(tie_word_embeddings=True),
     "llama with biases": lambda: tiny_llama(attention_bias=True),
@@ -35,6 +41,10 @@ MODELS = {
     "gemma": lambda: tiny_gemma("gemma"),
     "gemma2": lambda: tiny_gemma("gemma2"),
     "gemma3": lambda: tiny_gemma("gemma3_text", final_logit_softcapping=9.0, rope_parameters=LOCAL_AND_GLOBAL),
+    "qwen3_moe, some layers dense": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(head_dim=12, mlp_only_layers=[1], norm_topk_prob=True, **MIXTURE)
+    ),
+    "mixtral, sliding window": lambda: MixtralForCausalLM(MixtralConfig(sliding_window=7, **MIXTURE)),
     "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(sliding_window=7, **SIZES)),
 }
 LOCAL_AND_GLOBAL = {
@@ -113,25 +123,25 @@ def test_generate_equals_transformers_on_the_same_model(name, dtype):
 def test_a_forward_is_kept_while_it_fits(monkeypatch):
     model = tiny_llama()
     with batch_invariant(model):
-        with kept_forward(model, 3, 40) as first, kept_forward(model, 3, 40) as second:
+        with kept_invariant(model, 3, 40) as first, kept_invariant(model, 3, 40) as second:
             assert second is not first, "one that is in use must not be handed out"
-        with kept_forward(model, 2, 200) as again:
+        with kept_invariant(model, 2, 200) as again:
             assert again is first
-        with kept_forward(model, 2, 1000) as larger:
+        with kept_invariant(model, 2, 1000) as larger:
             assert larger is not first and larger.num_slots >= 1000
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-        with kept_forward(model, 2, 40) as other_weights:
+        with kept_invariant(model, 2, 40) as other_weights:
             assert other_weights is not larger
-        with pytest.raises(KeyboardInterrupt), kept_forward(model, 2, 40) as broken:
+        with pytest.raises(KeyboardInterrupt), kept_invariant(model, 2, 40) as broken:
             raise KeyboardInterrupt
-        with kept_forward(model, 2, 40) as after:
+        with kept_invariant(model, 2, 40) as after:
             assert after is not broken
 
 
 def test_padding_rows_and_columns_change_no_bit_and_leave_no_trace():
     """What a captured step adds to fill its bucket: rows and columns behind the texts."""
     model = build("qwen3")
-    with batch_invariant(model), torch.no_grad(), kept_forward(model, 4, 40) as forward:
+    with batch_invariant(model), torch.no_grad(), kept_invariant(model, 4, 40) as forward:
         for layer in forward.cache.layers:
             layer.keys.normal_(), layer.values.normal_()
         before = [(layer.keys.clone(), layer.values.clone()) for layer in forward.cache.layers]
@@ -156,7 +166,7 @@ def test_a_model_is_not_kept_alive():
     model = tiny_llama()
     with batch_invariant(model):
         specdec.generate(model, PROMPTS[0][None], max_new_tokens=4)
-    assert model in invariant_network._kept[True]
+    assert kept_of(model, InvariantNetwork) is not None
     gone = weakref.ref(model)
     del model
     gc.collect()

@@ -16,10 +16,9 @@ from specdec import ConfigError, batch_invariant
 from specdec.batch.cache import RaggedLayer
 from specdec.batch.layout import Ragged, Repad
 from specdec.network import memory
-from specdec.network.choose import choose_network
+from specdec.network.choose import service_of
 from specdec.network.fused import FusedNetwork
-from specdec.network.invariant import network as invariant_network
-from specdec.network.invariant.network import SPARE_SLOTS, InvariantNetwork, kept_forward
+from specdec.network.invariant.network import SPARE_SLOTS, InvariantNetwork, kept_invariant
 from specdec.network.memory import PROBE_SLOTS
 from specdec.network.stock import StockNetwork
 
@@ -39,7 +38,7 @@ def used(network_type, model, max_rows, num_slots, layout):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3", "gemma2"])
 def test_bytes_of_the_models_own_modules(family, layout):
     model = tiny(family)
-    network_type = choose_network(model, layout)
+    network_type = service_of(model, layout).network_type
     assert network_type is (FusedNetwork if family == "llama" else StockNetwork)
     assert memory.cache_bytes(network_type, model, 3, 50, layout) == (used(network_type, model, 3, 50, layout), 0)
 
@@ -51,17 +50,17 @@ def test_bytes_of_the_invariant_forward(dtype):
     model = Qwen3ForCausalLM(Qwen3Config(head_dim=12, num_key_value_heads=2, **sizes)).eval().to(dtype)
     layout = Ragged()
     with batch_invariant(model):
-        network_type = choose_network(model, layout)
+        network_type = service_of(model, layout).network_type
         assert network_type is InvariantNetwork
-        invariant_network._kept[True].pop(model)  # the probe's
+        specdec.release(model)  # the probe's
         foretold, freed = memory.cache_bytes(network_type, model, 5, 300, layout)
         assert freed == 0 and foretold == 8 * (512 + SPARE_SLOTS) * 2 * 3 * 2 * 12 * dtype.itemsize
-        with kept_forward(model, 5, 300) as kept:
+        with kept_invariant(model, 5, 300) as kept:
             assert kept.cache.nbytes == foretold
         assert memory.cache_bytes(network_type, model, 8, 512, layout) == (0, 0)
         larger, freed = memory.cache_bytes(network_type, model, 8, 513, layout)
         assert freed == foretold
-        with kept_forward(model, 8, 513) as kept:
+        with kept_invariant(model, 8, 513) as kept:
             assert kept.cache.nbytes == larger
 
 
@@ -96,7 +95,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(device_with, 
     options = dict(drafter=draft, num_speculative_tokens=2)
     with batch_invariant(model) if invariant else torch.no_grad():
         expected = generate(model, **options)  # probes, which need little, are behind us
-        invariant_network._kept[True].clear()
+        specdec.release()
         per_slot = 2 * 2 * 8 * 4  # keys and values of a layer
         slots = 2 * (256 + SPARE_SLOTS) if invariant else SLOTS
         needed = (slots * 2 + SLOTS) * per_slot

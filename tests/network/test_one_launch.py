@@ -19,9 +19,9 @@ from specdec import batch_invariant
 from specdec.kernels.persistent import step as persistent_step
 from specdec.kernels.persistent.step import MAX_TOKENS, PersistentStep
 from specdec.network.choose import build_network
-from specdec.network.invariant import network as invariant_network
 from specdec.network.invariant import one_launch
-from specdec.network.invariant.network import InvariantForward, InvariantNetwork, kept_forward
+from specdec.network.invariant.network import InvariantDraftNetwork, InvariantForward, InvariantNetwork, kept_invariant
+from specdec.network.kept_forwards import kept_of
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [torch.tensor(ids) for ids in ([5, 9, 7, 5, 9, 7, 5, 9], [11, 4, 8], [6, 13, 21, 34, 6, 13, 3, 8, 6, 13, 40])]
@@ -73,10 +73,10 @@ def test_greedy_output_is_exact_and_the_target_takes_no_such_step(steps, drafts_
         num_steps = len(steps)
         specdec.generate(draft, ids, mask, drafter="prompt_lookup", max_new_tokens=8, pad_token_id=0)
         assert len(steps) == num_steps, "the same model as a target is exact"
-    kept = invariant_network._kept
-    assert kept[True][target].one_launch is None and kept[False][draft].one_launch is not None
-    assert target not in kept[False] or drafts_for_itself
-    assert kept[True][draft].cache is not kept[False][draft].cache
+    assert kept_of(target, InvariantNetwork).one_launch is None
+    assert kept_of(draft, InvariantDraftNetwork).one_launch is not None
+    assert kept_of(target, InvariantDraftNetwork) is None or drafts_for_itself
+    assert kept_of(draft, InvariantNetwork).cache is not kept_of(draft, InvariantDraftNetwork).cache
 
 
 def test_a_network_is_exact_unless_the_caller_says_otherwise(steps):
@@ -120,7 +120,7 @@ def test_many_tokens_and_other_layers_take_the_longer_way(steps):
                 out = network.forward(ids, starts, 9 + width, layers)
                 assert len(steps) == num_steps and len(out.hidden_states) == len(layers)
         # Both ways share the cache's layout: a step behind prompts that the other way cached.
-        with network.running(), kept_forward(model, 3, 40) as exact, torch.no_grad():
+        with network.running(), kept_invariant(model, 3, 40) as exact, torch.no_grad():
             rows = specdec.Rows(PROMPTS, 16, 0, model.device)
             network.prefill(rows)
             for ours, theirs in zip(network.cache.layers, exact.cache.layers, strict=True):
@@ -185,5 +185,5 @@ def test_generate_on_a_gpu_with_steps_of_one_launch(dtype, monkeypatch):
                 target, ids, mask, drafter=drafter, num_speculative_tokens=4, max_new_tokens=40, pad_token_id=0
             )
             assert continuations(out, ids.shape[1], expected, 0) == expected
-            assert invariant_network._kept[False][drafter].one_launch is not None
-        assert invariant_network._kept[True][target].one_launch is None
+            assert kept_of(drafter, InvariantDraftNetwork).one_launch is not None
+        assert kept_of(target, InvariantNetwork).one_launch is None

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from specdec.network.base import NetworkOutput
-from specdec.network.invariant import graphs as step_graphs
-from specdec.network.invariant.graphs import MAX_STEP_WIDTH, StepGraphs
+from specdec.network.captured import graphs as step_graphs
+from specdec.network.captured.graphs import MAX_STEP_WIDTH, StepGraphs
 
 
 class FakeStream:

@@ -15,11 +15,11 @@ from specdec.batch.cache import RaggedCache
 from specdec.drafters.draft_model import DraftModel
 from specdec.limits import MAX_STEP_WIDTH
 from specdec.network.base import NetworkOutput
-from specdec.network.invariant import graphs as step_graphs
-from specdec.network.invariant import timings as step_timings
-from specdec.network.invariant.graphs import WORTH_A_CAPTURE, Key, StepGraphs, serving_key, waste
-from specdec.network.invariant.seconds import StepSeconds
-from specdec.network.invariant.timings import CapturedTimings
+from specdec.network.captured import graphs as step_graphs
+from specdec.network.captured.graphs import WORTH_A_CAPTURE, Key, StepGraphs, serving_key, waste
+from specdec.network.captured.seconds import StepSeconds
+from specdec.network.captured.timings import CapturedTimings
+from specdec.network.captured import timings as step_timings
 from specdec.policies.cost_model import CostModel
 from specdec.policies.cost_model.chooser import Chooser
 
@@ -80,8 +80,7 @@ def test_a_shape_is_timed_once_over_a_usual_context(timings):
 
 def test_what_was_timed_with_an_earlier_cache_is_captured_but_not_timed_again(timings):
     timings.measure(4, 2, 600)
-    version, graphs = timings.version, StepGraphs(timings.graphs.cache)
-    graphs.seconds = timings.graphs.seconds.taken_over(1)
+    version, graphs = timings.version, StepGraphs(timings.graphs.cache, timings.graphs.seconds)
     later = CapturedTimings(graphs, timings.forward, 2048)
     assert later.version > version and not later.has(4, 2, 600) and np.isinf(later.ready_seconds(4, 600)[2])
     assert later.seconds(4, 600)[2] == pytest.approx(4.8e-3)

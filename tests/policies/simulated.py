@@ -15,7 +15,7 @@ from specdec.drafter import Drafter
 from specdec.drafters.candidates import Candidates
 from specdec.drafters.draft_model import ONE_BY_ONE
 from specdec.limits import MAX_DRAFT_TOKENS, MAX_STEP_WIDTH
-from specdec.network.invariant.graphs import WORTH_A_CAPTURE, Key, row_bucket, serving_key, waste, width_bucket
+from specdec.network.captured.graphs import WORTH_A_CAPTURE, Key, row_bucket, serving_key, waste, width_bucket
 from specdec.policies.cost_model.chooser import Chooser
 from specdec.policies.cost_model.records import Records, acceptance_of
 from specdec.policies.cost_model.tables import Tables

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from specdec.cli.common import (
+    BatchInvariantOption,
     Count,
     DeviceOption,
     DraftOption,
     DtypeOption,
+    ExactOption,
     LayoutOption,
     LengthPoliciesOption,
     LimitOption,
@@ -61,9 +63,8 @@ def check(
             help="Tokens to generate per prompt; by default 64, with --outputs the longest row's, with --sampling 8."
         ),
     ] = None,
-    batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="Swap in the kernels that make half precision exact.")
-    ] = False,
+    exact: ExactOption = True,
+    batch_invariant: BatchInvariantOption = False,
     sampling: Annotated[
         bool, typer.Option("--sampling", help="Test that sampled output follows the target's distribution.")
     ] = False,
@@ -107,12 +108,13 @@ def check(
     from specdec.cli.check import matrix as check_matrix
     from specdec.cli.check import outputs as check_outputs
     from specdec.cli.check import sampling as check_sampling
-    from specdec.cli.common import Reports, by_kind
+    from specdec.cli.common import Arithmetic, Reports, by_kind
     from specdec.errors import ConfigError, InputError
 
     if (prompts is None) == (outputs is None):
         raise InputError("pass either --prompts FILE, to decode, or --outputs FILE, to certify decoded outputs")
     reports = Reports(json_path, junit).checked()
+    arithmetic = Arithmetic(exact, batch_invariant)
     sampled = check_sampling.SamplingOptions(num_samples, verification, temperature, top_k, top_p, seed)
     if not sampling:
         sampled.refuse()
@@ -126,12 +128,12 @@ def check(
     if sampling:
         assert prompts is not None
         passed = check_sampling.run(
-            target, prompts, choice, sampled, max_new_tokens or 8, batch_invariant, reports, limit, dtype, device
+            target, prompts, choice, sampled, max_new_tokens or 8, arithmetic, reports, limit, dtype, device
         )
     elif outputs is None:
         assert prompts is not None
         passed = check_matrix.run(
-            target, prompts, choice, max_new_tokens or 64, batch_invariant, reports, allow_ties, limit, dtype, device
+            target, prompts, choice, max_new_tokens or 64, arithmetic, reports, allow_ties, limit, dtype, device
         )
     else:
         given = {
@@ -145,6 +147,6 @@ def check(
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"{name} {value} has no meaning for --outputs, which generates nothing; leave it out")
-        passed = check_outputs.run(target, outputs, max_new_tokens, batch_invariant, reports, dtype, device)
+        passed = check_outputs.run(target, outputs, max_new_tokens, arithmetic, reports, dtype, device)
     if not passed:
         raise typer.Exit(1)

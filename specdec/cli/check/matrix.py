@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import typer
@@ -15,9 +15,9 @@ from specdec.check.ways import PLAIN, Way, axis_values, ways, whole_numbers
 from specdec.cli.common import (
     DRAFT_MODEL,
     LOOK_AHEAD,
+    Arithmetic,
     Models,
     Reports,
-    invariant_if,
     load_models,
     print_table,
     say_ignored,
@@ -75,7 +75,7 @@ def run(
     prompts: Path,
     choice: Choice,
     max_new_tokens: int,
-    batch_invariant: bool,
+    arithmetic: Arithmetic,
     reports: Reports,
     allow_ties: bool,
     limit: int | None,
@@ -89,8 +89,10 @@ def run(
     token_ids = models.encode(texts)
     totals = {"plain": len(texts), "speculative": len(texts) * len(cells)}
 
-    with invariant_if(batch_invariant, models.target), stage_bars(totals) as on_progress:
-        found = check_matrix(models.target, token_ids, cells, models.drafters(), max_new_tokens, on_progress)
+    with arithmetic.swapped(models.target), stage_bars(totals) as on_progress:
+        found = check_matrix(
+            models.target, token_ids, cells, models.drafters(), max_new_tokens, on_progress, arithmetic.exact
+        )
 
     say_ignored(found[0].ignored_settings)
     if len(cells) == 1:
@@ -105,7 +107,7 @@ def run(
         "draft": choice.draft,
         "prompts": str(prompts),
         "limit": limit,
-        "batch_invariant": batch_invariant,
+        **asdict(arithmetic),
     }
     named = [{"way": cell.label, **report.to_dict()} for cell, report in zip(cells, found, strict=True)]
     reports.write_json({**(named[0] if len(named) == 1 else {"equivalent": all(passed), "cells": named}), **origin})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.check.certify import BUG, EQUAL, TIE, Certificate, RowVerdict, certify
 from specdec.check.outputs import read_outputs
-from specdec.cli.common import Reports, invariant_if, load_models, print_table, say_ignored, stage_bars
+from specdec.cli.common import Arithmetic, Reports, load_models, print_table, say_ignored, stage_bars
 from specdec.files.junit import Case
 from specdec.network.base import vocab_size_of
 
@@ -26,7 +27,7 @@ def run(
     target: str,
     outputs: Path,
     max_new_tokens: int | None,
-    batch_invariant: bool,
+    arithmetic: Arithmetic,
     reports: Reports,
     dtype: str | None,
     device: str,
@@ -35,11 +36,11 @@ def run(
     models = load_models(target, None, [], device, dtype)
     positions = getattr(models.target.config.get_text_config(decoder=True), "max_position_embeddings", None)
     rows = read_outputs(outputs, models.tokenizer, vocab_size_of(models.target), positions)
-    with invariant_if(batch_invariant, models.target), stage_bars({"certifying": len(rows)}) as on_progress:
+    with arithmetic.oracle(models.target), stage_bars({"certifying": len(rows)}) as on_progress:
         found = certify(models.target, rows, max_new_tokens, models.tokenizer, on_progress)
     say_ignored(found.ignored_settings)
     print_certificate(found, models.tokenizer)
-    origin = {"target": target, "outputs": str(outputs), "batch_invariant": batch_invariant}
+    origin = {"target": target, "outputs": str(outputs), **asdict(arithmetic)}
     reports.write_json({**found.to_dict(), **origin})
     reports.write_junit("specdec check --outputs", [junit_case(row) for row in found.rows])
     return found.certified

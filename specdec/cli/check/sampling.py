@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from specdec.check.goodness import POWER
 from specdec.check.sampling import SamplingReport, SamplingTest, check_sampling
 from specdec.check.ways import words
 from specdec.cli.check.matrix import Choice
-from specdec.cli.common import Reports, check_temperature, invariant_if, print_table, say_ignored, stage_bars
+from specdec.cli.common import Arithmetic, Reports, check_temperature, print_table, say_ignored, stage_bars
 from specdec.errors import ConfigError
 from specdec.files.junit import Case
 from specdec.files.loading import read_prompts
@@ -51,7 +51,7 @@ def run(
     choice: Choice,
     sampling: SamplingOptions,
     max_new_tokens: int,
-    batch_invariant: bool,
+    arithmetic: Arithmetic,
     reports: Reports,
     limit: int | None,
     dtype: str | None,
@@ -70,7 +70,7 @@ def run(
     token_ids = models.encode(texts)
     total = {"sampling": len(texts) * len(cells) * (len(verifications) + 1)}
 
-    with invariant_if(batch_invariant, models.target), stage_bars(total) as on_progress:
+    with arithmetic.oracle(models.target), stage_bars(total) as on_progress:
         found = check_sampling(
             models.target,
             token_ids,
@@ -88,7 +88,7 @@ def run(
     print_report(found)
 
     origin = {"target": target, "draft": choice.draft, "prompts": str(prompts), "num_prompts": len(texts)}
-    reports.write_json({**found.to_dict(), **origin, "batch_invariant": batch_invariant})
+    reports.write_json({**found.to_dict(), **origin, **asdict(arithmetic)})
     reports.write_junit("specdec check --sampling", [junit_case(test) for test in found.tests])
     return found.passed
 

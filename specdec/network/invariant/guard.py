@@ -25,27 +25,40 @@ MOVES = frozenset(
         "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like", "zero", "stack", "index", "index_select",
         "index_put", "_index_put_impl", "index_copy", "gather", "scatter", "masked_fill", "masked_scatter", "where",
         "repeat", "roll", "flip", "constant_pad_nd", "tril", "triu", "max", "min", "amax", "amin", "argmax", "argmin",
-        "sort", "topk", "any", "all", "isnan", "isinf", "equal", "_local_scalar_dense", "detach", "lift_fresh",
+        "sort", "any", "all", "isnan", "isinf", "equal", "_local_scalar_dense", "detach", "lift_fresh",
         "resize", "slice_scatter", "select_scatter",
     )
 )  # fmt: skip
+ELEMENTWISE = frozenset({"polar"})  # those that torch does not tag as pointwise
 PRODUCTS = frozenset({"mm", "bmm"})
 
 _own: ContextVar[bool] = ContextVar("own_arithmetic", default=False)
 
 
 @contextmanager
-def own_arithmetic() -> Iterator[None]:
-    """What runs inside is invariant by construction: our kernels and their references."""
-    token = _own.set(True)
+def own_arithmetic(is_own: bool = True) -> Iterator[None]:
+    """What runs inside is invariant by construction: our kernels and their references. False: a module's own code."""
+    token = _own.set(is_own)
     try:
         yield
     finally:
         _own.reset(token)
 
 
+def is_own_arithmetic() -> bool:
+    return _own.get()
+
+
+class BatchDependentError(UnsupportedModelError):
+    """func: the operation that may depend on the batch; module: the one whose forward runs it."""
+
+    def __init__(self, message: str, func: Any, module: nn.Module):
+        super().__init__(message)
+        self.func, self.module = func, module
+
+
 class InvarianceGuard(TorchDispatchMode):
-    """Raises UnsupportedModelError at the first operation that may depend on the batch, naming its module."""
+    """Raises BatchDependentError at the first operation that may depend on the batch, naming its module."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -75,9 +88,11 @@ class InvarianceGuard(TorchDispatchMode):
         kwargs = kwargs or {}
         if not _own.get() and not is_harmless(func, args, kwargs):
             name, module = self.running[-1] if self.running else ("", self.model)
-            raise UnsupportedModelError(
+            raise BatchDependentError(
                 f"{name or 'the model'} ({type(module).__name__}) runs {func}, whose bits may depend on the batch and "
-                "which has no batch-invariant kernel; decode this model without batch_invariant, or in float32"
+                "which has no batch-invariant kernel; decode this model without batch_invariant, or in float32",
+                func,
+                module,
             )
         return func(*args, **kwargs)
 
@@ -87,7 +102,7 @@ def is_harmless(func: Any, args: Any, kwargs: Any) -> bool:
     if not any(tensor.is_floating_point() for tensor in tensors):
         return True
     name = func._schema.name.split("::")[1].rstrip("_")
-    if torch.Tag.pointwise in func.tags or func.is_view or name in MOVES or name == "_unsafe_view":
+    if torch.Tag.pointwise in func.tags or func.is_view or name in MOVES | ELEMENTWISE or name == "_unsafe_view":
         return True
     # The rotary embeddings' outer product: one factor per element, so there is nothing to order.
     return name in PRODUCTS and tensors[0].shape[-1] == 1

@@ -2,34 +2,28 @@
 
 Two kinds of layers: those that normalise what attention and MLP take (llama- and gemma-type: nine launches), and those
 that normalise what they add, too (gemma2 and gemma3: eleven). Everything else by which the families differ is a
-property of one part and read from the model's own: how its norms round, its gated activation, a window, a rotation,
-soft-caps.
+property of one part and read from the model's own: how its norms round, its gated activation or mixture of experts, a
+window, a rotation, soft-caps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import GELUTanh, SiLUActivation
 
 from specdec.kernels.attention.ragged_attention import ragged_attention
 from specdec.kernels.attention.rotary_write import HeadNorm, rotary_write
-from specdec.kernels.linear.gated import gelu_tanh_mul, silu_mul
 from specdec.kernels.linear.in_order_linear import in_order_linears
 from specdec.kernels.linear.norms import add_rms_norm, rms_norm
+from specdec.network.invariant.activations import GATED
+from specdec.network.invariant.experts import experts_forward, is_experts
+from specdec.network.invariant.in_order import forward_in_order
 from specdec.network.invariant.step import Step
 from specdec.network.invariant.swap import rms_norm_arithmetic
 from specdec.network.known_classes import FAMILIES, SANDWICH_NORMS, windows
-
-GATED: dict[type, Callable[[Tensor], Tensor]] = {
-    nn.SiLU: silu_mul,
-    SiLUActivation: silu_mul,
-    GELUTanh: gelu_tanh_mul,
-}
 
 
 class Rotation(NamedTuple):
@@ -51,11 +45,13 @@ class Layer:
     """Normalised input to attention and MLP, as in llama."""
 
     def __init__(self, layer: Any, options: AttentionOptions):
-        block, mlp = layer.self_attn, layer.mlp
+        block = layer.self_attn
         self.options, self.window, self.scaling = options, options.window, block.scaling
         self.qkv = SharedInput(block.q_proj, block.k_proj, block.v_proj)
-        self.out, self.gate_up = SharedInput(block.o_proj), SharedInput(mlp.gate_proj, mlp.up_proj)
-        self.down, self.gated = SharedInput(mlp.down_proj), GATED[type(mlp.act_fn)]
+        self.out = SharedInput(block.o_proj)
+        self.feed_forward = (
+            Mixture(layer.mlp) if is_experts(getattr(layer.mlp, "experts", None)) else GatedMLP(layer.mlp)
+        )
         self.attention_norm, self.mlp_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.head_norm: HeadNorm | None = None
         if hasattr(block, "q_norm"):
@@ -84,7 +80,7 @@ class Layer:
         return self.out(attended.flatten(2))
 
     def mlp(self, normed: Tensor) -> Tensor:
-        return self.down(self.gated(self.gate_up(normed)))
+        return self.feed_forward(normed)
 
 
 class SandwichLayer(Layer):
@@ -101,6 +97,27 @@ class SandwichLayer(Layer):
 
     def mlp(self, normed: Tensor) -> Tensor:
         return self.behind_mlp(super().mlp(normed))
+
+
+class GatedMLP:
+    def __init__(self, mlp: Any):
+        self.gate_up, self.down = SharedInput(mlp.gate_proj, mlp.up_proj), SharedInput(mlp.down_proj)
+        self.gated = GATED[type(mlp.act_fn)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.gated(self.gate_up(x)))
+
+
+class Mixture:
+    """A router and its experts, as when their modules are swapped."""
+
+    def __init__(self, block: Any):
+        self.router, self.experts = block.gate, block.experts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        _, weights, indices = forward_in_order(self.router, tokens)
+        return experts_forward(self.experts, tokens, indices, weights).view(x.shape)
 
 
 class Norm:

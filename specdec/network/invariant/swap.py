@@ -4,34 +4,53 @@ Libraries choose the order of their sums by the number of rows, so verifying sev
 decoding them one by one, and in bfloat16 other tokens. Here every Linear, LayerNorm and RMSNorm and the attention of a
 transformers model run kernels whose order is fixed. transformers' own `generate` on such a model is plain greedy
 decoding, and `specdec.generate` writes the same tokens with any drafter, batch size and number of draft tokens.
+
+Three ways lead there. Modules that a kernel computes as a whole (Linear, Conv1D, norms, the experts of a mixture) get
+another forward. Of the others, those that a guard catches at a product, sum or softmax (routers) run their own forward
+with these operations in order (`in_order.py`). What is left is refused by name.
 """
 
 from __future__ import annotations
 
-import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.kept import kept_with
 from specdec.kernels.linear.in_order_linear import in_order_linear
 from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.network.attention import configs_of
 from specdec.network.base import evaluating
 from specdec.network.invariant import attention as invariant_attention
 from specdec.network.invariant.attention import INVARIANT
-from specdec.network.invariant.guard import InvarianceGuard, own_arithmetic
+from specdec.network.invariant.choices import Choice, choices_given, choices_recorded, mean_share
+from specdec.network.invariant.experts import (
+    check_agreement,
+    check_experts,
+    experts_forward,
+    has_experts,
+    is_experts,
+)
+from specdec.network.invariant.guard import BatchDependentError, InvarianceGuard, own_arithmetic
+from specdec.network.invariant.in_order import forward_in_order, has_order, watching_for_tokens
+from specdec.network.invariant.norms import epsilon_of, find_rms_norm_variant, is_layer_norm, rms_norm_variant
 from specdec.network.model_cache import cache_argument
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+PLAIN_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 # How far swapped logits may be from the stock ones, relative to the spread of the stock ones: rounding, not errors.
 LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+# The least share of a mixture's experts that a token must choose by the kernels' router as by the stock one.
+SHARED_CHOICES = 0.7
 
 
 @contextmanager
@@ -56,12 +75,68 @@ def make_batch_invariant(model: PreTrainedModel) -> Callable[[], None]:
     if is_batch_invariant(model):
         return lambda: None
     check_settings(model)
-    invariant_attention.register()
+    kinds = kept_with(model, ("batch-invariant", *invariance_key(model)), lambda: _checked(model))
+    return _swap(model, kinds)
+
+
+def invariance_key(model: PreTrainedModel) -> tuple:
+    """All that `check_invariance` depends on, apart from the weights."""
+    config, kinds = model.config, frozenset(map(type, model.modules()))
+    return model.dtype, model.device, config._attn_implementation, config.to_json_string(use_diff=False), kinds
+
+
+def _checked(model: PreTrainedModel) -> frozenset[type]:
+    """Swap, check, restore. Returns the kinds of modules that run their own forward in order."""
     with evaluating(model):
-        expected = logits_of(model)
+        with choices_recorded(model) as choices:
+            expected = logits_of(model)
+        kinds = kinds_in_order(model)
+        for name, module in model.named_modules():
+            if is_experts(module):
+                check_agreement(name, module)
+        restore = _swap(model, kinds)
+        try:
+            check_logits(model, expected, choices)
+            check_invariance(model)
+        finally:
+            restore()
+    return kinds
+
+
+def kinds_in_order(model: PreTrainedModel) -> frozenset[type]:
+    """The kinds of modules that the guard catches at an operation of `in_order.py`; raises at any other operation."""
+    kinds: frozenset[type] = frozenset()
+    while True:
+        restore = _swap(model, kinds)
+        guard = InvarianceGuard(model)
+        try:
+            with guard.watching(), watching_for_tokens(PROBE_LENGTHS[0]):
+                logits_of(model)
+            return kinds
+        except BatchDependentError as error:
+            if not has_order(error.func) or "forward" in error.module.__dict__:
+                raise
+            kinds |= {type(error.module)}
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run with the batch-invariant attention and masks "
+                f"({type(error).__name__}: {str(error)[:200]}); decode it without batch_invariant, or in float32"
+            ) from error
+        finally:
+            restore()
+
+
+def _swap(model: PreTrainedModel, kinds: frozenset[type]) -> Callable[[], None]:
+    """Swap without a check; returns what restores the model. kinds: of modules that run their own forward in order."""
+    invariant_attention.register()
     with ExitStack() as stack:
         for name, module in model.named_modules():
             forward = invariant_forward(name, module)
+            if forward is None and type(module) in kinds:
+                check_own_forward(name, module)
+                forward = partial(forward_in_order, module)
             if forward is not None:
                 stack.callback(module.__dict__.pop, "forward", None)
                 module.__dict__["forward"] = forward
@@ -69,8 +144,6 @@ def make_batch_invariant(model: PreTrainedModel) -> Callable[[], None]:
         for config in configs_of(model):
             stack.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation_internal)
             config._attn_implementation_internal = INVARIANT
-        with evaluating(model):
-            check_invariance(model, expected)
         return stack.pop_all().close
 
 
@@ -86,12 +159,13 @@ def check_settings(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} is on {', '.join(sorted(map(str, devices)))}; batch_invariant needs one CUDA device"
         )
-    if len(dtypes) != 1 or next(iter(dtypes)) not in DTYPES:
+    # Routers are often kept in float32.
+    if not dtypes or not dtypes <= set(DTYPES) or len(dtypes - {torch.float32}) > 1:
         raise UnsupportedModelError(
             f"{name} has weights in {', '.join(sorted(map(str, dtypes)))}; batch_invariant serves one dtype: "
-            "bfloat16, float16 or float32"
+            "bfloat16, float16 or float32 (and parts in float32)"
         )
-    if not model._supports_attention_backend:
+    if not uses_attention_interface(model):
         raise UnsupportedModelError(
             f"{name} does not use transformers' attention interface; its attention cannot be made batch-invariant"
         )
@@ -108,36 +182,67 @@ def check_settings(model: PreTrainedModel) -> None:
         )
 
 
-def invariant_forward(name: str, module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def uses_attention_interface(model: PreTrainedModel) -> bool:
+    """Some classes (StableLM, BioGPT) do use it without saying so; the guard refuses those that do not."""
+    return model._supports_attention_backend or hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def invariant_forward(name: str, module: nn.Module) -> Callable[..., Tensor] | None:
     """The forward to put in place of the module's own; None if the module stays as it is."""
     kind = type(module)
     if module._compiled_call_impl is not None or kind.__name__ == "OptimizedModule":
         raise UnsupportedModelError(f"{name or 'the model'} is compiled; make it batch-invariant before compiling")
-    is_rms = kind.__name__.endswith("RMSNorm")
-    if not (is_rms or isinstance(module, nn.Linear | nn.LayerNorm)):
+    is_rms, is_mixture = kind.__name__.endswith("RMSNorm"), is_experts(module)
+    if not (is_rms or is_mixture or isinstance(module, nn.Linear | nn.LayerNorm | Conv1D) or is_layer_norm(module)):
+        if kind.__module__.startswith("transformers.integrations."):
+            raise UnsupportedModelError(
+                f"{name} ({kind.__module__}.{kind.__name__}) is quantised; it has no batch-invariant kernel"
+            )
         return None
-    if "forward" in module.__dict__:
-        raise UnsupportedModelError(
-            f"{name} ({kind.__name__}) has a replaced forward (device_map offloading or another patch); "
-            "load the model on one device without it"
-        )
-    if hasattr(module, "parametrizations") or (isinstance(module, nn.Linear) and kind is not nn.Linear):
+    check_own_forward(name, module)
+    if hasattr(module, "parametrizations") or not has_plain_weights(module):
         raise UnsupportedModelError(
             f"{name} ({kind.__module__}.{kind.__name__}) is not a plain torch Linear (quantised or parametrised); "
             "it has no batch-invariant kernel"
         )
+    if is_mixture:
+        check_experts(name, module)
+        return partial(experts_forward, module)
     if is_rms:
-        return partial(_rms_norm, module, *rms_norm_variant(name, module))
-    if isinstance(module, nn.Linear):
+        variant = find_rms_norm_variant(module)
+        return partial(forward_in_order, module) if variant is None else partial(_rms_norm, module, *variant)
+    if kind is Conv1D:
+        return partial(_conv_1d, module)
+    if isinstance(module, nn.Linear) and kind in PLAIN_LINEARS:
         return partial(_linear, module)
-    if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm and len(module.normalized_shape) == 1:
-        return partial(_layer_norm, module)
-    raise UnsupportedModelError(f"{name} ({kind.__name__}) is not a plain LayerNorm over the last dimension")
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        raise UnsupportedModelError(f"{name} ({kind.__name__}) is not a plain LayerNorm over the last dimension")
+    eps = epsilon_of(module)
+    if eps is not None and (kind is nn.LayerNorm or is_layer_norm(module)):
+        return partial(_layer_norm, module, eps)
+    # A class of transformers' own that adds to a Linear (routers) or a LayerNorm (Nemotron).
+    return partial(forward_in_order, module)
+
+
+def check_own_forward(name: str, module: nn.Module) -> None:
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has a replaced forward (device_map offloading or another patch); "
+            "load the model on one device without it"
+        )
+
+
+def has_plain_weights(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear | nn.LayerNorm):
+        return True
+    is_transformers_own = type(module).__module__.startswith("transformers.models.")
+    return is_transformers_own or type(module) in (*PLAIN_LINEARS, nn.LayerNorm)
 
 
 def is_invariant_forward(forward: Callable | None) -> bool:
-    """Whether it is one that `invariant_forward` made."""
-    return isinstance(forward, partial) and forward.func in (_linear, _layer_norm, _rms_norm)
+    """Whether it is one that `make_batch_invariant` put there."""
+    kinds = (_linear, _conv_1d, _layer_norm, _rms_norm, experts_forward, forward_in_order)
+    return isinstance(forward, partial) and forward.func in kinds
 
 
 def rms_norm_arithmetic(module: nn.Module) -> tuple[float, bool, bool]:
@@ -155,51 +260,21 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+def _conv_1d(module: Conv1D, x: Tensor) -> Tensor:
     with own_arithmetic():
-        return layer_norm(x, module.weight, module.bias, module.eps)
+        return in_order_linear(x, module.weight.t(), module.bias)
+
+
+@torch.no_grad()
+def _layer_norm(module: Any, eps: float, x: Tensor) -> Tensor:
+    with own_arithmetic():
+        return layer_norm(x, module.weight, getattr(module, "bias", None), eps)
 
 
 @torch.no_grad()
 def _rms_norm(module: nn.Module, eps: float, unit_offset: bool, round_first: bool, x: Tensor) -> Tensor:
     with own_arithmetic():
         return rms_norm(x, getattr(module, "weight", None), eps, unit_offset, round_first)
-
-
-@torch.no_grad()
-def rms_norm_variant(name: str, module: nn.Module) -> tuple[float, bool, bool]:
-    """eps, unit_offset and round_first of the kernel that computes what the module does on random numbers.
-
-    A copy with random weights is asked, so that weights of one or zero hide nothing.
-    """
-    refusal = UnsupportedModelError(
-        f"{name} ({type(module).__name__}) is not an RMSNorm that the kernel knows; it cannot be made batch-invariant"
-    )
-    epsilons = [getattr(module, key) for key in EPSILON_NAMES if isinstance(getattr(module, key, None), float)]
-    parameters = dict(module.named_parameters(recurse=False))
-    weight = parameters.pop("weight", None)
-    if len(epsilons) != 1 or parameters or weight is None or weight.dim() != 1:
-        raise refusal
-    twin = copy.copy(module)
-    twin._parameters = {}  # the copy shares the module's own
-    generator = torch.Generator().manual_seed(0)
-    twin.weight = nn.Parameter(torch.randn(weight.shape, generator=generator).to(weight), requires_grad=False)
-    # Small numbers too, where eps counts.
-    x = (torch.randn(64, len(weight), generator=generator) * torch.logspace(-3, 1, 64)[:, None]).to(weight)
-    expected = type(module).forward(twin, x)
-    if not isinstance(expected, Tensor) or expected.dtype != x.dtype or expected.shape != x.shape:
-        raise refusal
-    errors = {}
-    for unit_offset, round_first in product((False, True), (True, False)):
-        out = rms_norm(x, twin.weight, epsilons[0], unit_offset, round_first)
-        difference = (out.double() - expected.double()).abs()
-        errors[unit_offset, round_first] = difference.mean().item()
-        # Two roundings of the result, or of the factor before it.
-        if (difference > 4 * torch.finfo(x.dtype).eps * expected.double().abs() + 1e-6).any():
-            del errors[unit_offset, round_first]
-    if not errors:
-        raise refusal
-    return epsilons[0], *min(errors, key=errors.__getitem__)
 
 
 def probe_ids(model: PreTrainedModel, length: int, seed: int) -> Tensor:
@@ -215,27 +290,48 @@ PROBE_LENGTHS = (19, 12, 7)  # a batch of three; odd, so that no row fills a vec
 @torch.no_grad()
 def logits_of(model: PreTrainedModel) -> Tensor:
     """[tokens, vocab] of the first probe sequence."""
-    return model(input_ids=probe_ids(model, PROBE_LENGTHS[0], 0)[None], use_cache=False, return_dict=True).logits[0]
+    ids = probe_ids(model, PROBE_LENGTHS[0], 0)[None]
+    # With a mask, as some (OPT) count positions in floating point without one.
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True).logits[0]
 
 
 @torch.no_grad()
-def check_invariance(model: PreTrainedModel, expected: Tensor) -> None:
-    """Raise UnsupportedModelError unless the swapped model is known to be exact.
+def check_logits(model: PreTrainedModel, expected: Tensor, choices: list[Choice]) -> None:
+    """Raise UnsupportedModelError unless the swapped model's logits are the stock ones up to rounding.
 
-    Three looks: no operation that may depend on the batch is left; the logits are the stock ones up to rounding; the
-    logits of prefill, decoding, verification and a left-padded batch are bitwise equal.
+    choices: of the experts that led to the expected logits.
     """
     name = type(model).__name__
-    guard = InvarianceGuard(model)
-    with guard.watching():
+    with choices_given(model, choices) as shares:
         logits = logits_of(model)
+    if mean_share(shares) < SHARED_CHOICES:
+        raise UnsupportedModelError(
+            f"{name} chooses other experts with the invariant kernels ({mean_share(shares):.0%} are the same, need "
+            f"{SHARED_CHOICES:.0%}); its routers have a part that they do not serve"
+        )
     spread = expected.float().std(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    difference = ((logits.float() - expected.float()).square().mean(-1).sqrt() / spread).max().item()
+    differences = (logits.float() - expected.float()).square().mean(-1).sqrt() / spread
+    # Where the choices cannot be given, those of single tokens may differ.
+    is_opaque = has_experts(model) and not choices and model.dtype != torch.float32
+    difference = (differences.median() if is_opaque else differences.max()).item()
     if not difference <= LOGITS_TOLERANCE[model.dtype]:
         raise UnsupportedModelError(
             f"{name} gives other logits with the invariant kernels (relative difference {difference:.1e}, limit "
             f"{LOGITS_TOLERANCE[model.dtype]:.0e}); it has a part that they do not serve"
         )
+
+
+@torch.no_grad()
+def check_invariance(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless the swapped model is known to be exact.
+
+    Two looks: no operation that may depend on the batch is left; the logits of prefill, decoding, verification and a
+    left-padded batch are bitwise equal.
+    """
+    name = type(model).__name__
+    guard = InvarianceGuard(model)
+    with guard.watching(), watching_for_tokens(PROBE_LENGTHS[0]):
+        logits = logits_of(model)
     for what, alone, other in bit_pairs(model, logits):
         if not torch.equal(alone, other):
             count = (alone != other).sum().item()

@@ -23,20 +23,20 @@ class StepSeconds:
 
     def __init__(self) -> None:
         self.timed: dict[Shape, dict[int, float]] = {}  # by width
-        self.num_timed = 0  # and more: it goes up with every change
+        self.num_changes = 0  # captures, too
         # Of what runs now in place of each width, as of so many captured steps.
         self.ready: dict[Shape, tuple[int, np.ndarray]] = {}
         self._curves: dict[Shape, np.ndarray] = {}
 
-    def taken_over(self, num_captured: int) -> StepSeconds:
-        """For another cache, in which nothing was captured yet; in this one so many steps were."""
+    def taken_over(self) -> StepSeconds:
+        """For another cache, in which nothing was captured yet."""
         self.ready.clear()
-        self.num_timed += num_captured + 1
+        self.num_changes += 1
         return self
 
     def add(self, shape: Shape, width: int, seconds: float) -> None:
         self.timed.setdefault(shape, {})[width] = seconds
-        self.num_timed += 1
+        self.num_changes += 1
         self._curves.clear()
         self.ready.clear()
 

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.batch.cache import RaggedCache
+from specdec.kernels.compile_ahead import wait_for_background
 from specdec.limits import MAX_STEP_WIDTH
 from specdec.network.base import NetworkOutput
-from specdec.network.invariant.seconds import TOKEN_SHARE, StepSeconds
+from specdec.network.captured.seconds import TOKEN_SHARE, StepSeconds
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 ROWS_BEYOND = 32  # larger batches are rounded up to a multiple of it
 WIDTH_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 24, MAX_STEP_WIDTH)
 FEWEST_SLOTS = 1024
+SLOTS_ROUNDING = 256  # of caches that are kept, so that a slightly longer text finds room
 # A capture takes a model of 8 billion parameters on an H200 as long as reading its weights this many times. Larger
 # steps serve in place of one that was not captured until they have wasted as much.
 WORTH_A_CAPTURE, LEAST_WASTE = 8.0, 0.25
@@ -66,13 +70,14 @@ class StepGraphs:
     seconds: what those that were timed take on the device (`timings.py`).
     """
 
-    def __init__(self, cache: RaggedCache):
-        """cache: its last MAX_STEP_WIDTH slots hold no text."""
+    def __init__(self, cache: RaggedCache, seconds: StepSeconds | None = None):
+        """cache: its last MAX_STEP_WIDTH slots hold no text. seconds: what is known of steps over an earlier cache."""
         self.cache = cache
         self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[Key, CapturedStep] = {}
         self.wasted: dict[Key, float] = {}  # by larger steps that served in place of each
-        self.seconds = StepSeconds()
+        self.seconds = StepSeconds() if seconds is None else seconds.taken_over()
+        self.nbytes = 0  # of device memory that the captures have taken
 
     def replay(
         self, forward: Forward, token_ids: Tensor, starts: Tensor, used_slots: int, layers: tuple[int, ...]
@@ -124,18 +129,48 @@ class StepGraphs:
         token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
         # The last slots of every row lie after any text, so trying the step out leaves no trace.
         starts = torch.full((rows,), self.cache.num_slots - MAX_STEP_WIDTH, dtype=torch.long, device=self.cache.device)
+        reserved = reserved_bytes(self.cache.device)
         graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
+        self.nbytes += max(reserved_bytes(self.cache.device) - reserved, 0)
+        self.seconds.num_changes += 1
         step = self.captured[Key(rows, width, slots, layers)] = CapturedStep(graph, token_ids, starts, output)
         logger.info("captured in %.1f s", time.perf_counter() - begin)
         return step
 
 
+_refuses_syncs: ContextVar[bool] = ContextVar("refuses_syncs", default=False)
+
+
+@contextmanager
+def syncs_refused() -> Iterator[None]:
+    """Captures inside raise RuntimeError, before they begin, if the call waits for the device."""
+    token = _refuses_syncs.set(True)
+    try:
+        yield
+    finally:
+        _refuses_syncs.reset(token)
+
+
+@contextmanager
+def _sync_errors() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Output]:
     """The call as a graph, in that pool of memory, and its result, which each replay overwrites."""
+    wait_for_background()  # whose allocations would break the capture
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()  # compiles what is not compiled yet
+        if _refuses_syncs.get():
+            with _sync_errors():
+                call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -184,3 +219,23 @@ def slot_bucket(used_slots: int) -> int:
     [1024, 1024, 2048]
     """
     return max(FEWEST_SLOTS, 1 << (used_slots - 1).bit_length())
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What torch holds of the device's memory."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def rounded_up(num_slots: int) -> int:
+    """
+    >>> rounded_up(257)
+    512
+    """
+    return -(-num_slots // SLOTS_ROUNDING) * SLOTS_ROUNDING
+
+
+def addresses(model: nn.Module) -> list[int]:
+    """Where the weights lie: captured steps read them there."""
+    modules = model.modules()
+    # `parameters()` walks three times as long, to name them and to leave out those that are shared.
+    return [weight.data_ptr() for module in modules for weight in module._parameters.values() if weight is not None]

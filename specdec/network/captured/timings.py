@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from specdec.limits import MAX_STEP_WIDTH
-from specdec.network.invariant.graphs import Forward, Key, StepGraphs, row_bucket, serving_key, width_bucket
+from specdec.network.captured.graphs import Forward, Key, StepGraphs, row_bucket, serving_key, width_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class CapturedTimings:
 
     @property
     def version(self) -> int:
-        return len(self.graphs.captured) + self.graphs.seconds.num_timed
+        return self.graphs.seconds.num_changes
 
     def seconds(self, num_rows: int, used_slots: int) -> np.ndarray:
         return self.graphs.seconds.curve((row_bucket(num_rows), self.graphs.slots_of(used_slots)))

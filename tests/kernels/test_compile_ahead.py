@@ -1,0 +1,79 @@
+"""Kernels that are compiled ahead of their first launch: compiled once, and not run."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec.kernels import dispatch
+from specdec.kernels.compile_ahead import compile_ahead, in_background, wait_for_background
+from specdec.kernels.dispatch import compiling_only
+from specdec.kernels.linear.in_order_linear import in_order_linear
+
+triton = pytest.importorskip("triton")
+
+
+def test_a_launch_only_compiles_inside(monkeypatch):
+    seen = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, grid, warmup, **options: seen.append(warmup))
+
+    def function(x_ptr):
+        pass
+
+    kernel = dispatch.Kernel(function)
+    kernel[(1,)](None)
+    with compiling_only():
+        kernel[(1,)](None)
+        with pytest.raises(KeyboardInterrupt), compiling_only():
+            raise KeyboardInterrupt
+        kernel[(1,)](None)
+    kernel[(1,)](None)
+    assert seen == [False, True, True, False]
+
+
+def test_a_capture_waits_for_what_compiles_in_the_background():
+    done = []
+
+    def fail():
+        raise RuntimeError("a kernel that cannot be compiled; its launch will say so")
+
+    in_background(lambda: (time.sleep(0.05), done.append(1)))
+    in_background(fail)
+    wait_for_background()
+    assert done == [1]
+    wait_for_background()
+
+
+def test_whatever_is_launched_can_be_compiled_alone():
+    """With `triton.jit` it would run ahead, on operands that nothing has computed yet."""
+    sources = [path.read_text() for path in (Path(__file__).resolve().parents[2] / "kernels").rglob("*.py")]
+    launched = {name for source in sources for name in re.findall(r"\b(_\w+)\[", source)}
+    plain = {name for source in sources for name in re.findall(r"@triton\.jit[^\n]*\n\s+def (\w+)", source)}
+    assert launched & {"_rms_norm_kernel", "_top_k_kernel"} and launched & plain == set()
+
+
+@pytest.mark.gpu
+def test_what_is_compiled_ahead_is_not_run_and_not_compiled_again():
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    weights = [torch.randn(size, 72, device="cuda", generator=generator).bfloat16() for size in (40, 56, 136)]
+    x = torch.randn(5, 72, device="cuda", generator=generator).bfloat16()
+    compiled = []
+    hook = triton.knobs.runtime.jit_post_compile_hook
+    triton.knobs.runtime.jit_post_compile_hook = lambda *args, **options: compiled.append(1)
+    try:
+        before = torch.cuda.memory_allocated()
+        with compile_ahead(x.device):
+            for weight in weights:
+                in_order_linear(x, weight)
+        num_compiled = len(compiled)
+        assert torch.cuda.memory_allocated() == before
+        outs = [in_order_linear(x, weight) for weight in weights]
+        assert len(compiled) == num_compiled
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = hook
+    for out, weight in zip(outs, weights, strict=True):
+        torch.testing.assert_close(out.float(), x.float() @ weight.float().T, rtol=0.02, atol=0.05)
