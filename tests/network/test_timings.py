@@ -16,10 +16,10 @@ from specdec.drafters.draft_model import DraftModel
 from specdec.limits import MAX_STEP_WIDTH
 from specdec.network.base import NetworkOutput
 from specdec.network.captured import graphs as step_graphs
+from specdec.network.captured import timings as step_timings
 from specdec.network.captured.graphs import WORTH_A_CAPTURE, Key, StepGraphs, serving_key, waste
 from specdec.network.captured.seconds import StepSeconds
 from specdec.network.captured.timings import CapturedTimings
-from specdec.network.captured import timings as step_timings
 from specdec.policies.cost_model import CostModel
 from specdec.policies.cost_model.chooser import Chooser
 
