@@ -171,7 +171,7 @@ def speculative(
             config.stop_strings = stop_strings
         callbacks = Callbacks(streamer, own, allowed, criteria, tokenizer)
         # A drafter of its own for each call, unless the caller made one.
-        speculation = speculative_config(drafter, k, **choice, target=model)
+        speculation = speculative_config(drafter, num_speculative_tokens, **choice, target=model)
         checked = randomness.checked(bool(config.do_sample), speculation.drafter)
         return _generate(model, input_ids, mask, speculation, config, callbacks, checked, exact)
 

@@ -75,7 +75,8 @@ LayoutOption = Annotated[
 ]
 LENGTH_POLICIES = "fixed, heuristic, confidence, acceptance_head, disco or cost_model; confidence:0.5 sets a threshold"
 LengthPolicyOption = Annotated[
-    str, typer.Option(metavar="NAME", help=f"How far to draft: {LENGTH_POLICIES}. The text is the same.")
+    str | None,
+    typer.Option(metavar="NAME", help=f"How far to draft: {LENGTH_POLICIES}; by default fixed. The text is the same."),
 ]
 LengthPoliciesOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help=f"Length policies: {LENGTH_POLICIES}. The default is fixed.")

@@ -130,14 +130,14 @@ def print_completions(
     max_new_tokens: int | None,
     as_json: bool,
     layout: str = "ragged",
-    length_policy: str = "fixed",
+    length_policy: str | None = None,
     decoding: DecodingOptions | None = None,
     exact: bool = True,
 ) -> None:
     """Stream the text of a single prompt, or print several as they finish; a summary goes to stderr."""
     model, token_ids, decoding = models.target, models.encode(prompts), decoding or DecodingOptions()
     choice: dict[str, Any] = {"layout": layout, "length_policy": length_policy}
-    speculation = speculative_config(models.drafter, num_speculative_tokens, decoding.config, **choice)
+    speculation = speculative_config(models.drafter, num_speculative_tokens, decoding.config, target=model, **choice)
     lengths, most = decoding.limit(max_new_tokens, max(map(len, token_ids)))
     check_prompts(model, token_ids, speculation, batch_size, most)
     streams = len(prompts) == 1 and not as_json

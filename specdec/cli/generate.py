@@ -78,7 +78,7 @@ def generate(
     layout: Annotated[str, typer.Option(metavar="NAME", help="ragged, repad or grouped; the text is the same.")] = (
         "ragged"
     ),
-    length_policy: LengthPolicyOption = "fixed",
+    length_policy: LengthPolicyOption = None,
     kv_tokens: Annotated[
         int | None, Count(help="With --out: the most tokens that the target's cache may hold.")
     ] = None,

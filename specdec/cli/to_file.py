@@ -33,7 +33,7 @@ def write_completions(
     num_speculative_tokens: int | None,
     max_new_tokens: int,
     layout: str,
-    length_policy: str,
+    length_policy: str | None,
     kv_tokens: int | None,
     order: str,
     exact: bool = True,

@@ -18,6 +18,7 @@ from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.either import Either
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.limits import MAX_STEP_WIDTH
+from specdec.network.choose import service_of
 from specdec.network.invariant.network import InvariantNetwork
 from specdec.policies.cost_model import CostModel
 from tests.engine.test_ahead import CLOSE, OTHER, TARGET, some_prompts
@@ -73,6 +74,7 @@ def timed_by_themselves():
 
 def generate(prompts, drafter, target=TARGET, **options):
     ids, mask = left_pad(prompts)
+    service_of(target)  # is tried out while a network's outputs stay what they are
     policy = CostModel(head="beside")
     # On a GPU no estimate is asked for while drafting.
     decides_beforehand = mock.patch.object(CostModel, "_asks_while_drafting", lambda self, target, drafter: False)
@@ -133,6 +135,7 @@ def test_a_useless_drafter_is_left_alone_and_plain_steps_begin_ahead():
 @pytest.mark.parametrize("drafter", ["close", "list"])
 def test_rows_that_join_have_their_own_texts(drafter):
     prompts, options = some_prompts(5, 3, 9, 4, 7), {"max_new_tokens": 24, "eos_token_id": None}
+    service_of(TARGET)
     with mock.patch.object(CostModel, "_asks_while_drafting", lambda self, target, drafter: False), running_ahead():
         run = specdec.generate_many(
             TARGET, prompts, drafter=DRAFTERS[drafter](), length_policy="cost_model", max_rows=2, **options

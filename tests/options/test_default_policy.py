@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny import tiny_llama
 from transformers import GenerationConfig
 
@@ -38,8 +39,6 @@ def test_plain_decoding_takes_no_policy():
 
 
 def test_every_face_takes_none():
-    import torch
-
     prompt, options = torch.arange(3, 9), {"max_new_tokens": 6, "pad_token_id": 0}
     plain = specdec.generate(TARGET, prompt[None], **options)
     out = specdec.generate(TARGET, prompt[None], drafter="prompt_lookup", length_policy=None, **options)
@@ -48,3 +47,26 @@ def test_every_face_takes_none():
     assert torch.equal(TARGET.generate(prompt[None], do_sample=False, custom_generate=loop, **options), plain)
     (done,) = specdec.generate_many(TARGET, [prompt], drafter="prompt_lookup", length_policy=None, **options)
     assert done.token_ids == plain[0, len(prompt) :].tolist()
+
+
+def test_another_default_is_a_change_in_one_place(monkeypatch):
+    """All faces ask `default_policy`, with the caller's own number and the target."""
+    from specdec.options import speculation
+    from specdec.policies.cost_model import CostModel
+
+    asked = []
+
+    def other(num_tokens, target):
+        asked.append((num_tokens, target))
+        return CostModel() if num_tokens is None and target is not None else Fixed()
+
+    monkeypatch.setattr(speculation, "default_policy", other)
+    prompt, options = torch.arange(3, 9), {"max_new_tokens": 6, "pad_token_id": 0}
+    specdec.generate(TARGET, prompt[None], drafter="prompt_lookup", **options)
+    loop = specdec.speculative("prompt_lookup")
+    TARGET.generate(prompt[None], do_sample=False, custom_generate=loop, **options)
+    list(specdec.generate_many(TARGET, [prompt], drafter="prompt_lookup", **options))
+    specdec.Engine(TARGET, "prompt_lookup").close()
+    assert asked.count((None, TARGET)) == 4
+    assert speculation.speculative_config("prompt_lookup", None, target=TARGET).num_speculative_tokens == 20
+    assert type(speculation.speculative_config("prompt_lookup", 3, target=TARGET).length_policy) is Fixed

@@ -32,7 +32,9 @@ NEVER = 1e9  # seconds, for what is not ready
 STEPS_IN_VAIN = 0.5  # of a row: at its end part of a draft is
 SHARED_BY = 16.0  # drafts that have to pay for catching up
 FIRST_REST, LONGEST_REST = 16, 256  # steps between two trials of a drafter; each one in vain doubles them
-DECIDE_EVERY = 4  # steps; a new choice is seldom another one
+# Steps between two decisions; a new choice is seldom another one. Many rows are known sooner, and take longer to think.
+DECIDE_EVERY, DECIDE_MANY_EVERY = 4, 8
+MANY_ROWS = 16
 WATCH_EVERY, WATCHED = 8, 5  # steps, and the draft tokens that are looked at in hindsight
 
 
@@ -129,7 +131,8 @@ class Chooser:
             return None
         length += choice.width + 1
         is_resting = not choice.width and min(self._rests) > 0
-        if not is_resting and self._num_steps % DECIDE_EVERY == 0:
+        every = DECIDE_EVERY if len(rows) < MANY_ROWS else DECIDE_MANY_EVERY
+        if not is_resting and self._num_steps % every == 0:
             choice = self._chosen(rows, length, left)
         if choice.is_trial or choice.width > left or self._has_to_be_made(choice, len(rows), length):
             return None
