@@ -58,6 +58,11 @@ class LengthPolicy(ABC):
     def start(self, target: PreTrainedModel, drafter: Drafter, max_tokens: int) -> None:  # noqa: B027 - optional hook
         """Begin a generation of at most `max_tokens` draft tokens a row and step."""
 
+    def likely(self, max_tokens: int) -> tuple[int, ...]:
+        """The numbers of draft tokens, at most `max_tokens`, with which it is likely to begin: their kernels are
+        compiled together before the first step."""
+        return (max_tokens,)
+
     @abstractmethod
     def widths(self, rows: Rows, max_tokens: int) -> np.ndarray:
         """The most tokens that each row may draft in this step, [rows] integers; what exceeds `max_tokens` is cut.

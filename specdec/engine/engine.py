@@ -305,8 +305,9 @@ class Engine:
 
         self._open.enter_context(network.running())
         if len(decoding.rows):
-            width = 1 + (0 if isinstance(self.drafter, NoDrafts) else self.num_speculative_tokens)
-            network.compile_ahead(len(decoding.rows), decoding.rows.max_length, sorted({1, width}))
+            drafts = () if isinstance(self.drafter, NoDrafts) else self.policy.likely(self.num_speculative_tokens)
+            widths = sorted({1, *(1 + tokens for tokens in drafts)})
+            network.compile_ahead(len(decoding.rows), decoding.rows.max_length, widths)
         self._open.enter_context(drafting(self.drafter, self.policy, context, decoding.rows))
         self._is_running = True
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from specdec.policies.cost_model import CostModel
 from specdec.policies.cost_model.chooser import Chooser, steps_with
 from specdec.policies.cost_model.records import Acceptance, AcceptanceInHindsight, acceptance_of
 from specdec.policies.cost_model.tables import Choice
@@ -183,3 +184,12 @@ def test_who_can_be_watched():
     world = World(1, {"draft": 0.5, "lookup": 0.5})
     assert [acceptance_of(part) for part in world.parts] == [Acceptance, AcceptanceInHindsight]
     assert Choice(0, 0).is_trial is False
+
+
+@pytest.mark.parametrize("rows", sorted(H200))
+def test_it_begins_with_what_was_compiled(rows):
+    """Nothing is known of the pair yet."""
+    world = World(rows, {"draft": 0.7})
+    world.call(1)
+    assert world.widths[0] in CostModel().likely(MOST)
+    assert CostModel().likely(4) == (2, 3, 4) and CostModel().likely(1) == (1,)

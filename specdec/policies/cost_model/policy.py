@@ -34,6 +34,8 @@ from specdec.policies.heads.acceptance_head import AcceptanceHead
 from specdec.policies.heads.disco import Disco
 from specdec.policy import LengthPolicy
 
+FIRST_TOKENS = (2, 3, 5)  # with which a drafter of which nothing is known pays on most GPUs, in batches of any size
+
 
 @dataclass
 class TimedStep:
@@ -116,6 +118,9 @@ class CostModel(LengthPolicy):
         records = records_of(target, drafter)
         records.begin_call()
         return Chooser(drafter, tables, records, max_tokens)
+
+    def likely(self, max_tokens: int) -> tuple[int, ...]:
+        return tuple(sorted({min(tokens, max_tokens) for tokens in FIRST_TOKENS}))
 
     @property
     def state(self) -> State:
