@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.bench.latency import synchronise
 from specdec.errors import SpecDecError
-from specdec.network import choose
+from specdec.network.choose import service_of
 
 LOOKUP_K = 5
 OURS = ("plain", "lookup")
@@ -33,10 +33,7 @@ def check_families(families: Sequence[str]) -> None:
 
 
 def service(model: PreTrainedModel) -> dict[str, Any]:
-    """What `specdec doctor` says of the model; is_exact is None in a revision that does not say."""
-    service_of = getattr(choose, "service_of", None)
-    if service_of is None:
-        return {"network": None, "is_exact": None, "reason": "this revision does not say"}
+    """What `specdec doctor` says of the model."""
     found = service_of(model)
     return {"network": found.network_type.__name__, "is_exact": found.is_exact, "reason": found.reason}
 
@@ -106,11 +103,9 @@ def measure(
 
 
 def let_go(*models: PreTrainedModel) -> None:
-    """Give back what is kept with the models, in a revision that keeps something."""
-    release = getattr(specdec, "release", None)
+    """Give back what is kept with the models."""
     for model in models:
-        if release is not None:
-            release(model)
+        specdec.release(model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -43,7 +43,7 @@ STAMP = """    @triton.jit
 def stamped(source: str) -> str:
     """The kernel's source with a parameter `clock_ptr`, [layers * phases * 2, programs] int64, and timestamps."""
     before, kernel = source.split("    def persistent_step_kernel(")
-    decorator = before.rindex("    @triton.jit(")
+    decorator = before.rindex("    @kernel(")
     imports = "    import triton.language as tl\n"
     before = before[:decorator] + STAMP + before[decorator:]
     before = before.replace(imports, imports + "    from triton.language.extra.cuda import globaltimer\n", 1)

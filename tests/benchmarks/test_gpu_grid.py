@@ -15,6 +15,7 @@ from tiny import tiny_llama
 import specdec
 from specdec import Speculation
 from specdec.engine.target import Target
+from specdec.network.choose import service_of
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -107,6 +108,8 @@ def test_stages_of_what_is_launched_ahead(grid, drafter):
     """It is counted as what it is."""
     model, clock = tiny_llama(), grid.EventClock(FakeEvents())
     draft = drafter if drafter == "prompt_lookup" else model
+    with specdec.batch_invariant(model):
+        service_of(model)  # tried out before what networks return is overwritten
     with clock.installed(), specdec.batch_invariant(model), running_ahead() as counts:
         out = specdec.generate(
             model, torch.tensor([[5, 6, 7]]), drafter=draft, num_speculative_tokens=2, max_new_tokens=12,

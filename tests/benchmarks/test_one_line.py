@@ -13,8 +13,6 @@ import torch
 from checkpoints import PROMPTS, save_checkpoint
 from tiny import tiny_llama
 
-from specdec.network import choose
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -161,7 +159,7 @@ def test_families_are_compared_with_transformers(load, run, capsys):
 
 def test_a_family_that_is_said_to_be_exact_must_be(load, run, monkeypatch):
     said = argparse.Namespace(network_type=dict, is_exact=True, reason="")
-    monkeypatch.setattr(choose, "service_of", lambda model: said, raising=False)
+    monkeypatch.setattr(load("one_line_families"), "service_of", lambda model: said)
     decode = load("one_line_families").decode
 
     def wrong(model, method, ids, new_tokens):

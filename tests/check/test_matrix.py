@@ -34,7 +34,8 @@ def test_every_axis_is_an_argument_of_generate():
         assert set(AXES) <= set(inspect.signature(face).parameters)
     assert set(AXES) >= DRAFTED
     for name, value in AXES.items():
-        assert inspect.signature(specdec.generate).parameters[name].default == value
+        # None: what is meant without a word depends on the device.
+        assert inspect.signature(specdec.generate).parameters[name].default in (value, None)
 
 
 def test_lists_of_numbers_and_names():
