@@ -14,6 +14,25 @@ from specdec.network.invariant.swap import is_invariant_forward
 from specdec.network.known_classes import HOOKS
 
 
+def state_of(model: PreTrainedModel) -> tuple:
+    """Differs as soon as a module, a hook, a forward, a weight's place or kind, or the config is another one.
+
+    It is asked in every call, so it walks over the modules by itself: torch's own walk also makes up their names.
+    """
+    found: list[object] = [tuple(len(getattr(torch.nn.modules.module, f"_global{hooks}")) for hooks in HOOKS)]
+    left, seen = [model], {id(model)}
+    while left:
+        module = left.pop()
+        own = module.__dict__
+        found.append((id(module), id(own.get("forward")), module._compiled_call_impl is None, type(module).forward))
+        found += [hooks for hooks in HOOKS if own[hooks]]
+        found += [(id(w), w.dtype, w.device) for w in own["_parameters"].values() if w is not None]
+        children = [child for child in own["_modules"].values() if child is not None and id(child) not in seen]
+        seen.update(map(id, children))
+        left += children
+    return model.config.to_json_string(use_diff=False), model.config._attn_implementation, *found
+
+
 def attachment(model: PreTrainedModel) -> str:
     """The first thing that is attached, in words; empty if there is none. The swapped kernels do not count."""
     if any(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from specdec.batch.layout import Layout, Ragged
 from specdec.errors import ConfigError, SpecDecError, UnsupportedModelError
 from specdec.kept import kept_with
-from specdec.network.attachments import attachment
+from specdec.network.attachments import attachment, state_of
 from specdec.network.base import Network
 from specdec.network.fused import FusedNetwork, can_fuse
 from specdec.network.invariant.network import InvariantDraftNetwork, InvariantNetwork, can_shorten
@@ -81,6 +82,14 @@ def service_of(
 ) -> Service:
     """How `model` is served; raises UnsupportedModelError if it is not. The arguments are those of `build_network`."""
     layout = layout or Ragged()
+    settings = autocast_dtype(model), torch.get_float32_matmul_precision(), EXACT_DEVICES, CAPTURING_DEVICES
+    key = "service", layout.one_length, must_be_exact, exact
+    return kept_with(
+        model, key, lambda: _service_of(model, layout, must_be_exact, exact), (*settings, *state_of(model))
+    )
+
+
+def _service_of(model: PreTrainedModel, layout: Layout, must_be_exact: bool, exact: bool) -> Service:
     reason = "exact=False keeps the model's own modules and kernels"
     if is_batch_invariant(model):
         short = _short(model, layout, must_be_exact)
