@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.batch.layout import Layout
@@ -35,6 +36,8 @@ from specdec.verify.sampler import Sampler
 from specdec.verify.verification import MixedVerification
 
 OnCommit = Callable[[StepReport], None]
+# An engine may be made within the caller's inference mode and stepped outside of it; what it writes to must outlive it.
+OUTSIDE_INFERENCE_MODE = torch.inference_mode(False)
 
 
 class Engine:
@@ -52,6 +55,7 @@ class Engine:
     statistics: of all requests so far.
     """
 
+    @OUTSIDE_INFERENCE_MODE
     def __init__(
         self,
         model: PreTrainedModel,
@@ -127,6 +131,7 @@ class Engine:
             self.take_up(job, seed, request.stream)
             return job.index
 
+    @OUTSIDE_INFERENCE_MODE
     def take_up(self, job: Job, seed: int | None, stream: int = 0) -> None:
         """Prepare for a job that the schedule has, or will have. seed: of its samples, None for a greedy one."""
         if not job.plan.truncation.is_greedy:
@@ -167,6 +172,7 @@ class Engine:
                 for job, ids in self.advance()
             ]
 
+    @OUTSIDE_INFERENCE_MODE
     def abort(self, id: int) -> None:
         """End a request between two steps; its last event comes with the next step. Unknown ids are ignored."""
         with self.working():
@@ -196,6 +202,7 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    @OUTSIDE_INFERENCE_MODE
     def advance(self) -> list[tuple[Job, list[int]]]:
         """One step: each job that took part, with the tokens that it got."""
         done: list[tuple[Job, list[int]]] = [(job, []) for job in self._aborted]
@@ -256,6 +263,7 @@ class Engine:
     def _verification(self) -> MixedVerification:
         return MixedVerification(self.streams, self.processors, self.verification)
 
+    @OUTSIDE_INFERENCE_MODE
     def prepare(self) -> None:
         """Build the caches for the requests that are known, as the first step does by itself.
 

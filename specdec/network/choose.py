@@ -93,7 +93,7 @@ def _service_of(model: PreTrainedModel, layout: Layout, must_be_exact: bool, exa
     reason = "exact=False keeps the model's own modules and kernels"
     if is_batch_invariant(model):
         short = _short(model, layout, must_be_exact)
-        return short or Service(_own_modules(model, layout), True, "batch_invariant is active around this call")
+        return short or Service(_with_kernels(model, layout), True, "batch_invariant is active around this call")
 
     if exact and model.device.type in EXACT_DEVICES:
         reason, service = _settings_problem(model), None
@@ -127,9 +127,8 @@ def _swapped(model: PreTrainedModel, layout: Layout) -> tuple[Service | None, st
     problem = kept_with(model, key, lambda: _swap_problem(model, layout))
     if problem:
         return None, problem
-    is_captured = _captures(model, CapturedSwapped, layout)
     reason = "batch-invariant kernels in the model's own modules while it decodes"
-    return Service(CapturedSwapped if is_captured else SwappedNetwork, True, reason), reason
+    return Service(_with_kernels(model, layout), True, reason), reason
 
 
 def _swap_problem(model: PreTrainedModel, layout: Layout) -> str:
@@ -142,6 +141,13 @@ def _swap_problem(model: PreTrainedModel, layout: Layout) -> str:
     return ""
 
 
+def _with_kernels(model: PreTrainedModel, layout: Layout) -> NetworkType:
+    """The modules with the kernels in them, which may be there already, captured where they can be. Steps captured with
+    kernels and without are kept apart. Raises UnsupportedModelError if they do not serve."""
+    probe_once(model, SwappedNetwork, layout)
+    return CapturedSwapped if _captures(model, CapturedSwapped, layout) else SwappedNetwork
+
+
 def _own_modules(model: PreTrainedModel, layout: Layout) -> NetworkType:
     """The modules as they are, captured where they can be. Raises UnsupportedModelError if they do not serve."""
     probe_once(model, StockNetwork, layout)
@@ -150,7 +156,9 @@ def _own_modules(model: PreTrainedModel, layout: Layout) -> NetworkType:
 
 def _captures(model: PreTrainedModel, kind: NetworkType, layout: Layout) -> bool:
     """Whether steps of these modules can be captured: nothing in them waits for the host or is called by it."""
-    if model.device.type not in CAPTURING_DEVICES or layout.one_length or attachment(model):
+    if model.device.type not in CAPTURING_DEVICES or layout.one_length:
+        return False
+    if attachment(model) or autocast_dtype(model) is not None:  # a replay would pass by what is not there any more
         return False
     problem = kept_with(model, ("captured", kind, *probe_key(model, layout)), lambda: capture_problem(model, kind))
     if problem:

@@ -42,7 +42,8 @@ def kept_forward(
     kept = _kept.get(model, {}).pop(kind, None)
     if kept is None or not kept.serves(model, max_rows, num_slots):
         del kept  # before the new one takes memory
-        kept = make()
+        with torch.inference_mode(False):  # later calls may be outside of the caller's inference mode
+            kept = make()
     yield kept  # type: ignore[misc]
     # Not after an exception: a step may have been interrupted half-way.
     _kept.setdefault(model, {})[kind] = kept

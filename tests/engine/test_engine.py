@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import cycle
 from unittest import mock
 
 import pytest
@@ -344,3 +345,34 @@ def test_nothing_is_kept_of_requests_that_have_ended():
             engine.step()
         assert not (engine._jobs or engine.policy._tokens or engine.hooks.failed or engine.schedule.running)
         assert not (engine.processors._plans or engine.streams._of_row)
+
+
+@pytest.mark.parametrize(
+    "order", [(torch.inference_mode, torch.enable_grad), (torch.enable_grad, torch.inference_mode)]
+)
+@pytest.mark.parametrize("drafter", [None, "prompt_lookup", "draft_model"])
+def test_steps_within_the_callers_inference_mode_and_outside(drafter, order):
+    draft = tiny_llama(1) if drafter == "draft_model" else drafter
+    found, modes = {}, cycle(order)
+    requests = [Request([5, 6, 7 + i], max_new_tokens=9 + 3 * i) for i in range(5)]
+    with next(modes)():
+        engine = Engine(TARGET, draft, max_rows=2)
+        for request in requests:
+            engine.add_request(request)
+    with engine:
+        while not engine.is_finished:
+            with next(modes)():
+                for event in engine.step():
+                    found.setdefault(event.id, []).extend(event.token_ids)
+    for i, request in enumerate(requests):
+        expected = plain_greedy(TARGET, torch.tensor(request.prompt_ids), max_new_tokens=9 + 3 * i)
+        assert found[i] == expected
+
+
+def test_completions_read_outside_of_the_inference_mode_they_were_asked_for_in():
+    prompts = [torch.tensor([5, 6, 7 + i]) for i in range(4)]
+    with torch.inference_mode():
+        done = specdec.generate_many(TARGET, prompts, max_new_tokens=20, max_rows=2, in_order=True)
+        first = next(done)
+    expected = [plain_greedy(TARGET, prompt, max_new_tokens=20) for prompt in prompts]
+    assert [first.token_ids, *(one.token_ids for one in done)] == expected

@@ -110,6 +110,39 @@ def test_other_weights_are_captured_anew(capturing):
     assert kept_of(model, CapturedStock) is not first
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_calls_within_inference_mode_and_outside_share_their_steps(capturing, first):
+    model, ids = tiny("gpt_neox"), PROMPTS[0][None]
+    expected = plain_greedy(model, PROMPTS[0], max_new_tokens=6)
+    for mode in (first, torch.enable_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            out = specdec.generate(model, ids, drafter="prompt_lookup", num_speculative_tokens=2, max_new_tokens=6)
+        assert out[0, ids.shape[1] :].tolist() == expected
+    assert len(set(capturing)) == len(capturing), "captured once"
+
+
+def test_steps_of_swapped_modules_are_apart_from_those_of_stock_modules(capturing, monkeypatch):
+    """Neither serves in place of the other, whoever swapped the kernels in."""
+    torch.manual_seed(1)
+    model, ids = tiny("gpt_neox", vocab_size=64, intermediate_size=64), PROMPTS[0][None]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    specdec.generate(model, ids, max_new_tokens=4)
+    stock = kept_of(model, CapturedStock)
+    with batch_invariant(model):
+        specdec.generate(model, ids, max_new_tokens=4)
+        assert service_of(model).network_type is CapturedSwapped
+    assert kept_of(model, CapturedStock) is stock and kept_of(model, CapturedSwapped) is not None
+    specdec.generate(model, ids, max_new_tokens=4)
+    assert kept_of(model, CapturedStock) is stock
+
+
+def test_autocast_is_not_captured(capturing):
+    model = tiny("gpt_neox")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert service_of(model).network_type is StockNetwork
+    assert service_of(model).network_type is CapturedStock
+
+
 def test_what_asks_the_host_is_not_captured(capturing, monkeypatch):
     model = tiny("gpt_neox")
 

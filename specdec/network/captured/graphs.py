@@ -126,11 +126,13 @@ class StepGraphs:
         shape = f"{rows} rows x {width} tokens over {slots} slots"
         logger.info("capturing step %d: %s; new kernels are compiled first", len(self.captured) + 1, shape)
         begin = time.perf_counter()
-        token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
-        # The last slots of every row lie after any text, so trying the step out leaves no trace.
-        starts = torch.full((rows,), self.cache.num_slots - MAX_STEP_WIDTH, dtype=torch.long, device=self.cache.device)
         reserved = reserved_bytes(self.cache.device)
-        graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
+        with outliving_inference_mode():
+            token_ids = torch.zeros(rows, width, dtype=torch.long, device=self.cache.device)
+            # The last slots of every row lie after any text, so trying the step out leaves no trace.
+            beyond = self.cache.num_slots - MAX_STEP_WIDTH
+            starts = torch.full((rows,), beyond, dtype=torch.long, device=self.cache.device)
+            graph, output = capture(lambda: forward(token_ids, starts, slots, layers), self.pool)
         self.nbytes += max(reserved_bytes(self.cache.device) - reserved, 0)
         self.seconds.num_changes += 1
         step = self.captured[Key(rows, width, slots, layers)] = CapturedStep(graph, token_ids, starts, output)
@@ -159,6 +161,13 @@ def _sync_errors() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def outliving_inference_mode() -> Iterator[None]:
+    """What is made inside can be written to later, within inference mode and outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def capture(call: Callable[[], Output], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Output]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.network.captured.graphs import capture, reserved_bytes
+from specdec.network.captured.graphs import capture, outliving_inference_mode, reserved_bytes
 
 PROMPT_ROUNDING = 64
 CAPTURED_PROMPT_TOKENS = 2048  # of all rows
@@ -66,10 +66,11 @@ class PromptGraphs:
         self, forward: Callable[[Tensor, Tensor, int], Tensor], rows: int, columns: int, first_row: int
     ) -> CapturedPrompts:
         logger.info("capturing prompts: %d rows x %d tokens", rows, columns)
-        token_ids = torch.zeros(rows, columns, dtype=torch.long, device=self.device)
-        last = torch.zeros(rows, dtype=torch.long, device=self.device)
         reserved = reserved_bytes(self.device)
-        graph, logits = capture(lambda: forward(token_ids, last, first_row), self.pool)
+        with outliving_inference_mode():
+            token_ids = torch.zeros(rows, columns, dtype=torch.long, device=self.device)
+            last = torch.zeros(rows, dtype=torch.long, device=self.device)
+            graph, logits = capture(lambda: forward(token_ids, last, first_row), self.pool)
         self.nbytes += max(reserved_bytes(self.device) - reserved, 0)
         return CapturedPrompts(graph, token_ids, last, logits)
 

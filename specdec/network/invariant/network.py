@@ -30,6 +30,7 @@ from specdec.network.captured.graphs import (
     MAX_STEP_WIDTH,
     Forward,
     StepGraphs,
+    outliving_inference_mode,
     rounded_up,
     row_bucket,
     width_bucket,
@@ -115,7 +116,8 @@ class InvariantNetwork(Network):
     def resize(self, max_rows: int, num_slots: int) -> None:
         if max_rows > self.kept.max_rows or num_slots > self.kept.num_slots:
             size = row_bucket(max(max_rows, self.kept.max_rows)), max(num_slots, self.kept.num_slots)
-            self.kept = InvariantForward(self.model, size[0], rounded_up(size[1]), self.must_be_exact)
+            with outliving_inference_mode():
+                self.kept = InvariantForward(self.model, size[0], rounded_up(size[1]), self.must_be_exact)
             self.kept.cache.copy_from(self.cache)
             self.cache = self.kept.cache
 
@@ -220,8 +222,9 @@ class InvariantNetwork(Network):
         num = min((num for num in kept.graphs_with_extra if extra.num <= num <= most), default=extra.num)
         repeated = torch.arange(num, device=extra.ahead.device).clamp(max=extra.num - 1)
         if num not in kept.graphs_with_extra:
-            embeddings = extra.embeddings.to(kept.embedding.weight.dtype, copy=True)
-            kept.graphs_with_extra[num] = StepGraphs(self.cache), ExtraQueries(embeddings, extra.ahead.clone())
+            with outliving_inference_mode():
+                embeddings = extra.embeddings.to(kept.embedding.weight.dtype, copy=True)
+                kept.graphs_with_extra[num] = StepGraphs(self.cache), ExtraQueries(embeddings, extra.ahead.clone())
         graphs, inputs = kept.graphs_with_extra[num]
         inputs.embeddings.copy_(extra.embeddings[repeated])  # where the graphs read them
         inputs.ahead.copy_(extra.ahead[repeated])
