@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -20,10 +21,25 @@ _compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
 if triton is not None:
 
     class Kernel(triton.JITFunction):
-        """A kernel that is compiled and not run where it is launched within `compiling_only`."""
+        """A kernel that runs where its operands lie, whatever CUDA's current device is, and that is compiled and not
+        run where it is launched within `compiling_only`."""
 
         def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            return super().run(*args, grid=grid, warmup=warmup or _compiles_only.get(), **options)
+            warmup = warmup or _compiles_only.get()
+            device = _device_of(args or options.values())
+            if device < 0 or device == torch.cuda.current_device():
+                return super().run(*args, grid=grid, warmup=warmup, **options)
+            with torch.cuda.device(device):
+                return super().run(*args, grid=grid, warmup=warmup, **options)
+
+
+def _device_of(operands: Iterable[Any]) -> int:
+    """The number of the GPU that the first tensor, or tensor described, among them is on; -1 without one."""
+    for operand in operands:
+        tensor = operand if isinstance(operand, Tensor) else getattr(operand, "base", None)
+        if isinstance(tensor, Tensor):
+            return tensor.get_device()
+    return -1
 
 
 def kernel(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Any]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.batch.layout import Layout
@@ -15,7 +14,7 @@ from specdec.batch.report import StepReport
 from specdec.drafter import Context, NoDrafts
 from specdec.engine.decode import decode_steps
 from specdec.engine.decoding import Decoding
-from specdec.engine.guard import at_work, check_idle, check_shared_slots, drafting, unique_models
+from specdec.engine.guard import at_work, check_idle, check_shared_slots, drafting, in_its_place, unique_models
 from specdec.engine.hooks import Hooks
 from specdec.engine.intake import Intake
 from specdec.engine.job import Job
@@ -36,8 +35,6 @@ from specdec.verify.sampler import Sampler
 from specdec.verify.verification import MixedVerification
 
 OnCommit = Callable[[StepReport], None]
-# An engine may be made within the caller's inference mode and stepped outside of it; what it writes to must outlive it.
-OUTSIDE_INFERENCE_MODE = torch.inference_mode(False)
 
 
 class Engine:
@@ -55,7 +52,7 @@ class Engine:
     statistics: of all requests so far.
     """
 
-    @OUTSIDE_INFERENCE_MODE
+    @in_its_place
     def __init__(
         self,
         model: PreTrainedModel,
@@ -131,7 +128,7 @@ class Engine:
             self.take_up(job, seed, request.stream)
             return job.index
 
-    @OUTSIDE_INFERENCE_MODE
+    @in_its_place
     def take_up(self, job: Job, seed: int | None, stream: int = 0) -> None:
         """Prepare for a job that the schedule has, or will have. seed: of its samples, None for a greedy one."""
         if not job.plan.truncation.is_greedy:
@@ -172,7 +169,7 @@ class Engine:
                 for job, ids in self.advance()
             ]
 
-    @OUTSIDE_INFERENCE_MODE
+    @in_its_place
     def abort(self, id: int) -> None:
         """End a request between two steps; its last event comes with the next step. Unknown ids are ignored."""
         with self.working():
@@ -202,7 +199,7 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    @OUTSIDE_INFERENCE_MODE
+    @in_its_place
     def advance(self) -> list[tuple[Job, list[int]]]:
         """One step: each job that took part, with the tokens that it got."""
         done: list[tuple[Job, list[int]]] = [(job, []) for job in self._aborted]
@@ -263,7 +260,7 @@ class Engine:
     def _verification(self) -> MixedVerification:
         return MixedVerification(self.streams, self.processors, self.verification)
 
-    @OUTSIDE_INFERENCE_MODE
+    @in_its_place
     def prepare(self) -> None:
         """Build the caches for the requests that are known, as the first step does by itself.
 

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import PreTrainedModel
 
 from specdec.batch.rows import Rows
 from specdec.drafter import Context, Drafter
 from specdec.errors import BusyError, DrafterError
+from specdec.network.base import on_device_of
 from specdec.policy import LengthPolicy
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _lock = threading.Lock()
 _at_work: WeakKeyDictionary[PreTrainedModel, object] = WeakKeyDictionary()  # models within a step -> their engine
+
+
+def in_its_place(method: Method) -> Method:
+    """An engine's method, run on its model's GPU and outside of the caller's inference mode.
+
+    Kernels, streams and events are those of CUDA's current device, which need not be the model's. An engine may be made
+    within inference mode and stepped outside of it, and must be able to write to what it made.
+    """
+
+    @wraps(method)
+    def placed(self: Any, *args: Any, **options: Any) -> Any:
+        # The constructor does not have its model yet.
+        model = getattr(self, "model", args[0] if args else options.get("model"))
+        with torch.inference_mode(False), on_device_of(model):
+            return method(self, *args, **options)
+
+    return placed  # type: ignore[return-value]
 
 
 @contextmanager

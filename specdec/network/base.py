@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -241,6 +241,13 @@ def vocab_size_of(model: PreTrainedModel) -> int:
         return head.weight.shape[0]
     # A head of several layers: the last one's rows.
     return matrices[-1].shape[0] if matrices else model.config.get_text_config(decoder=True).vocab_size
+
+
+def on_device_of(model: Any) -> AbstractContextManager:
+    """Within it CUDA's current device is the model's, if that is on one."""
+    device = getattr(model, "device", None)
+    is_on_gpu = isinstance(device, torch.device) and device.type == "cuda"
+    return torch.cuda.device(device) if is_on_gpu else nullcontext()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from specdec.batch.layout import Layout, Ragged
 from specdec.errors import ConfigError, SpecDecError, UnsupportedModelError
 from specdec.kept import kept_with
 from specdec.network.attachments import attachment, state_of
-from specdec.network.base import Network
+from specdec.network.base import Network, on_device_of
 from specdec.network.fused import FusedNetwork, can_fuse
 from specdec.network.invariant.network import InvariantDraftNetwork, InvariantNetwork, can_shorten
 from specdec.network.invariant.swap import check_settings, is_batch_invariant, make_batch_invariant
@@ -84,9 +84,12 @@ def service_of(
     layout = layout or Ragged()
     settings = autocast_dtype(model), torch.get_float32_matmul_precision(), EXACT_DEVICES, CAPTURING_DEVICES
     key = "service", layout.one_length, must_be_exact, exact
-    return kept_with(
-        model, key, lambda: _service_of(model, layout, must_be_exact, exact), (*settings, *state_of(model))
-    )
+
+    def find() -> Service:
+        with torch.inference_mode(False), on_device_of(model):
+            return _service_of(model, layout, must_be_exact, exact)
+
+    return kept_with(model, key, find, (*settings, *state_of(model)))
 
 
 def _service_of(model: PreTrainedModel, layout: Layout, must_be_exact: bool, exact: bool) -> Service:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from specdec.batch.layout import Layout, Ragged
 from specdec.errors import ConfigError
 from specdec.kept import kept_with
-from specdec.network.base import Network, vocab_size_of
+from specdec.network.base import Network, on_device_of, vocab_size_of
 from specdec.network.choose import build_network, service_of
 from specdec.network.free_memory import free_bytes
 from specdec.network.fused import FusedNetwork
@@ -137,7 +137,7 @@ def kv_bytes_per_token(network_type: NetworkType, model: PreTrainedModel, layout
 def measured_bytes(network: Network) -> float:
     """Bytes that the network's cache takes for a token of a row, found by a forward over one token."""
     device = network.model.device
-    with network.running():
+    with on_device_of(network.model), network.running():
         nothing = torch.zeros(1, dtype=torch.long, device=device)
         network.forward(nothing[:, None], nothing, 1)
         cache = network.cache  # a captured network has rounded its size up

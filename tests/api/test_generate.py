@@ -365,6 +365,24 @@ def test_a_target_whose_layers_lie_on_two_gpus(layout):
     assert continuations(out.cpu(), ids.shape[1], expected, PAD) == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("exact", [True, False])
+def test_models_on_another_gpu_than_the_current_one(exact):
+    model, draft, prompts = tiny_llama().to("cuda:1"), tiny_llama(1).to("cuda:1"), some_prompts(3, 8, 1)
+    expected = [plain_greedy(model, prompt.to("cuda:1"), max_new_tokens=24) for prompt in prompts]
+    ids, mask = (x.to("cuda:1") for x in left_pad(prompts))
+    assert torch.cuda.current_device() == 0
+    for drafter in (draft, "prompt_lookup"):
+        for _ in range(2):  # captured, then replayed
+            out = specdec.generate(
+                model, ids, mask, drafter=drafter, num_speculative_tokens=3, max_new_tokens=24, pad_token_id=PAD,
+                exact=exact,
+            )  # fmt: skip
+            assert continuations(out.cpu(), ids.shape[1], expected, PAD) == expected
+    assert torch.cuda.current_device() == 0
+
+
 def test_one_row_that_begins_with_the_pad_token_needs_a_mask():
     """transformers would infer one, so the same call would mean another prompt. A token that also ends is text."""
     ids = torch.tensor([[PAD, PAD, 5, 6]])

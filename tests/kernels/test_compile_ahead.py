@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +35,32 @@ def test_a_launch_only_compiles_inside(monkeypatch):
         kernel[(1,)](None)
     kernel[(1,)](None)
     assert seen == [False, True, True, False]
+
+
+def test_a_launch_goes_to_the_gpu_of_its_operands(monkeypatch):
+    places, current = [], [0]
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, **options: places.append(current[-1]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: self.ndim)  # stands in for the number
+
+    def function(x_ptr):
+        pass
+
+    kernel, one, scalar = dispatch.Kernel(function), torch.zeros(1), torch.zeros(())
+    kernel[(1,)](None, one)
+    kernel[(1,)](scalar, one)
+    kernel[(1,)](SimpleNamespace(base=one), scalar)  # a tensor descriptor
+    kernel[(1,)](x_ptr=one)
+    kernel[(1,)](3)
+    assert places == [1, 0, 1, 1, 0] and current == [0]
 
 
 def test_a_capture_waits_for_what_compiles_in_the_background():
