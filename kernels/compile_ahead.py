@@ -7,7 +7,9 @@ would have launched in threads. What is compiled is kept on disk by Triton, so t
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from specdec.kernels.dispatch import compiling_only, triton
 
 MOST_THREADS = 16
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def compile_ahead(device: torch.device) -> Iterator[None]:
@@ -27,17 +31,22 @@ def compile_ahead(device: torch.device) -> Iterator[None]:
     What the calls inside return has no meaning.
     """
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS))
-    with pool, compiling_only(), triton.AsyncCompileMode(_Loading(pool, device)):
+    loading, begin = _Loading(pool, device), time.perf_counter()
+    with pool, compiling_only(), triton.AsyncCompileMode(loading):
         yield
+    if loading.num_kernels:
+        logger.info("%d kernels are ready after %.1f s", loading.num_kernels, time.perf_counter() - begin)
 
 
 class _Loading:
     """An executor that also loads what it has compiled, which takes another compiler run: the launcher's."""
 
     def __init__(self, pool: ThreadPoolExecutor, device: torch.device):
-        self.pool, self.device = pool, device
+        self.pool, self.device, self.num_kernels = pool, device, 0
 
     def submit(self, compile_one: Callable[[], Any]) -> Future:
+        self.num_kernels += 1
+
         def compile_and_load() -> Any:
             with torch.cuda.device(self.device):
                 compiled = compile_one()
