@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ try:
     import triton
 except ImportError:  # Triton exists for Linux only; the references run everywhere
     triton = None
+
+# What Triton raises where a GPU, or this version of it, cannot run a kernel.
+KERNEL_ERRORS: tuple[type[Exception], ...] = ()
+if triton is not None:
+    from triton.errors import TritonError
+
+    KERNEL_ERRORS = (TritonError,)
 
 _compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
 
@@ -31,6 +39,19 @@ if triton is not None:
                 return super().run(*args, grid=grid, warmup=warmup, **options)
             with torch.cuda.device(device):
                 return super().run(*args, grid=grid, warmup=warmup, **options)
+
+
+# Bytes: of a Hopper GPU, and the least that a GPU since Ampere has.
+ROOMY_SHARED_MEMORY, LEAST_SHARED_MEMORY = 232448, 101376
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take; a kernel that needs more cannot be launched."""
+    if device.type != "cuda":
+        return ROOMY_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
 
 
 def _device_of(operands: Iterable[Any]) -> int:

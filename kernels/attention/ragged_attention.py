@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton, uses_triton
+from specdec.kernels.dispatch import shared_memory, triton, uses_triton
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -173,7 +173,8 @@ def _merge_in_registers(
     """For wide steps: a program walks all splits of its queries, and nothing but the result is written."""
     rows, num_heads, width, _ = query.shape
     num_kv_heads, num_slots = key.shape[1:3]
-    blocks = triton.cdiv(width, BLOCK_QUERIES // (num_heads // num_kv_heads))
+    options = _shared_options(query, key, value, softcap)
+    blocks = triton.cdiv(width, options["BLOCK_QUERIES"] // (num_heads // num_kv_heads))
     wide_kernel[(blocks, rows * num_kv_heads)](
         query,
         key,
@@ -189,9 +190,8 @@ def _merge_in_registers(
         *key.stride()[:3],
         *value.stride()[:3],
         HAS_SINKS=sinks is not None,
-        BLOCK_QUERIES=BLOCK_QUERIES,
         num_warps=NUM_WARPS,
-        **_shared_options(query, key, value, softcap),
+        **options,
     )
 
 
@@ -214,9 +214,10 @@ def _merge_in_memory(
     bytes_per_query = 4 * rows * num_heads * num_splits * (value_dim + 2)
     step = min(width, max(1, MAX_WORKSPACE // bytes_per_query))
     partial = torch.empty(rows * num_heads * step * num_splits, value_dim + 2, dtype=torch.float32, device=out.device)
+    options = _shared_options(query, key, value, softcap)
     for begin in range(0, width, step):
         count = min(step, width - begin)
-        blocks = triton.cdiv(count, BLOCK_QUERIES // (num_heads // num_kv_heads))
+        blocks = triton.cdiv(count, options["BLOCK_QUERIES"] // (num_heads // num_kv_heads))
         split_kernel[(rows * num_kv_heads, blocks, num_splits)](
             query,
             key,
@@ -236,9 +237,8 @@ def _merge_in_memory(
             *value.stride()[:3],
             IS_TREE=tree is not None,
             TREE_SLOTS=TREE_SLOTS,
-            BLOCK_QUERIES=BLOCK_QUERIES,
             num_warps=NUM_WARPS,
-            **_shared_options(query, key, value, softcap),
+            **options,
         )
         merge_kernel[(rows * count * num_heads,)](
             partial,
@@ -261,12 +261,31 @@ def _merge_in_memory(
         )
 
 
+def fitting(block_dim: int, block_value: int, group: int, itemsize: int, shared: int) -> tuple[int, int]:
+    """How many queries a program has and how many tiles of keys are in flight, as many as shared memory holds. Neither
+    changes a query's bits.
+
+    group: heads per key head, which stay together. shared: bytes that a program may take.
+    """
+    most = max(1, min(3, 1024 // (max(block_dim, block_value) * itemsize)))
+    for num_stages in range(most, 0, -1):
+        for queries in (BLOCK_QUERIES, BLOCK_QUERIES // 2, BLOCK_QUERIES // 4):
+            elements = queries * (block_dim + BLOCK_KEYS)
+            elements += max(1, num_stages - 1) * BLOCK_KEYS * (block_dim + block_value)
+            if queries >= group and elements * itemsize <= shared:
+                return queries, num_stages
+    return BLOCK_QUERIES, 1
+
+
 def _shared_options(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> dict[str, Any]:
     num_kv_heads, dim, value_dim = key.shape[1], query.shape[3], value.shape[3]
     block_dim, block_value = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    group, itemsize = query.shape[1] // num_kv_heads, query.element_size()
+    block_queries, num_stages = fitting(block_dim, block_value, group, itemsize, shared_memory(query.device))
     return {
         "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": query.shape[1] // num_kv_heads,
+        "GROUP": group,
+        "BLOCK_QUERIES": block_queries,
         "DIM": dim,
         "VALUE_DIM": value_dim,
         "BLOCK_DIM": block_dim,
@@ -274,7 +293,6 @@ def _shared_options(query: Tensor, key: Tensor, value: Tensor, softcap: float | 
         "HAS_SOFTCAP": softcap is not None,
         "BLOCK_KEYS": BLOCK_KEYS,
         "SPLIT_KEYS": SPLIT_KEYS,
-        # As many tiles in flight as fit into shared memory; the arithmetic is the same.
-        "num_stages": max(1, min(3, 1024 // (max(block_dim, block_value) * query.element_size()))),
+        "num_stages": num_stages,
         **overlap_options(query),
     }

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import kernel, triton, uses_triton
+from specdec.kernels.dispatch import kernel, shared_memory, triton, uses_triton
 from specdec.kernels.linear.expert_groups import ExpertGroups
 from specdec.kernels.linear.in_order_linear import DTYPES, in_order_linear_reference
-from specdec.kernels.linear.linear_tiles import FLOAT32, Tile
+from specdec.kernels.linear.linear_tiles import FLOAT32, Tile, fitted
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -89,6 +89,7 @@ def _expert_linear_triton(
     if tile is None:
         is_wide = x.dtype == torch.float32
         tile = FLOAT32._replace(block_rows=groups.block_rows) if is_wide else TILES[groups.block_rows]
+    tile = fitted(tile, x.element_size(), shared_memory(x.device))
     if tile.block_rows != groups.block_rows:
         raise ValueError(f"a tile of {tile.block_rows} rows for groups of {groups.block_rows}; need the same")
     _expert_linear_kernel[(len(groups.blocks) * triton.cdiv(size_out, tile.block_out),)](

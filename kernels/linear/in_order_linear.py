@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.kernels.dispatch import kernel, triton, uses_triton
+from specdec.kernels.dispatch import kernel, shared_memory, triton, uses_triton
 from specdec.kernels.linear.descriptor_linear import MAX_WEIGHTS, descriptor_linears, fits_descriptors
-from specdec.kernels.linear.linear_tiles import Tile, choose_tile, pointer_tile
+from specdec.kernels.linear.linear_tiles import Tile, choose_tile, fitted, pointer_tile
 from specdec.kernels.overlap import overlap_options
 
 if triton is not None:
@@ -104,6 +104,7 @@ def _in_order_linears_triton(
         descriptor_linears(x, weights, biases, out, tile)
         return out
     tile = pointer_tile(num_rows, x.dtype) if tile.descriptors else tile
+    tile = fitted(tile, x.element_size(), shared_memory(x.device))
 
     num_out_blocks = sum(triton.cdiv(size, tile.block_out) for size in sizes)
     absent = MAX_WEIGHTS - len(weights)

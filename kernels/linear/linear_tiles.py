@@ -242,6 +242,13 @@ def _of_many_rows(num_rows: int, size_out: int) -> Tile:
     return min(MANY_ROWS, key=time)[0]
 
 
+def fitted(tile: Tile, itemsize: int, shared_memory: int) -> Tile:
+    """With as many loads in flight as shared memory holds. The tables are of GPUs that have much of it; most others
+    have less than half."""
+    most = shared_memory // (itemsize * tile.block_in * (tile.block_rows + tile.block_out))
+    return tile._replace(num_stages=max(1, min(tile.num_stages, most)))
+
+
 def pointer_tile(num_rows: int, dtype: torch.dtype) -> Tile:
     """Instead of a tile of descriptors, where the operands or the GPU do not allow them."""
     if dtype == torch.float32:

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from specdec.batch.layout import Layout, Ragged
-from specdec.errors import ConfigError, SpecDecError, UnsupportedModelError
+from specdec.errors import ConfigError, SpecDecError
 from specdec.kept import kept_with
+from specdec.kernels.dispatch import KERNEL_ERRORS
 from specdec.network.attachments import attachment, state_of
 from specdec.network.base import Network, on_device_of
 from specdec.network.fused import FusedNetwork, can_fuse
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 # Where the batch-invariant kernels serve by themselves. On a CPU their references are for tests: `batch_invariant`.
 EXACT_DEVICES = ("cuda",)
 CAPTURING_DEVICES = ("cuda",)
+# What speaks against kernels: ours to say so, or a GPU that cannot run them.
+REFUSALS: tuple[type[Exception], ...] = (SpecDecError, *KERNEL_ERRORS)
 
 
 class Service(NamedTuple):
@@ -139,7 +142,7 @@ def _swap_problem(model: PreTrainedModel, layout: Layout) -> str:
     try:
         make_batch_invariant(model)()
         probe_once(model, SwappedNetwork, layout)
-    except SpecDecError as error:
+    except REFUSALS as error:
         return str(error)
     return ""
 
@@ -178,7 +181,7 @@ def _is_sound(model: PreTrainedModel, kind: NetworkType, layout: Layout, bit_by_
             probe_once(model, kind, layout)
             if bit_by_bit:
                 check_bits_once(model)
-        except UnsupportedModelError as error:
+        except REFUSALS as error:
             logger.info("%s does not serve %s: %s", kind.__name__, type(model).__name__, error)
             return False
         return True

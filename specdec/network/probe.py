@@ -18,12 +18,13 @@ from specdec.batch.layout import Layout, Ragged, Repad
 from specdec.batch.rows import Rows
 from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
+from specdec.kernels.dispatch import KERNEL_ERRORS
 from specdec.network.base import evaluating
 from specdec.network.captured.graphs import syncs_refused
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.experts import has_experts
 from specdec.network.invariant.network import InvariantNetwork
-from specdec.network.invariant.swap import batch_invariant
+from specdec.network.invariant.swap import batch_invariant, unproven_widths
 from specdec.network.stock import StockNetwork, SwappedNetwork
 
 # Differences that rounding can explain, relative to the spread of the logits. Trained models in bfloat16 show 0.01 to
@@ -32,9 +33,10 @@ from specdec.network.stock import StockNetwork, SwappedNetwork
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 TF32_TOLERANCE = 0.02  # of float32 models on a GPU, where products may round to TF32
 PROBE_ATTEMPTS = 3  # with other tokens each: a router's near-tie that rounds either way is not an error of the cache
-# What models raise over a cache or a mask that they were not made for.
-PROBE_ERRORS = (
+# What models raise over a cache or a mask that they were not made for, and kernels on a GPU that cannot run them.
+PROBE_ERRORS: tuple[type[Exception], ...] = (
     AttributeError, AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+    *KERNEL_ERRORS,
 )  # fmt: skip
 
 NetworkType = type[FusedNetwork] | type[InvariantNetwork] | type[StockNetwork]
@@ -191,7 +193,7 @@ def capture_problem(model: PreTrainedModel, network_type: NetworkType) -> str:
     try:
         with syncs_refused():
             difference = probe(model, network_type, captured=True)
-    except (*PROBE_ERRORS, UnsupportedModelError) as error:
+    except PROBE_ERRORS as error:  # an UnsupportedModelError is a ValueError
         return f"{type(error).__name__}: {str(error)[:200]}"
     if not difference <= (tolerance := probe_tolerance(model)):
         return f"they give other logits (relative difference {difference:.1e}, limit {tolerance:.0e})"
@@ -206,7 +208,8 @@ def check_bits_once(model: PreTrainedModel) -> None:
 def check_bits(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError unless the short forward gives a token the same bits in steps of every kind.
 
-    Two rows are prefilled, decoded token by token alone, and verified together from different places.
+    Two rows are prefilled, decoded token by token alone, and verified together from different places. On GPUs on which
+    nobody has compared the tiles of longer prompts, a row is also the beginning of such prompts.
     """
     width, lengths = 2, (3, 2)
     rows = [probe_tokens(model, length + width, seed).to(model.device) for seed, length in enumerate(lengths)]
@@ -231,13 +234,22 @@ def check_bits(model: PreTrainedModel) -> None:
         tokens = torch.stack([ids[n:] for ids, n in zip(rows, lengths, strict=True)])
         starts = torch.tensor(lengths, device=model.device)
         verified = network.forward(tokens, starts, max(lengths) + width).logits
-    for row, length in enumerate(lengths):
-        together = torch.cat([first[row : row + 1], verified[row]])
-        if not torch.equal(together, alone[row][length - 1 :]):
-            count = int((together != alone[row][length - 1 :]).sum())
+    pairs = [
+        (torch.cat([first[row : row + 1], verified[row]]), alone[row][length - 1 :])
+        for row, length in enumerate(lengths)
+    ]
+    for columns in unproven_widths(model):
+        ids = torch.cat([rows[0], probe_tokens(model, columns - len(rows[0]), columns).to(model.device)])[None]
+        network = InvariantNetwork(model, 1, columns)
+        network.captures = False
+        with network.running():
+            pairs.append((network.kept.text(ids, starts[:1] * 0, columns, ()).logits[0, : len(rows[0])], alone[0]))
+
+    for together, single in pairs:
+        if not torch.equal(together, single):
             raise UnsupportedModelError(
-                f"{type(model).__name__} on {model.device}: {count} of {together.numel()} logits of prefill and "
-                "verification differ in their bits from those of single tokens"
+                f"{type(model).__name__} on {model.device}: {int((together != single).sum())} of {single.numel()} "
+                "logits of prefill and verification differ in their bits from those of single tokens"
             )
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.kernels.attention import ragged_attention as kernels
-from specdec.kernels.attention.ragged_attention import TREE_SLOTS, Tree, ragged_attention
+from specdec.kernels.attention.ragged_attention import BLOCK_KEYS, TREE_SLOTS, Tree, fitting, ragged_attention
 
 interpreted = pytest.mark.interpreter
 
@@ -352,3 +352,18 @@ def test_bits_on_a_gpu_do_not_depend_on_where_splits_are_merged(
             monkeypatch.setattr(kernels, "FILLING_PROGRAMS", filling)
             results.append(ragged_attention(query, key, value, spans, dim**-0.5, **options))
         assert torch.equal(*results), options.keys()
+
+
+@pytest.mark.parametrize("shared", [232448, 166912, 101376])
+@pytest.mark.parametrize(
+    ("dims", "group"), [((64, 64), 7), ((128, 128), 4), ((256, 256), 2), ((256, 128), 16), ((16, 16), 1)]
+)
+def test_blocks_fit_into_shared_memory(dims, group, shared):
+    """What `metadata.shared` says of the compiled kernels: queries, scores, and the keys and values in flight."""
+    for itemsize in (2, 4):
+        queries, stages = fitting(*dims, group, itemsize, shared)
+        elements = queries * (dims[0] + BLOCK_KEYS) + max(1, stages - 1) * BLOCK_KEYS * sum(dims)
+        assert group <= queries <= 64 and 1 <= stages <= 3
+        assert elements * itemsize <= shared or (itemsize, dims[0], shared) == (4, 256, 101376)
+    assert fitting(128, 128, 4, 2, 232448) == (64, 3) and fitting(256, 256, 2, 2, 232448) == (64, 2)
+    assert fitting(256, 256, 2, 2, 101376) == (32, 2)

@@ -20,6 +20,7 @@ from specdec.kernels.linear.linear_tiles import (
     TUNED,
     Tile,
     choose_tile,
+    fitted,
 )
 
 # The same products in another order: float32 rounds at 6e-8, float16 results at 5e-4.
@@ -302,3 +303,18 @@ def test_descriptors_in_a_captured_graph_read_what_stands_in_their_tensors_now()
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(out, in_order_linear(x, weight, tile=GPU_TILES[0]))
+
+
+SHARED_MEMORY = {"Hopper": 232448, "A100": 166912, "most others": 101376}
+
+
+@pytest.mark.parametrize("shared", SHARED_MEMORY.values(), ids=SHARED_MEMORY)
+def test_tiles_fit_into_shared_memory(shared):
+    """At most one stage of operands per load in flight; nothing else of a tile changes, nor anything on Hopper."""
+    tiles = {*DEFAULTS, *POINTER_TILES, *(tile for row in TUNED.values() for tile in row)}
+    for tile in (tile for tile in tiles if not tile.descriptors):
+        chosen = fitted(tile, 2, shared)
+        assert chosen.num_stages * 2 * chosen.block_in * (chosen.block_rows + chosen.block_out) <= shared
+        assert 2 <= chosen.num_stages <= tile.num_stages and chosen._replace(num_stages=tile.num_stages) == tile
+        assert shared < SHARED_MEMORY["Hopper"] or chosen == tile
+    assert fitted(FLOAT32, 4, 49152) == FLOAT32

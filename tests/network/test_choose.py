@@ -15,9 +15,10 @@ from specdec import Request, batch_invariant
 from specdec.batch.layout import Repad
 from specdec.check.equivalence import BUG, check_equivalence
 from specdec.engine.engine import Engine
-from specdec.network import choose
+from specdec.network import choose, probe
 from specdec.network.choose import build_network, service_of
 from specdec.network.fused import FusedNetwork
+from specdec.network.invariant import swap
 from specdec.network.invariant.network import InvariantDraftNetwork, InvariantForward, InvariantNetwork
 from specdec.network.invariant.swap import is_batch_invariant
 from specdec.network.kept_forwards import kept_bytes, kept_of, release_others
@@ -223,6 +224,47 @@ def test_bits_that_depend_on_the_width_are_noticed(monkeypatch):
     monkeypatch.setattr(InvariantForward, "logits", rounded_by_width)
     service = service_of(tiny_llama())
     assert service.network_type is SwappedNetwork
+
+
+def test_a_gpu_that_nobody_has_compared_is_compared_at_more_widths(monkeypatch):
+    """A planted fault that narrow steps do not show: tiles of longer prompts sum in another order."""
+    model, logits, seen = tiny_llama(), InvariantForward.logits, []
+
+    def other_tiles(self, hidden):
+        seen.append(hidden.shape[1])
+        return logits(self, hidden) * (1 + 2**-20) if hidden.shape[1] > 30 else logits(self, hidden)
+
+    monkeypatch.setattr(InvariantForward, "logits", other_tiles)
+    assert service_of(model).network_type is InvariantNetwork and max(seen) < 30
+    monkeypatch.setattr(probe, "unproven_widths", lambda model: (40,))
+    other = tiny_llama()
+    assert service_of(other).network_type is SwappedNetwork and 40 in seen
+
+    monkeypatch.setattr(swap, "unproven_widths", lambda model: (40,))
+    in_order_linear = swap.in_order_linear
+
+    def other_products(x, *rest):
+        out = in_order_linear(x, *rest)
+        return out * (1 + 2**-20) if x.shape[1] > 30 else out
+
+    monkeypatch.setattr(swap, "in_order_linear", other_products)
+    service = service_of(tiny_llama())
+    assert not service.is_exact and "the beginning of one of 40 tokens" in service.reason
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_served_all_the_same(monkeypatch):
+    """With less shared memory than a kernel needs, Triton raises an error of its own at the launch."""
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def too_large(*args, **options):
+        raise errors.OutOfResources(163840, 101376, "shared memory")
+
+    monkeypatch.setattr(InvariantForward, "run", too_large)
+    service = service_of(tiny_llama())
+    assert service.network_type is SwappedNetwork and service.is_exact
+    monkeypatch.setattr(swap, "in_order_linear", too_large)
+    service = service_of(tiny_llama())
+    assert service.network_type is StockNetwork and not service.is_exact and "shared memory" in service.reason
 
 
 def test_an_oracle_is_swapped_by_itself_and_a_difference_is_no_tie(monkeypatch):

@@ -341,6 +341,20 @@ def check_invariance(model: PreTrainedModel) -> None:
             )
 
 
+# GPUs on which tests compare the bits of all tiles, by their major number. On others a model is compared at some more
+# widths, each of another tile.
+PROVEN_GPUS = (9,)
+MORE_WIDTHS = (40, 200, 700)
+
+
+def unproven_widths(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens of a forward at which nobody has compared bits on the model's GPU."""
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device)[0] in PROVEN_GPUS:
+        return ()
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return tuple(width for width in MORE_WIDTHS if positions is None or width <= positions)
+
+
 def bit_pairs(model: PreTrainedModel, logits: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Logits that must be bitwise equal. logits: of the first probe sequence in one forward."""
     sequences = [probe_ids(model, length, seed) for seed, length in enumerate(PROBE_LENGTHS)]
@@ -351,6 +365,10 @@ def bit_pairs(model: PreTrainedModel, logits: Tensor) -> Iterator[tuple[str, Ten
         for begin, end in ((0, 8), (8, 9), (9, 10), (10, 15), (15, 16), (16, 19))
     ]
     yield "one forward and prefill, decoding and verification", logits, torch.cat(pieces)
+    for width in unproven_widths(model):
+        longer = torch.cat([ids, probe_ids(model, width - ids.shape[1], width)[None]], 1)
+        wide = model(input_ids=longer, use_cache=False, return_dict=True).logits[0, : ids.shape[1]]
+        yield f"a prompt and the beginning of one of {width} tokens", logits, wide
     batch = torch.stack([torch.cat([ids.new_full((len(ids[0]) - len(s),), 3), s]) for s in sequences])
     mask = torch.stack([torch.arange(len(ids[0]), device=ids.device) >= len(ids[0]) - len(s) for s in sequences])
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
