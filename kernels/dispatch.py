@@ -41,6 +41,14 @@ if triton is not None:
                 return super().run(*args, grid=grid, warmup=warmup, **options)
 
 
+@cache
+def nvidia_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; (0, 0) of anything else. AMD's GPUs call themselves CUDA devices, too,
+    with numbers of their own."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+
+
 # Bytes: of a Hopper GPU, and the least that a GPU since Ampere has.
 ROOMY_SHARED_MEMORY, LEAST_SHARED_MEMORY = 232448, 101376
 

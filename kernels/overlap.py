@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import triton
+from specdec.kernels.dispatch import nvidia_capability, triton
 
 if triton is not None:
     import triton.language as tl
@@ -27,7 +27,7 @@ def overlap_options(tensor: Tensor) -> dict[str, Any]:
 
 @cache
 def _can_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return nvidia_capability(device) >= (9, 0)
 
 
 if triton is not None:

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specdec.kernels.dispatch import kernel, triton
+from specdec.kernels.dispatch import kernel, nvidia_capability, triton
 from specdec.kernels.linear.linear_tiles import Tile
 from specdec.kernels.overlap import overlap_options
 
@@ -55,7 +55,7 @@ def fits_descriptors(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def _serves(device: torch.device) -> bool:
     if triton is None or TensorDescriptor is None:
         return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return device.type != "cuda" or nvidia_capability(device)[0] == 9
 
 
 def descriptor_linears(

@@ -63,6 +63,16 @@ def test_a_launch_goes_to_the_gpu_of_its_operands(monkeypatch):
     assert places == [1, 0, 1, 1, 0] and current == [0]
 
 
+def test_amds_numbers_are_not_nvidias(monkeypatch):
+    device, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # a GPU of AMD's
+    for hip, expected in ((None, (9, 4)), ("6.4", (0, 0))):
+        dispatch.nvidia_capability.cache_clear()
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert dispatch.nvidia_capability(device) == expected and dispatch.nvidia_capability(cpu) == (0, 0)
+    dispatch.nvidia_capability.cache_clear()
+
+
 def test_a_capture_waits_for_what_compiles_in_the_background():
     done = []
 

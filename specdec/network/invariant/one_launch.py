@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec.batch.cache import RaggedCache
 from specdec.kernels.attention.rotary_write import HeadNorm
-from specdec.kernels.dispatch import triton
+from specdec.kernels.dispatch import nvidia_capability, triton
 from specdec.kernels.persistent.step import LayerTensors, PersistentStep, StepTensors, refusal
 from specdec.network.known_classes import LLAMA_LIKE, is_known_class, windows
 
@@ -34,7 +34,7 @@ def one_launch_step(
 
 def can_persist(device: torch.device) -> bool:
     """Whether a program may have the shared memory that the widest steps take."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOMY_DEVICES
+    return nvidia_capability(device) in ROOMY_DEVICES
 
 
 def step_tensors(

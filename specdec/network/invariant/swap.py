@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.kept import kept_with
+from specdec.kernels.dispatch import nvidia_capability
 from specdec.kernels.linear.in_order_linear import in_order_linear
 from specdec.kernels.linear.norms import layer_norm, rms_norm
 from specdec.network.attention import configs_of
@@ -349,7 +350,7 @@ MORE_WIDTHS = (40, 200, 700)
 
 def unproven_widths(model: PreTrainedModel) -> tuple[int, ...]:
     """Tokens of a forward at which nobody has compared bits on the model's GPU."""
-    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device)[0] in PROVEN_GPUS:
+    if model.device.type != "cuda" or nvidia_capability(model.device)[0] in PROVEN_GPUS:
         return ()
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return tuple(width for width in MORE_WIDTHS if positions is None or width <= positions)
