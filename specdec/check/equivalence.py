@@ -238,7 +238,7 @@ def check_prompts(
             raise InputError(f"prompt {row}: {error}") from None
     max_length = max(map(len, prompts)) + max_new_tokens
     check_architecture(model, config.layout)
-    check_lengths(model, max_length, "target")
+    check_lengths(model, max_length)
     config.check(model, max_length)
 
 
