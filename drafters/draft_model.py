@@ -17,7 +17,7 @@ from specdec.drafter import Context, Drafter
 from specdec.drafters.folders import load_target_first, model_in
 from specdec.errors import DrafterError
 from specdec.limits import MAX_DRAFT_TOKENS
-from specdec.network.base import Network, NetworkOutput, Timings, prefill_budget, vocab_size_of
+from specdec.network.base import Network, NetworkOutput, Timings, num_embeddings_of, prefill_budget, vocab_size_of
 from specdec.network.choose import build_network
 from specdec.network.refusals import max_text_length
 
@@ -136,7 +136,7 @@ class DraftModel(Drafter):
         target = context.target
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
         # Prompts may hold whatever the target has an embedding for.
-        num_tokens = max(vocab_size_of(target), target.get_input_embeddings().weight.shape[0])
+        num_tokens = max(vocab_size_of(target), num_embeddings_of(target))
         self._knows_all = self._shared_vocab >= num_tokens
         self._most = max_text_length(self.model) or UNLIMITED
         rows = rows.up_to(self._most)
