@@ -17,9 +17,9 @@ from specdec.drafter import Context, Drafter
 from specdec.drafters.folders import load_target_first, model_in
 from specdec.errors import DrafterError
 from specdec.limits import MAX_DRAFT_TOKENS
-from specdec.network.base import Network, NetworkOutput, Timings, prefill_budget, vocab_size_of
+from specdec.network.base import Network, NetworkOutput, Timings, num_embeddings_of, prefill_budget, vocab_size_of
 from specdec.network.choose import build_network
-from specdec.network.refusals import check_lengths
+from specdec.network.refusals import max_text_length
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
 # difference means another tokenizer.
@@ -30,6 +30,7 @@ MAX_FED = 8  # most tokens in a draft's first forward that were committed withou
 # kernel. On an H200 the device waits for these launches, however many tokens are missing.
 LAUNCHES_OF_A_LAYER = 2e-4
 ONE_BY_ONE = np.maximum(np.arange(MAX_DRAFT_TOKENS + 1) - 1.0, 0.0)  # forwards after the first, by tokens drafted
+UNLIMITED = 1 << 62  # tokens
 GAP = 5e-5  # seconds that the host takes between a step's report and the launch of the second forward of a draft
 
 
@@ -79,7 +80,8 @@ class DraftModel(Drafter):
     steps that drafted nothing; after many such steps, the tokens are cached first, like a prompt's. A first forward
     that is launched ahead always takes the two newest tokens.
 
-    Stopped rows stay in the forwards of the others, so that shapes do not change; their tokens are discarded.
+    Stopped rows stay in the forwards of the others, so that shapes do not change; their tokens are discarded. So do
+    rows that are longer than the draft model can read: it sees their beginning, and they go on without drafts.
     """
 
     name = "draft_model"
@@ -92,6 +94,7 @@ class DraftModel(Drafter):
             raise DrafterError(f"a draft model must be a transformers PreTrainedModel, not {type(model).__name__}")
         self.model = self.kv_model = model
         self.vocab_size = vocab_size
+        self._most = UNLIMITED  # tokens of the longest text that the draft model reads
         self._running = ExitStack()
         self._network: Network | None = None
         self._num_uncertain = 0  # tokens of the last draft in the cache, at the end of each row's, until it is observed
@@ -127,21 +130,22 @@ class DraftModel(Drafter):
             raise DrafterError(
                 f"vocab_size={self.vocab_size} must be between 1 and {min(sizes)}, the smaller vocabulary"
             )
-        check_lengths(self.model, max_length, "draft model")
 
     def start(self, context: Context, rows: Rows) -> None:
         super().start(context, rows)
         target = context.target
         self._shared_vocab = self.vocab_size or min(vocab_size_of(self.model), vocab_size_of(target))
         # Prompts may hold whatever the target has an embedding for.
-        num_tokens = max(vocab_size_of(target), target.get_input_embeddings().weight.shape[0])
+        num_tokens = max(vocab_size_of(target), num_embeddings_of(target))
         self._knows_all = self._shared_vocab >= num_tokens
-        limit = rows.max_limit if len(rows) else None
+        self._most = max_text_length(self.model) or UNLIMITED
+        rows = rows.up_to(self._most)
+        limit = min(rows.max_limit, self._most) if len(rows) else None
         # Accepted tokens are the target's own, whatever the draft model's last bits are.
         self._network = build_network(
             self.model,
             len(rows.slots),
-            rows.capacity,
+            min(rows.capacity, self._most),
             limit,
             context.layout,
             must_be_exact=False,
@@ -155,29 +159,33 @@ class DraftModel(Drafter):
         self._cached[: len(rows)] = rows.host_lengths
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
-        used_slots = rows.max_length
-        if self._begun is not None:
-            output = self._begun
-        else:
-            tokens = self._not_cached(rows)
-            width = tokens.shape[1]
-            starts = rows.newest()[0] if width == 1 else rows.lengths - width
-            output = self._forward(tokens, starts, used_slots, rows.host_lengths - width)
+        room = self._most + 1 - rows.host_lengths  # one more than can be fed, as the last drafted token is not
+        max_tokens = min(max_tokens, max(room.tolist()))
+        if max_tokens <= 0:
+            return Draft.empty(len(rows), rows.device)
+
+        text = rows.up_to(self._most)
+        used_slots = text.max_length
+        output = self._begun or self._first_forward(text, used_slots)
         self._begun = None
         # The device waits for this forward's launch, so all work that it does not need comes after it. The host waits #
         # for the policy's inputs at each token, so work that can be done here is not left until after them.
         drafted = rows.token_ids.new_empty(len(rows), max_tokens)
-        later_starts = rows.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
+        later_starts = text.lengths + torch.arange(max_tokens - 1, device=rows.device)[:, None]
+        if used_slots + max_tokens - 2 >= self._most:
+            later_starts.clamp_(max=self._most - 1)  # of rows without room, into a slot that their newest token takes
         assert self.context is not None
         sampler, policy = self.context.sampler_for(rows), self.context.policy
         probs = uniforms = None
         if sampler is not None:
             probs, uniforms = sampler.probs(rows, max_tokens), sampler.draw(rows, max_tokens)
-        goes_on, num_drafted = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int64)
+        tokens = drafted[:, :0]  # what the next forward is fed
+        goes_on, num_drafted = room > 0, np.zeros(len(rows), dtype=np.int64)
         for place in range(max_tokens):
             if place > 0:
-                starts, host_starts = later_starts[place - 1], rows.host_lengths + (place - 1)
-                output = self._forward(tokens, starts, used_slots + place, host_starts)
+                host_starts = np.minimum(text.host_lengths + (place - 1), self._most - 1)
+                used = min(used_slots + place, self._most)
+                output = self._forward(tokens, later_starts[place - 1], used, host_starts)
             logits, newest = output.logits[:, -1, : self._shared_vocab], drafted[:, place : place + 1]
             if sampler is None or probs is None or uniforms is None:
                 tokens = torch.argmax(logits, -1, keepdim=True, out=newest)
@@ -185,6 +193,7 @@ class DraftModel(Drafter):
                 newest[:, 0] = sampler.sample(rows, drafted[:, :place], logits, uniforms[:, place], probs[:, place])
                 tokens = self._known(newest)
             num_drafted += goes_on
+            goes_on &= room > place + 1
             if policy is not None and place + 1 < max_tokens:
                 hidden = output.hidden_states[0][:, -1] if output.hidden_states else None
                 goes_on &= policy.goes_on(rows, Shown(place, newest[:, 0], logits, hidden))
@@ -192,7 +201,7 @@ class DraftModel(Drafter):
                     break
         drafted = drafted[:, : place + 1]
         self._num_uncertain = drafted.shape[1] - 1
-        self._cached[: len(rows)] = rows.host_lengths + self._num_uncertain
+        self._cached[: len(rows)] = text.host_lengths + self._num_uncertain
         if (num_drafted < drafted.shape[1]).any():
             behind = torch.arange(drafted.shape[1]) >= torch.from_numpy(num_drafted)[:, None]
             drafted = drafted.masked_fill(behind.to(rows.device), NO_TOKEN)
@@ -216,6 +225,7 @@ class DraftModel(Drafter):
         """Launch the first forward over the two newest tokens of every row, as it is not yet known whether the older
         one is cached."""
         assert self._network is not None
+        rows = rows.up_to(self._most)
         if self._network.runs_ahead and (self._cached[: len(rows)] >= rows.host_lengths - NEWEST).all():
             tokens, starts = rows.last_tokens(NEWEST), rows.lengths - NEWEST
             self._launched = self._forward(self._known(tokens), starts, rows.max_length, rows.host_lengths - NEWEST)
@@ -229,17 +239,26 @@ class DraftModel(Drafter):
 
     def join(self, rows: Rows, begin: int, end: int) -> None:
         assert self._network is not None
-        self._network.prefill_columns(self._known(rows.token_ids), rows.lengths, rows.first, begin, end)
-        self._cached[rows.first : rows.first + len(rows)] = np.minimum(end, rows.host_lengths)
+        text, end = rows.up_to(self._most), min(end, self._most)
+        if begin < end:
+            self._network.prefill_columns(self._known(text.token_ids), text.lengths, text.first, begin, end)
+            self._cached[rows.first : rows.first + len(rows)] = np.minimum(end, text.host_lengths)
 
     def resize(self, num_slots: int, capacity: int) -> None:
         assert self._network is not None
-        self._network.resize(num_slots, capacity)
+        self._network.resize(num_slots, min(capacity, self._most))
         self._cached = np.concatenate([self._cached[:num_slots], np.zeros(max(num_slots - len(self._cached), 0), int)])
 
     def finish(self) -> None:
         self._running.close()
         self._network = self._begun = self._launched = None
+
+    def _first_forward(self, rows: Rows, used_slots: int) -> NetworkOutput:
+        """Over the tokens that are not cached, each row's newest among them."""
+        tokens = self._not_cached(rows)
+        width = tokens.shape[1]
+        starts = rows.newest()[0] if width == 1 else rows.lengths - width
+        return self._forward(tokens, starts, used_slots, rows.host_lengths - width)
 
     def _not_cached(self, rows: Rows) -> Tensor:
         """The newest tokens, [rows, 1 to MAX_FED], for the next forward; older ones are cached."""

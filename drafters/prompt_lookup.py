@@ -11,7 +11,7 @@ from specdec.drafter import Context, Drafter
 from specdec.errors import ConfigError
 from specdec.kernels.prompt_lookup import prompt_lookup
 from specdec.limits import MAX_DRAFT_TOKENS
-from specdec.network.base import vocab_size_of
+from specdec.network.base import num_embeddings_of, vocab_size_of
 
 
 class OneLaunch:
@@ -62,7 +62,7 @@ class PromptLookup(Drafter):
         super().start(context, rows)
         target = context.target
         # Prompts may hold whatever the target has an embedding for.
-        self._copies_are_valid = target.get_input_embeddings().weight.shape[0] <= vocab_size_of(target)
+        self._copies_are_valid = num_embeddings_of(target) <= vocab_size_of(target)
 
     def propose(self, rows: Rows, max_tokens: int) -> Draft:
         sizes = self.max_ngram_size, self.min_ngram_size

@@ -21,6 +21,7 @@ from specdec.engine.job import Job
 from specdec.engine.output import SpeculativeOutput, assembled, per_token
 from specdec.engine.schedule import TOGETHER
 from specdec.errors import DrafterError
+from specdec.network.base import num_embeddings_of
 from specdec.network.refusals import check_model
 from specdec.options.aliases import refuse_aliases
 from specdec.options.generation import check_served, merge_config, whole_number
@@ -190,7 +191,7 @@ def _generate(
     copies: int = 1,
 ) -> Tensor | SpeculativeOutput:
     """Every row is a request of one engine. copies: rows per prompt."""
-    check_input_ids(input_ids, model.get_input_embeddings().weight.shape[0])
+    check_input_ids(input_ids, num_embeddings_of(model))
     prompts = split_prompts(input_ids, attention_mask, config.pad_token_id, ends_in(config))
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     streamers = streamer_per_row(callbacks.streamer, len(prompts))

@@ -37,12 +37,19 @@ class StepReport:
 def decided(report: StepReport, num_places: int) -> tuple[np.ndarray, np.ndarray]:
     """Which drafted tokens the target decided (all before them were accepted), and which it accepted.
 
-    [rows, places] bool each. Tokens past the end of a row were not decided.
+    [rows, places] bool each. Tokens past the end of a row were not decided. A row that ends with the target's own token
+    rejected the draft at that place.
     """
     place = np.arange(num_places)
     accepted = place < report.num_accepted[:, None]
-    first_rejected = (place == report.num_accepted[:, None]) & ~report.finished[:, None]
+    first_rejected = (place == report.num_accepted[:, None]) & ~ended_in_draft(report)[:, None]
     return (accepted | first_rejected) & (place < report.num_drafted[:, None]), accepted
+
+
+def ended_in_draft(report: StepReport) -> np.ndarray:
+    """[rows] bool: rows whose last committed token was drafted; nothing was decided about the tokens after it."""
+    ended: np.ndarray = report.num_committed == report.num_accepted
+    return ended
 
 
 def on_its_way(values: Tensor) -> Callable[[], np.ndarray]:

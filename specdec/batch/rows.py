@@ -166,6 +166,15 @@ class Rows:
         view.host_lengths = np.minimum(self.host_lengths + num_tokens, self.host_limits)
         return view
 
+    def up_to(self, num_tokens: int) -> Rows:
+        """These rows as if each ended after at most `num_tokens` tokens; themselves, where none is longer."""
+        if not len(self) or self.max_length <= num_tokens:
+            return self
+        view = copy.copy(self)
+        view.lengths, view.host_lengths = self.lengths.clamp(max=num_tokens), np.minimum(self.host_lengths, num_tokens)
+        view._newest = None
+        return view
+
     def cut(self, report: StepReport, num_committed: np.ndarray, finished: np.ndarray) -> StepReport:
         """Undo committed tokens of this step and return the changed report: row i keeps the first num_committed[i]
         tokens and is finished if finished[i] is set. num_committed: [rows] int64. finished: [rows] bool."""

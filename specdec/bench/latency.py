@@ -17,14 +17,14 @@ from specdec.batch.report import StepReport
 class RowTimes:
     """first_token, last_token: seconds from the beginning of the call. accept_lengths: tokens that each forward of the
     target gave the row, including the one over its prompt, so that they sum to its new tokens. num_steps: the number of
-    these forwards that could verify a draft. num_accepted: draft tokens accepted; None for peers, which do not report
-    it."""
+    these forwards that could verify a draft. num_step_tokens: what those gave; None for peers, whose first forward may
+    verify a draft together with the prompt."""
 
     first_token: float
     last_token: float
     accept_lengths: list[int] = field(default_factory=list)
     num_steps: int = 0
-    num_accepted: int | None = None
+    num_step_tokens: int | None = None
 
 
 class StepClock:
@@ -46,13 +46,13 @@ class StepClock:
         """For our methods: record tokens and times of each row."""
         now = self._now() - self._begin
         for slot, row in enumerate(report.row_ids.tolist()):
-            times = self._times.setdefault(row, RowTimes(now, now, num_accepted=0))
+            times = self._times.setdefault(row, RowTimes(now, now, num_step_tokens=0))
             if count := int(report.num_committed[slot]):
                 times.accept_lengths.append(count)
                 times.last_token = now
             if not report.is_prefill:
                 times.num_steps += 1
-                times.num_accepted = (times.num_accepted or 0) + int(report.num_accepted[slot])
+                times.num_step_tokens = (times.num_step_tokens or 0) + count
 
     def criteria(self, input_ids: Tensor) -> StoppingCriteriaList:
         """For transformers: a criterion checked after every step that never stops, and records how long the batch has

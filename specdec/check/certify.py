@@ -25,7 +25,7 @@ from specdec.check.settings import ends_of, greedy_settings
 from specdec.check.teacher_forcing import pieces
 from specdec.errors import ConfigError, InputError, NumericalError
 from specdec.files.environment import versions
-from specdec.network.base import evaluating
+from specdec.network.base import evaluating, num_embeddings_of
 from specdec.network.refusals import check_model
 
 EQUAL, TIE, BUG = "equal", "tie", "bug"
@@ -140,7 +140,7 @@ def certify(
     if tokenizer is None and any(row.text is not None for row in rows):
         raise InputError("rows with text need the target's tokenizer; pass tokenizer=")
 
-    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    vocab_size = num_embeddings_of(model)
     for row in rows:
         wrong = next((t for t in row.prompt_ids + row.completion_ids if not 0 <= t < vocab_size), None)
         if wrong is not None:

@@ -144,7 +144,7 @@ def diagnose(
     layout = LAYOUTS[usable[0]]() if usable else None
     problems = [] if usable else [f"no layout serves the target: {next(iter(layouts.values())).reason}"]
     try:
-        check_lengths(model, length, "target")
+        check_lengths(model, length)
     except SpecDecError as error:
         problems.append(str(error))
     fits = {name: fit(drafter, model, length, layout) for name, drafter in drafters.items()}

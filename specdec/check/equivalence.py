@@ -24,7 +24,7 @@ from specdec.drafter import Drafter
 from specdec.engine.metrics import Speculation
 from specdec.errors import ConfigError, InputError
 from specdec.files.environment import versions
-from specdec.network.base import evaluating
+from specdec.network.base import evaluating, num_embeddings_of
 from specdec.network.refusals import check_architecture, check_lengths, check_model
 from specdec.options.inputs import check_input_ids
 from specdec.options.speculation import SpeculativeConfig, speculative_config
@@ -225,7 +225,7 @@ def check_prompts(
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
     if not len(prompts):
         raise InputError("there are no prompts; pass at least one")
-    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    vocab_size = num_embeddings_of(model)
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, Tensor) or prompt.dim() != 1:
             shape = list(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
@@ -238,7 +238,7 @@ def check_prompts(
             raise InputError(f"prompt {row}: {error}") from None
     max_length = max(map(len, prompts)) + max_new_tokens
     check_architecture(model, config.layout)
-    check_lengths(model, max_length, "target")
+    check_lengths(model, max_length)
     config.check(model, max_length)
 
 

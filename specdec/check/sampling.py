@@ -28,6 +28,7 @@ from specdec.check.progress import OnProgress, tell
 from specdec.check.settings import greedy_settings
 from specdec.check.ways import PLAIN, Way
 from specdec.drafter import Drafter
+from specdec.engine.metrics import acceptance_length
 from specdec.errors import ConfigError
 from specdec.files.environment import versions
 from specdec.network.base import vocab_size_of
@@ -169,7 +170,7 @@ class Continuations:
         self.model, self.drafter, self.way, self.method = model, drafter, way, method
         self.max_new_tokens, self.options = max_new_tokens, dict(options)
         self.fits: list[GoodnessOfFit] = []
-        self.num_continuations, self.num_samples, self.lengths = 0, 0, [0, 0]  # accepted tokens and steps
+        self.num_continuations, self.num_samples, self.lengths = 0, 0, [0, 0]  # tokens of steps, and steps
         self.ranks = torch.zeros(RANK_CELLS, dtype=torch.long)
         self.ends = set(torch.as_tensor(model.generation_config.eos_token_id or []).flatten().tolist())
 
@@ -218,7 +219,7 @@ class Continuations:
             name, "next token", self.method == CONTROL, self.num_samples, len(self.fits), together.statistic,
             together.freedom, together.p_value, min(1.0, worst * len(self.fits)), ranks.p_value,
             detectable_distance(self.num_samples, together.freedom, alpha),
-            1 + self.lengths[0] / max(self.lengths[1], 1), alpha,
+            acceptance_length(*self.lengths), alpha,
         )  # fmt: skip
 
     def _sampled(self, prompt: Tensor, num_samples: int, seed: int) -> list[list[int]]:
@@ -241,7 +242,7 @@ class Continuations:
             for tokens in out.sequences[:, len(prompt) :].tolist():
                 end = next((place + 1 for place, token in enumerate(tokens) if token in self.ends), len(tokens))
                 rows.append(tokens[:end])
-            self.lengths[0] += out.speculation.num_accepted_draft_tokens
+            self.lengths[0] += out.speculation.num_step_tokens
             self.lengths[1] += out.speculation.num_spec_steps
         return rows
 

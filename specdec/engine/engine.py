@@ -145,7 +145,7 @@ class Engine:
     def check_job(self, job: Job) -> None:
         """Raise SpecDecError if the models have no place for the job, or the verification does not serve it."""
         if job.limit > self._longest:
-            check_lengths(self.model, job.limit, "target")
+            check_lengths(self.model, job.limit)
             self.drafter.check(self.model, job.limit)
             self._longest = job.limit
         rule = self.verification

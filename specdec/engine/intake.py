@@ -21,7 +21,7 @@ from specdec.engine.hooks import check_streamer, stop_criteria
 from specdec.engine.job import Job
 from specdec.engine.request import Request
 from specdec.errors import ConfigError, InputError
-from specdec.network.base import vocab_size_of
+from specdec.network.base import num_embeddings_of, vocab_size_of
 from specdec.options.aliases import refuse_engine_options
 from specdec.options.generation import GenerationOptions, check_served, is_whole, merge_config, resolve_options
 from specdec.options.inputs import check_input_ids
@@ -126,7 +126,7 @@ def prompt_of(ids: Tensor | Sequence[int], model: PreTrainedModel, name: str = "
     if tensor.dim() != 1 or not len(tensor):
         raise InputError(f"{name} has shape {list(tensor.shape)}; pass [length] token ids, at least one")
     try:
-        check_input_ids(tensor[None], model.get_input_embeddings().weight.shape[0])
+        check_input_ids(tensor[None], num_embeddings_of(model))
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     return tensor.to("cpu", torch.long, copy=True)  # the caller may use its tensor again

@@ -21,11 +21,13 @@ class Speculation:
 
     num_target_calls: batched target forwards, not counting prefill. num_draft_calls: forwards of the drafter's network,
     not counting its prefill. num_new_tokens: committed tokens of all rows.
-    num_spec_steps: row-steps. num_draft_tokens, num_accepted_draft_tokens: over all row-steps.
+    num_spec_steps: row-steps. num_step_tokens: what they committed. num_draft_tokens, num_accepted_draft_tokens: over
+    all row-steps; a draft counts whole where its row ends within it, and the tokens after that end were not accepted.
     num_realignments: target calls before which the layout had to move keys and values; `grouping_rate` is the share of
     the other calls.
     acceptance_histogram: entry i counts the row-steps that accepted i draft tokens.
-    tried_histogram: entry i counts the row-steps that drafted token i and accepted all before it.
+    tried_histogram: entry i counts the row-steps in which the target decided about draft token i: it was drafted, all
+    before it were accepted, and the row did not end before it.
     verification: "greedy", "token", "block", or the lossy rule with its numbers. is_lossless: whether the output is the
     target's own, or follows its distribution; False for the lossy rules.
     drafted_histogram: entry i counts the row-steps that drafted i tokens.
@@ -38,6 +40,7 @@ class Speculation:
     num_draft_calls: int = 0
     num_new_tokens: int = 0
     num_spec_steps: int = 0
+    num_step_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
     num_realignments: int = 0
@@ -52,8 +55,8 @@ class Speculation:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """1 + accepted / steps: tokens that a row gains per step, bonus included; 1.0 is plain decoding."""
-        return 1.0 + self.num_accepted_draft_tokens / max(self.num_spec_steps, 1)
+        """What a row gains per step, see `acceptance_length`."""
+        return acceptance_length(self.num_step_tokens, self.num_spec_steps)
 
     @property
     def grouping_rate(self) -> float:
@@ -73,7 +76,7 @@ class Speculation:
 
     @property
     def conditional_acceptance_by_position(self) -> list[float]:
-        """Entry i: the share accepted among row-steps that drafted token i and accepted all before it."""
+        """Entry i: the share accepted among row-steps in which the target decided about draft token i."""
         reached = np.cumsum(self.acceptance_histogram[::-1])[::-1]
         return [
             float(accepted) / max(tried, 1) for accepted, tried in zip(reached[1:], self.tried_histogram, strict=True)
@@ -94,22 +97,29 @@ class Speculation:
 
         Uses Python numbers: a device waits for this, and with so few entries every call into numpy takes longer.
         """
-        self.num_new_tokens += sum(report.num_committed.tolist())
+        committed = report.num_committed.tolist()
+        self.num_new_tokens += sum(committed)
         if report.is_prefill:
             return
         self.num_target_calls += 1
-        self.num_spec_steps += len(report.num_committed)
-        self._add_drafts(report.num_accepted.tolist(), report.num_drafted.tolist(), report.token_ids.shape[1])
+        self.num_spec_steps += len(committed)
+        self.num_step_tokens += sum(committed)
+        width = report.token_ids.shape[1]
+        self._add_drafts(committed, report.num_accepted.tolist(), report.num_drafted.tolist(), width)
         if report.predicted is not None:
             self._add_predictions(report.predicted, *decided(report, report.predicted.shape[1]))
 
-    def _add_drafts(self, accepted: list[int], drafted: list[int], width: int) -> None:
+    def _add_drafts(self, committed: list[int], accepted: list[int], drafted: list[int], width: int) -> None:
         """Count each row's draft; width is k + 1."""
         self.num_draft_tokens += sum(drafted)
         self.num_accepted_draft_tokens += sum(accepted)
         self.acceptance_histogram = _counted(self.acceptance_histogram, accepted, width)
         self.drafted_histogram = _counted(self.drafted_histogram, drafted, width)
-        tried = [place for row in zip(accepted, drafted, strict=True) for place in range(min(row[0] + 1, row[1]))]
+        # A row that ends with an accepted token leaves the place after it undecided, see `decided`.
+        tried = [
+            place for row in zip(committed, accepted, drafted, strict=True)
+            for place in range(min(row[0], row[1] + 1, row[2]))
+        ]  # fmt: skip
         self.tried_histogram = _counted(self.tried_histogram, tried, width - 1)
 
     def _add_predictions(self, predicted: np.ndarray, is_decided: np.ndarray, is_accepted: np.ndarray) -> None:
@@ -133,6 +143,12 @@ class Speculation:
             "calibration",
         )
         return {**self.__dict__, **{name: getattr(self, name) for name in names}}
+
+
+def acceptance_length(num_tokens: int, num_steps: int) -> float:
+    """Tokens that row-steps committed / these row-steps: the target's own token counts where the row did not end before
+    it. 1.0 is plain decoding, and stands for a generation without any step."""
+    return num_tokens / num_steps if num_steps else 1.0
 
 
 def _counted(histogram: list[int], values: list[int], length: int) -> list[int]:

@@ -1,4 +1,5 @@
-"""What a caller has attached to a model's modules: hooks, adapters, offloading, compiled forwards.
+"""What a caller has attached to a model's modules, or put in their place: hooks, adapters, offloading, compiled
+forwards, quantised weights.
 
 A model with any of them runs through its own modules: kernels that read the weights, and captured steps, would pass
 the attachment by.
@@ -6,10 +7,16 @@ the attachment by.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.errors import UnsupportedModelError
 from specdec.network.invariant.swap import is_invariant_forward
 from specdec.network.known_classes import HOOKS
 
@@ -59,3 +66,81 @@ def _attached_to(module: nn.Module) -> str:
     if hasattr(module, "parametrizations"):
         return "is parametrised"
     return ""
+
+
+@contextmanager
+def dequantised(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, modules multiply what they are given, not a rounded copy of it, by the dequantised weights.
+
+    Rounding to 8 bits turns the last bit of an input into a step of 1/127. Two forwards of a trained model that order
+    their sums differently then differ as much as two that use different masks (SmolLM2 with torchao's int8: 0.4 of the
+    logits' spread, cached or not), so that a comparison of rounded products says nothing about either.
+    """
+    replaced = [module for module in model.modules() if _is_quantised(module) and "forward" not in module.__dict__]
+    try:
+        for module in replaced:
+            module.forward = partial(_multiply, module)
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether `_weight` knows how to dequantise this module's weight."""
+    weight = getattr(module, "weight", None)
+    is_linear = isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not is_4_bit(module)
+    return is_linear and type(weight).__module__.startswith(("bitsandbytes.", "torchao.", "optimum.quanto."))
+
+
+def is_4_bit(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds its weight in 4 bits. It multiplies in bfloat16 or float16, whatever it is given: in
+    its `compute_dtype`, and on a CPU that has such instructions always in bfloat16 (0.50.2)."""
+    return type(module).__module__.startswith("bitsandbytes.") and hasattr(module, "compute_dtype")
+
+
+def rounds_inputs(model: PreTrainedModel) -> str:
+    """The name of the first module that rounds each token's inputs to 8 bits; empty if there is none."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_int8 = type(weight).__module__.startswith("bitsandbytes.") and not is_4_bit(module)
+        if is_int8 or getattr(weight, "act_quant_kwargs", None) is not None:
+            return f"{name} ({type(module).__name__} of {type(weight).__name__})"
+    return ""
+
+
+def _multiply(module: Any, x: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return nn.functional.linear(x, _weight(module).to(x.dtype), bias)
+
+
+def _weight(module: Any) -> Tensor:
+    """[out, in], of a module of bitsandbytes, torchao or quanto."""
+    weight = module.weight
+    if not type(weight).__module__.startswith("bitsandbytes."):
+        plain: Tensor = weight.dequantize()
+        return plain
+    is_new = getattr(weight, "SCB", None) is not None  # the first forward moves codes and scales to the state
+    codes, scales = (weight.data, weight.SCB) if is_new else (module.state.CB, module.state.SCB)
+    rescaled: Tensor = codes.float() * (scales.float() / 127)[:, None]
+    return rescaled
+
+
+def check_tokens_apart(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for modules that scale all tokens of a call together before they round them: what
+    becomes of a token then depends on the drafts and on the rows beside it."""
+    for name, module in model.named_modules():
+        if _scales_together(module):
+            raise UnsupportedModelError(
+                f"{name} ({type(module).__module__}.{type(module).__name__}) rounds all tokens of a call by one scale, "
+                "so that a token's logits depend on the drafts and rows beside it; quantise per token (torchao's "
+                "Int8DynamicActivationInt8WeightConfig, or PerRow()), or the weights alone"
+            )
+
+
+def _scales_together(module: nn.Module) -> bool:
+    if type(module).__module__.startswith("torch.ao.nn") and "quantized.dynamic" in type(module).__module__:
+        packed = getattr(module, "_packed_params", None)
+        return getattr(packed, "dtype", torch.qint8) == torch.qint8  # in float16 only the weights are rounded
+    activation = getattr(getattr(module, "weight", None), "act_quant_kwargs", None)  # of torchao's tensors
+    return type(getattr(activation, "granularity", None)).__name__ == "PerTensor"

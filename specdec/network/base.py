@@ -236,10 +236,10 @@ def layer_numbers(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
 def vocab_size_of(model: PreTrainedModel) -> int:
     """Rows of the output projection: what the logits' last dimension is."""
     head = model.get_output_embeddings()
-    matrices = [] if head is None else [weight for weight in head.parameters() if weight.dim() == 2]
-    if hasattr(head, "weight"):
-        return head.weight.shape[0]
+    if (size := _rows_of(head, "out_features")) is not None:
+        return size
     # A head of several layers: the last one's rows.
+    matrices = [] if head is None else [weight for weight in head.parameters() if weight.dim() == 2]
     return matrices[-1].shape[0] if matrices else model.config.get_text_config(decoder=True).vocab_size
 
 
@@ -248,6 +248,22 @@ def on_device_of(model: Any) -> AbstractContextManager:
     device = getattr(model, "device", None)
     is_on_gpu = isinstance(device, torch.device) and device.type == "cuda"
     return torch.cuda.device(device) if is_on_gpu else nullcontext()
+
+
+def num_embeddings_of(model: PreTrainedModel) -> int:
+    """The number of token ids that the model can be given."""
+    size = _rows_of(model.get_input_embeddings(), "num_embeddings")
+    return model.config.get_text_config(decoder=True).vocab_size if size is None else size
+
+
+def _rows_of(module: Any, name: str) -> int | None:
+    """The rows of a module's matrix. Quantised ones pack it (bitsandbytes), or give it out by a method (torch.ao):
+    then the attribute `name` says what it stands for."""
+    weight, number = getattr(module, "weight", None), getattr(module, name, None)
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2
+    if isinstance(weight, Tensor) and is_matrix and (weight.is_floating_point() or not isinstance(number, int)):
+        return weight.shape[0]
+    return number if isinstance(number, int) else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from specdec.batch.layout import Layout, Ragged
 from specdec.errors import ConfigError, SpecDecError
 from specdec.kept import kept_with
 from specdec.kernels.dispatch import KERNEL_ERRORS
-from specdec.network.attachments import attachment, state_of
+from specdec.network.attachments import attachment, rounds_inputs, state_of
 from specdec.network.base import Network, on_device_of
 from specdec.network.fused import FusedNetwork, can_fuse
 from specdec.network.invariant.network import InvariantDraftNetwork, InvariantNetwork, can_shorten
@@ -77,6 +77,8 @@ def build_network(
     service = service_of(model, layout, must_be_exact, exact)
     if must_be_exact and exact:
         _say_once(model, service)
+    if must_be_exact:
+        kept_with(model, warn_of_rounding, lambda: warn_of_rounding(model))
     return service.network_type(model, max_rows, num_slots, max_length, layout)
 
 
@@ -199,6 +201,19 @@ def _settings_problem(model: PreTrainedModel) -> str:
     except SpecDecError as error:
         return str(error)
     return ""
+
+
+def warn_of_rounding(model: PreTrainedModel) -> bool:
+    """Log that tokens may depend on how many others are computed with them; whether that is so."""
+    rounding = rounds_inputs(model)
+    if rounding:
+        logger.warning(
+            "%s rounds its inputs to 8 bits at %s, which turns a last bit into a step of 1/127: drafts and "
+            "batches may change the text, as a cache does in transformers' own generate",
+            type(model).__name__,
+            rounding,
+        )
+    return bool(rounding)
 
 
 def _say_once(model: PreTrainedModel, service: Service) -> None:

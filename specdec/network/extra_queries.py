@@ -15,6 +15,7 @@ from specdec.batch.rows import Rows
 from specdec.draft import ExtraQueries
 from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
+from specdec.network.attachments import dequantised
 from specdec.network.base import Network, evaluating
 from specdec.network.choose import build_network
 from specdec.network.probe import (
@@ -43,7 +44,8 @@ def _sound_difference(model: PreTrainedModel, layout: Layout) -> float:
 
     for attempt in range(PROBE_ATTEMPTS):
         try:
-            difference = probe(model, network, attempt)
+            with dequantised(model):
+                difference = probe(model, network, attempt)
         except PROBE_ERRORS as error:
             raise UnsupportedModelError(
                 f"{name} does not take queries next to its text ({type(error).__name__}: {str(error)[:200]}); use "

@@ -19,7 +19,8 @@ from specdec.batch.rows import Rows
 from specdec.errors import UnsupportedModelError
 from specdec.kept import kept_with
 from specdec.kernels.dispatch import KERNEL_ERRORS
-from specdec.network.base import evaluating
+from specdec.network.attachments import check_tokens_apart, dequantised, is_4_bit
+from specdec.network.base import evaluating, num_embeddings_of
 from specdec.network.captured.graphs import syncs_refused
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.experts import has_experts
@@ -50,10 +51,12 @@ def probe_once(model: PreTrainedModel, network_type: NetworkType, layout: Layout
 
 def _sound_difference(model: PreTrainedModel, network_type: NetworkType, layout: Layout) -> float:
     """The first difference within the tolerance; raises UnsupportedModelError if all attempts exceed it."""
+    check_tokens_apart(model)
     tolerance = probe_tolerance(model)
     for attempt in range(PROBE_ATTEMPTS):
         try:
-            difference = probe(model, network_type, attempt, layout)
+            with dequantised(model):
+                difference = probe(model, network_type, attempt, layout)
         except PROBE_ERRORS as error:
             if isinstance(error, UnsupportedModelError):
                 raise
@@ -107,7 +110,9 @@ def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
 
 
 def probe_tolerance(model: PreTrainedModel) -> float:
-    """The largest difference that rounding explains in the model's dtype, or in autocast's."""
+    """The largest difference that rounding explains in the model's dtype, in autocast's, or in that of its products."""
+    if any(map(is_4_bit, model.modules())):
+        return PROBE_TOLERANCE[torch.bfloat16]
     if (dtype := autocast_dtype(model)) is not None:
         return PROBE_TOLERANCE.get(dtype, PROBE_TOLERANCE[torch.bfloat16])
     if model.dtype == torch.float32 and model.device.type == "cuda":
@@ -255,7 +260,7 @@ def check_bits(model: PreTrainedModel) -> None:
 
 def probe_tokens(model: PreTrainedModel, length: int, seed: int) -> Tensor:
     """[length] int64: small ids in random order, because the special ids of multimodal checkpoints are large."""
-    vocab_size = min(model.get_input_embeddings().weight.shape[0], 89)
+    vocab_size = min(num_embeddings_of(model), 89)
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
 
 

@@ -5,10 +5,12 @@ Names and flags give precise messages before anything runs. What they let throug
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specdec.batch.layout import Layout
-from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.errors import ConfigError, SpecDecError, UnsupportedModelError
 from specdec.limits import MAX_STEP_WIDTH
 
 SERVED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -85,38 +87,58 @@ def check_architecture(model: PreTrainedModel, layout: Layout | None = None) -> 
         raise UnsupportedModelError(f"{name} builds its masks for one length per batch; pass layout='repad' for it")
 
 
-def check_lengths(model: PreTrainedModel, max_length: int, role: str) -> None:
-    """Refuse lengths that the model has no positions for, or at which rows of a batch would depend on each other.
+class LengthLimit(NamedTuple):
+    """The longest text that a model is served with, prompt included. cause: what stands against longer ones."""
 
-    max_length: prompt and new tokens of the longest row. role: "target" or "draft model", for the message.
+    tokens: int
+    cause: str
+    error: type[SpecDecError] = UnsupportedModelError
+
+
+def check_lengths(model: PreTrainedModel, max_length: int) -> None:
+    """Refuse lengths that the target has no positions for, or at which rows of a batch would depend on each other.
+
+    max_length: prompt and new tokens of the longest row.
     """
-    config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise ConfigError(
-            f"prompt and new tokens make {max_length} tokens, but the {role} {type(model).__name__} "
-            f"has {limit} positions; shorten the prompt or lower max_new_tokens"
-        )
-
-    _check_temperature(config, max_length, role)
-    _check_rotation(config, max_length, role)
+    for limit in length_limits(model):
+        if max_length > limit.tokens:
+            raise limit.error(f"prompt and new tokens make {max_length} tokens, {limit.cause}")
 
 
-def _check_temperature(config: PreTrainedConfig, max_length: int, role: str) -> None:
+def max_text_length(model: PreTrainedModel) -> int | None:
+    """The longest text that `model` is served with; None if nothing limits it."""
+    return min((limit.tokens for limit in length_limits(model)), default=None)
+
+
+def length_limits(model: PreTrainedModel) -> list[LengthLimit]:
+    config, name = model.config.get_text_config(decoder=True), type(model).__name__
+    limits = []
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        cause = f"but the target {name} has {positions} positions; shorten the prompt or lower max_new_tokens"
+        limits.append(LengthLimit(positions, cause, ConfigError))
+    return [*limits, *_temperature_limit(config), *_rotation_limits(config)]
+
+
+def _temperature_limit(config: PreTrainedConfig) -> list[LengthLimit]:
     """Llama 4 scales attention in its layers without rotation by one position per column, not per row."""
     floor_scale = getattr(config, "floor_scale", None)
     tuned = getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or [])
-    if tuned and floor_scale is not None and max_length + MAX_STEP_WIDTH >= floor_scale:
-        raise UnsupportedModelError(
-            f"prompt and new tokens make {max_length} tokens; the {role}'s attention temperature follows the longest "
-            f"row from floor_scale={floor_scale} on; keep within {floor_scale - MAX_STEP_WIDTH - 1} tokens"
-        )
+    if not tuned or floor_scale is None:
+        return []
+    most = floor_scale - MAX_STEP_WIDTH - 1
+    cause = (
+        f"and the target's attention temperature follows the longest row from floor_scale={floor_scale} on; keep "
+        f"within {most} tokens"
+    )
+    return [LengthLimit(most, cause)]
 
 
-def _check_rotation(config: PreTrainedConfig, max_length: int, role: str) -> None:
+def _rotation_limits(config: PreTrainedConfig) -> list[LengthLimit]:
     """Some rotations change for the whole batch as soon as one row is longer than the model was trained for."""
     rope = getattr(config, "rope_parameters", None) or {}
     rotations = [rope] if "rope_type" in rope else rope.values()  # one for all layers, or one per layer type
+    limits = []
     for rotation in rotations:
         if not isinstance(rotation, dict) or rotation.get("rope_type") not in ("dynamic", "longrope"):
             continue
@@ -126,9 +148,10 @@ def _check_rotation(config: PreTrainedConfig, max_length: int, role: str) -> Non
             or getattr(config, "original_max_position_embeddings", None)
             or getattr(config, "max_position_embeddings", None)
         )
-        if original is not None and max_length > original:
-            raise UnsupportedModelError(
-                f"prompt and new tokens make {max_length} tokens; the {role}'s {rotation['rope_type']!r} rotation "
-                f"changes for a whole batch beyond {original}, so rows would depend on each other; keep within "
-                f"{original} tokens"
+        if original is not None:
+            cause = (
+                f"and the target's {rotation['rope_type']!r} rotation changes for a whole batch beyond {original}, so "
+                f"rows would depend on each other; keep within {original} tokens"
             )
+            limits.append(LengthLimit(original, cause))
+    return limits

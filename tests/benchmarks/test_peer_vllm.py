@@ -86,13 +86,13 @@ def test_both_sides_are_compared(load, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", fake)
     found = load("peer_vllm_worker").work(options(folder, "draft", 3))
     assert [entry["equal_to_plain"] for entry in found] == ["1/1", "2/3"]
-    assert [entry["mean_acceptance_length"] for entry in found] == [2.5, 2.5]
+    assert [entry["vllm_mean_acceptance_length"] for entry in found] == [2.5, 2.5]
     draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 3}
     assert fake.arguments["speculative_config"] == draft
     assert fake.arguments["max_model_len"] == 20 and not fake.arguments["enable_prefix_caching"]
     found = load("peer_vllm_worker").work(options(folder, "plain", new_tokens=5, batch_sizes=[1]))
     assert found[0]["equal_to_plain"] is None, "ours was measured for six tokens"
-    assert found[0]["mean_acceptance_length"] is None and fake.arguments["speculative_config"] is None
+    assert found[0]["vllm_mean_acceptance_length"] is None and fake.arguments["speculative_config"] is None
 
 
 def test_the_users_options_come_last(load, folder):

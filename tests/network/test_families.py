@@ -302,6 +302,6 @@ def test_probe_sees_positions_of_the_longest_row(demo_pair, monkeypatch):
 def test_llama4_temperature_is_refused_where_it_would_mix_rows():
     model = build("llama4_text")
     model.config.attn_temperature_tuning, model.config.floor_scale = True, 64
-    check_lengths(model, 30, "target")
+    check_lengths(model, 30)
     with pytest.raises(SpecDecError, match="keep within 30 tokens"):
-        check_lengths(model, 31, "target")
+        check_lengths(model, 31)

@@ -13,6 +13,7 @@ from specdec.api.generate import generate
 from specdec.check.padding import left_pad
 from specdec.check.settings import greedy_settings
 from specdec.drafters.training.own_text import Pool, Writing, fill_pool
+from specdec.engine.metrics import Speculation
 
 BATCH_ROWS = 16
 SEED = 20_000
@@ -64,7 +65,7 @@ class Validation:
         return self._means(draft, self.sampled, lambda p, q: torch.minimum(p, q).exp().sum(-1).double())
 
     def acceptance_length(self, draft: PreTrainedModel, temperature: float) -> float:
-        accepted, steps = 0, 0
+        total = Speculation()
         sampling: dict[str, Any] = {}
         with greedy_settings(self.target):
             for first in range(0, len(self.prompts), self.write_batch):
@@ -73,19 +74,17 @@ class Validation:
                     seeds = list(range(SEED + first, SEED + first + len(prompts)))
                     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "seed": seeds}
                 ids, mask = left_pad(prompts, self.target.generation_config.pad_token_id, self.target.device)
-                out: Any = generate(
+                generate(
                     self.target,
                     ids,
                     mask,
                     drafter=draft,
                     num_speculative_tokens=self.num_speculative_tokens,
                     max_new_tokens=self.num_new_tokens,
-                    return_dict_in_generate=True,
+                    on_commit=total.add,
                     **sampling,
                 )
-                accepted += out.speculation.num_accepted_draft_tokens
-                steps += out.speculation.num_spec_steps
-        return 1 + accepted / max(steps, 1)
+        return total.mean_acceptance_length
 
     @torch.no_grad()
     def _means(self, draft: PreTrainedModel, pool: Pool, score: Callable[[Tensor, Tensor], Tensor]) -> list[float]:

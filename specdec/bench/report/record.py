@@ -14,6 +14,7 @@ from specdec.bench.measure import Observed, Result
 from specdec.bench.methods import ASSISTED, ASSISTED_K, PLAIN, Pair
 from specdec.bench.report.statistics import Estimate, percentiles, rate, speedup
 from specdec.bench.suite import Suite
+from specdec.engine.metrics import acceptance_length
 
 FORMAT = 1
 
@@ -113,12 +114,12 @@ def part(result: Result, results: Sequence[Result], prompts: Sequence[int]) -> d
     observed = result.observed
     counted = [] if observed is None else [observed.rows[i] for i in prompts]
     steps = sum(row.num_steps for row in counted)
-    accepted = [row.num_accepted for row in counted if row.num_accepted is not None]
+    gained = [row.num_step_tokens for row in counted if row.num_step_tokens is not None]
     plain = find(results, PLAIN, None, result.method.batch_size)
     return {
         "num_prompts": len(prompts),
         "speedup_over_plain": speedup_of(result, plain, prompts) if result.method.batch_size == 1 else None,
-        "mean_acceptance_length": 1 + sum(accepted) / max(steps, 1) if accepted else None,
+        "mean_acceptance_length": acceptance_length(sum(gained), steps) if gained else None,
     }
 
 

@@ -92,6 +92,7 @@ def look_ahead(
     from specdec.drafters.training.look_ahead.run import Measure, check_free, train_look_ahead
     from specdec.drafters.training.trainer import finish, make_accelerator
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
+    from specdec.network.base import num_embeddings_of
 
     recipe = LookAheadRecipe(
         num_tokens,
@@ -112,7 +113,7 @@ def look_ahead(
     quiet_transformers()
     tokenizer = load_tokenizer(folder, "target")
     model = load_model(folder, "target", place, "bfloat16" if config.bfloat16 else "float32")
-    known = TrainingModel(tokenizer, model.get_input_embeddings().weight.shape[0])
+    known = TrainingModel(tokenizer, num_embeddings_of(model))
     stream = text_of(text, row_tokens, known, seed) if "fixed" in recipe.shares else None
     source = prompts_of(text, prompts, prompt_tokens, known, seed) if "target" in recipe.shares else None
     held_out = held_out_prompts(validate, known)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specdec.batch.report import StepReport, on_its_way
+from specdec.batch.report import StepReport, ended_in_draft, on_its_way
 from specdec.batch.rows import Rows
 from specdec.drafter import Drafter
 from specdec.policies.cost_model.knowledge import LossBudget
@@ -279,7 +279,7 @@ class Chooser:
 
         self._missed[drafter] = 0
         # What stands after the end of a row was not decided.
-        asked = np.where(report.finished, report.num_accepted, np.minimum(drafted, self._room))
+        asked = np.where(ended_in_draft(report), report.num_accepted, np.minimum(drafted, self._room))
         records.acceptance[drafter].learn(report.row_ids, asked, report.num_accepted)
         if self._num_steps % DECIDE_EVERY == 0:
             records.acceptance[drafter].learn_spread(report.row_ids)

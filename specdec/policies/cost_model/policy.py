@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from specdec.batch.report import StepReport, decided
+from specdec.batch.report import StepReport, decided, ended_in_draft
 from specdec.batch.rows import Rows
 from specdec.draft import Draft, Shown
 from specdec.drafter import Drafter
@@ -211,7 +211,7 @@ class CostModel(LengthPolicy):
         if not self.sees:  # the drafter alone decides to propose less than it was asked for
             asked = np.minimum(self.state.width, self._step.room)
         # What stands after the end of a row was not decided.
-        asked = np.where(report.finished, report.num_accepted, asked)
+        asked = np.where(ended_in_draft(report), report.num_accepted, asked)
         self._known.survival.learn(report.row_ids, asked, report.num_accepted)
 
         if report.predicted is not None:
