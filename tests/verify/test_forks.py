@@ -253,7 +253,10 @@ class BadFork(Counts):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (holds_generator, r"holds_generator.*lambda.* cannot be copied \(TypeError: cannot pickle 'generator' object\)"),
+        (
+            holds_generator,
+            r"holds_generator.*lambda.* cannot be copied \(TypeError: cannot pickle 'generator' object\)",
+        ),
         (lambda: Holds(Compiled()), r"logits processor Holds .*Compiled.* a method fork\(\)"),
         (BadFork, r"BadFork.fork\(\) returned a NoneType"),
     ],
