@@ -5,6 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
 OLDEST := transformers==5.17.0
+LIBRARIES ?= xgrammar==0.2.9 outlines==1.3.3 outlines_core==0.2.14 llguidance==1.9.1
 PYTEST_ARGS ?=
 # Test processes; the tests keep to one thread each.
 JOBS ?= auto
@@ -47,14 +48,22 @@ test-oldest: setup .oldest/.installed
 	$(BIN)/python -m pip install --quiet --target .oldest "$(OLDEST)"
 	touch $@
 
-# Tests against what pip installs: for now the wheel of this package, in a folder of its own.
-integration: setup .integration/.installed
+# Tests against what pip installs: the wheel of this package, and libraries that people bring, each in a folder of its own.
+integration: setup .integration/.installed .integration_libraries/.installed
 	$(BIN)/python -m pytest -m integration tests/integration $(PYTEST_ARGS)
 
 .integration/.installed: pyproject.toml $(VENV)/.installed $(shell find specdec kernels drafters -name '*.py')
 	rm -rf .integration build
 	$(BIN)/python -m pip install --quiet --no-deps --target .integration .
 	rm -rf build
+	touch $@
+
+# What they need is installed first, and without torch, which the environment has.
+.integration_libraries/.installed: Makefile $(VENV)/.installed
+	rm -rf .integration_libraries
+	$(BIN)/python -m pip install --quiet --target .integration_libraries \
+		apache-tvm-ffi cloudpickle diskcache genson jinja2 jsonschema pillow pydantic
+	$(BIN)/python -m pip install --quiet --no-deps --target .integration_libraries $(LIBRARIES)
 	touch $@
 
 # Which lines the tests run; fails below the floor in pyproject.toml.
@@ -74,4 +83,4 @@ bench: setup
 	$(BIN)/python benchmarks/decode.py --device cpu $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .oldest .integration .coverage build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .oldest .integration .integration_libraries .coverage build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -76,7 +76,8 @@ def generate(
         its tokens as they are committed, and `end()` when the row ends.
     stopping_criteria, and stop_strings with `tokenizer=`: asked after every token of every row.
     logits_processor, prefix_allowed_tokens_fn, and the options that transformers makes processors of: applied at every
-        verified position to that row's own tokens, as if the row were alone.
+        verified position to that row's own tokens, as if the row were alone. Of processors that may remember what they
+        were asked every row has a copy of its own.
     on_commit: called with a `StepReport` after each step.
     seed, generator: of sampling; row i uses a random stream of its own, (seed, i), or that of its own seed if there is
         one per row. Without either, a seed is drawn from torch's global generator. With the same seed, a row's sample

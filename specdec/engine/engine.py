@@ -98,7 +98,8 @@ class Engine:
             if order == TOGETHER
             else Continuous(max_rows, self.spare, model.device, kv_tokens, prefill_tokens, order)
         )
-        self.processors, self.streams = Processors(), RequestStreams(model.device)
+        self.processors = Processors(argmax_decides=isinstance(verification, str))
+        self.streams = RequestStreams(model.device)
         self.hooks = Hooks(self.schedule.running, self.processors)
 
         self._jobs: dict[int, Job] = {}  # that have not ended
@@ -139,7 +140,8 @@ class Engine:
         self.statistics.verification = (verification.sampled if self._any_sampled else verification.greedy).name
 
         self._jobs[job.index] = job
-        self.processors.add(job.index, job.plan)
+        is_drafted = job.max_draft_tokens != 0 and not isinstance(self.drafter, NoDrafts)
+        self.processors.add(job.index, job.plan, is_drafted)
         self.hooks.begin(job)
 
     def check_job(self, job: Job) -> None:

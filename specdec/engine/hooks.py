@@ -43,7 +43,12 @@ class Hooks:
         self.failed.setdefault(row, Failure(error, num_kept))
 
     def note_processors(self, report: StepReport) -> None:
-        """A processor that raised about a place counts if the row has got there: if it has a token of that place."""
+        """Let processors follow what was committed. One that raised about a place counts if the row has got there: if
+        it has a token of that place."""
+        for row, refusal in self.processors.commit(report).items():
+            self.fail(row, refusal)
+        if not self.processors.raised:
+            return
         for slot, row in enumerate(report.row_ids.tolist()):
             if row in self.processors.raised:
                 column, error = self.processors.raised[row]

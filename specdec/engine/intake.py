@@ -27,7 +27,7 @@ from specdec.options.generation import GenerationOptions, check_served, is_whole
 from specdec.options.inputs import check_input_ids
 from specdec.options.processors import plan_of
 from specdec.options.speculation import Randomness
-from specdec.verify.processors import Plan
+from specdec.verify.plan import Plan
 
 
 class Intake:

@@ -10,7 +10,7 @@ from transformers import StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from specdec.options.generation import GenerationOptions
-from specdec.verify.processors import Plan
+from specdec.verify.plan import Plan
 
 
 @dataclass(eq=False)

@@ -36,7 +36,8 @@ class Request:
         `generation_config`, over the model's own.
     seed, stream: of sampling; the request draws from stream `stream` of `seed`. Without a seed, one is drawn from
         torch's global generator when the request is added.
-    processors, prefix_allowed_tokens_fn: asked at every verified position about the request's own tokens.
+    processors, prefix_allowed_tokens_fn: asked at every verified position about the request's own tokens. Copies of the
+        processors are asked, so one may be passed to any number of requests.
     stopping: criteria asked after every token. stop_strings: need the engine's tokenizer.
     max_new_tokens: as in GenerationConfig.
     num_speculative_tokens: the most draft tokens per step of this row, at most the engine's; 0 = no drafts.

@@ -120,8 +120,7 @@ class Target:
 
         def read() -> tuple[StepReport, Verified]:
             report = reading()
-            if self.processors.raised:
-                self.hooks.note_processors(report)
+            self.hooks.note_processors(report)
             if report.fault.any():
                 self._note_faults(report, logits, scores)
             if keeps_logits:

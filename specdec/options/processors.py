@@ -17,7 +17,7 @@ from specdec.errors import ConfigError
 from specdec.kernels.commit.truncation import GREEDY, Truncation
 from specdec.network.base import vocab_size_of
 from specdec.options.generation import GenerationOptions
-from specdec.verify.processors import BLIND, Plan
+from specdec.verify.plan import BLIND, Plan
 
 # In transformers' order; each has one number, an attribute of the same name as in Truncation.
 TRUNCATIONS = {
@@ -41,7 +41,8 @@ def plan_of(
 
     config: merged. The minimum lengths are left to `Plan.min_new_tokens`.
 
-    Raises ConfigError for options that no processor can be made of, or that leave no token.
+    Raises ConfigError for options that no processor can be made of, or that leave no token, and for processors of
+    which no row can have its own.
     """
     check_forced_tokens(config)
     if config.exponential_decay_length_penalty is not None and config.eos_token_id is None:
@@ -63,13 +64,15 @@ def plan_of(
     others = [processor for processor in merged if not isinstance(processor, WARPERS)]
     truncation, last = truncation_of(LogitsProcessorList(warpers))
     kept = warpers[: len(warpers) - len(last)]
-    return Plan(
+    plan = Plan(
         LogitsProcessorList([*others, *added, *kept]),
         truncation if options.do_sample else GREEDY,
         last,
         options.min_new_tokens,
         options.eos_token_ids,
     )
+    plan.check_stateful()
+    return plan
 
 
 def built_in(

@@ -2,63 +2,28 @@
 
 A processor was written for one new position per row and rows of one length. Here it meets [rows, k + 1] positions of
 rows of any length. Processors that do not look at the tokens take all positions at once. Those that only ask which
-tokens occur, or how the text ends, take all positions with suitable padding. Every other one, custom ones included, is
-asked once per position with the unpadded tokens of the row, as if it were alone.
+tokens occur, or how the text ends, take all positions with suitable padding. Every other one is asked once per position
+with the unpadded tokens of the row, as if it were alone. Those that may keep something between calls, custom ones
+included, are each row's own (`row_states.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation import LogitsProcessor, LogitsProcessorList
-from transformers.generation import logits_process as hf
+from transformers.generation import LogitsProcessor
 
+from specdec.batch.report import StepReport
 from specdec.batch.rows import Rows
+from specdec.errors import ConfigError
 from specdec.kernels.commit.greedy_commit import NO_TOKEN
-from specdec.kernels.commit.truncation import GREEDY, Truncation, Truncations
-
-# Scores of a position depend on that position's scores alone.
-BLIND = (
-    hf.TemperatureLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.MinPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.LogitNormalization,
-    hf.SuppressTokensLogitsProcessor,
-)
-OCCURRENCE = (hf.RepetitionPenaltyLogitsProcessor,)  # which tokens occur: padding by repeating one of them is harmless
-ENDING = (hf.NoRepeatNGramLogitsProcessor, hf.NoBadWordsLogitsProcessor, hf.SequenceBiasLogitsProcessor)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """How the scores of one request's positions are processed. Rows that share a plan are processed together.
-
-    processors: all but the truncation. truncation: temperature, top-k, top-p and min-p, at temperature 0 for greedy
-        rows. They are left to the code that makes a distribution of the scores, which is far cheaper than transformers'
-        own `warpers` of the same values.
-    min_new_tokens: no end of sequence before a row has that many. eos_token_ids: what ends the row, and what is
-        forbidden until then.
-    """
-
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    truncation: Truncation = GREEDY
-    warpers: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    min_new_tokens: int = 0
-    eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def names_tokens(self) -> bool:
-        """Whether scores of particular tokens are read or changed, so that each must have one."""
-        return len(self.processors) > 0 or self.min_new_tokens > 0
+from specdec.kernels.commit.truncation import Truncations
+from specdec.verify.plan import Plan, is_stateful
+from specdec.verify.positions import Asked, Positions, Raised, for_row, processed_by
+from specdec.verify.row_states import RowStates
 
 
 class Processors:
@@ -68,22 +33,31 @@ class Processors:
         were asked about the token after `column` draft tokens. It counts only if these are accepted.
     """
 
-    def __init__(self) -> None:
-        self.raised: dict[int, tuple[int, Exception]] = {}
+    def __init__(self, argmax_decides: bool = True) -> None:
+        """argmax_decides: whether greedy rows commit the argmax, as under every lossless verification."""
+        self.argmax_decides = argmax_decides
+        self.raised: Raised = {}
         self._plans: dict[int, Plan] = {}
+        self._states: dict[int, RowStates] = {}  # of rows with stateful processors
         self._num_naming = self._num_sampled = 0  # rows whose plans name tokens; rows that are sampled
         self._truncations: Truncations | None = None
         self._truncated: list[int] = []  # the row ids that these belong to
         self._eos: Tensor | None = None
         self._ended: list[int] = []
 
-    def add(self, row_id: int, plan: Plan) -> None:
+    def add(self, row_id: int, plan: Plan, is_drafted: bool = True) -> None:
+        """is_drafted: whether tokens may be drafted for the row."""
         self._plans[row_id] = plan
         self._num_naming += plan.names_tokens
         self._num_sampled += not plan.truncation.is_greedy
+        if plan.in_order:
+            own = [for_row(processor, row_id) for processor in plan.in_order]
+            unchanging = [processor for processor in own if not is_stateful(processor)]
+            self._states[row_id] = RowStates(own, unchanging, is_drafted and not self._follows_argmax(plan))
 
     def drop(self, row_id: int) -> None:
         plan = self._plans.pop(row_id)
+        self._states.pop(row_id, None)
         self._num_naming -= plan.names_tokens
         self._num_sampled -= not plan.truncation.is_greedy
 
@@ -130,7 +104,27 @@ class Processors:
         Scores are float32 if there is anything to process, as in transformers, and otherwise the logits themselves.
         """
         self.raised = {}
-        return self._process(rows, draft_ids, logits, 0, self.raised)
+        return self._process(rows, draft_ids, logits, 0, self.raised, self._asked)
+
+    def commit(self, report: StepReport) -> dict[int, ConfigError]:
+        """Let the stateful processors of rows that go on stand where the row stands. report: of the latest call.
+
+        Returns the rows that can get no token, because their processors cannot be copied any more, and why.
+        """
+        failed: dict[int, ConfigError] = {}
+        if not self._states:
+            return failed
+        goes_on = ~report.finished & (report.fault == 0)
+        for row, num_committed in zip(
+            report.row_ids[goes_on].tolist(), report.num_committed[goes_on].tolist(), strict=True
+        ):
+            fails = row in self.raised and self.raised[row][0] < num_committed
+            if row in self._states and not fails:
+                try:
+                    self._states[row].commit(num_committed - 1)
+                except ConfigError as error:
+                    failed[row] = error
+        return failed
 
     def of_draft(self, rows: Rows, draft_ids: Tensor, logits: Tensor) -> Tensor:
         """Scores that a sampled row's next draft token is drawn from, [rows, vocab], of the drafter's logits.
@@ -138,12 +132,40 @@ class Processors:
         draft_ids: [rows, j] int64, drafted so far. Greedy rows keep their logits, as where no row is sampled. Where a
         processor raises, nothing can be drafted (-inf): plain decoding may never reach this text.
         """
-        raised: dict[int, tuple[int, Exception]] = {}
-        scores = self._process(rows, draft_ids, logits[:, None], draft_ids.shape[1], raised, are_drafted=True)[:, 0]
+        place = draft_ids.shape[1]
+        raised = self._drafted_out(rows, draft_ids[:, -1:])
+
+        def asked(row: int, _column: int, _is_certain: bool) -> Sequence[LogitsProcessor]:
+            return self._states[row].of_draft(place)
+
+        scores = self._process(rows, draft_ids, logits[:, None], place, raised, asked, are_drafted=True)[:, 0]
         if raised:
             scores = scores.clone()
             scores[[slot for slot, row in enumerate(rows.row_ids.tolist()) if row in raised]] = float("-inf")
         return scores
+
+    def _follows_argmax(self, plan: Plan) -> bool:
+        return self.argmax_decides and plan.truncation.is_greedy
+
+    def _asked(self, row: int, column: int, is_certain: bool) -> Sequence[LogitsProcessor]:
+        """A chain: the parent of a column is the one before it."""
+        return self._states[row].at(column, column - 1 if column else None, is_certain)
+
+    def _drafted_out(self, rows: Rows, newest: Tensor) -> Raised:
+        """Rows with stateful processors whose draft has ended, so that these are not asked any more.
+
+        newest: [rows, 1] int64, of each row's draft; [rows, 0] where none has begun.
+        """
+        if not (self._states and newest.shape[1]):
+            return {}
+        ids = zip(rows.row_ids.tolist(), newest[:, 0].tolist(), strict=True)
+        return {
+            row: (0, ValueError("the draft has ended"))
+            for row, token in ids
+            if row in self._states
+            and not self._plans[row].truncation.is_greedy
+            and (token < 0 or token in self._plans[row].eos_token_ids)
+        }
 
     def _process(
         self,
@@ -151,10 +173,13 @@ class Processors:
         draft_ids: Tensor,
         logits: Tensor,
         first: int,
-        raised: dict[int, tuple[int, Exception]],
+        raised: Raised,
+        asked: Asked,
         are_drafted: bool = False,
     ) -> Tensor:
         """[rows, width, vocab] scores after `first` .. `first + width - 1` draft tokens. raised: filled in.
+
+        asked: the stateful processors to ask about a place.
 
         are_drafted: of sampled rows alone.
         """
@@ -190,7 +215,8 @@ class Processors:
                     rows.row_ids[slots].repeat(width),
                     draft_ids[index, first : first + width - 1],
                 )
-                processed = processed_by(plan, positions, scores[index].flatten(0, 1), raised)
+                own = scores[index].flatten(0, 1)
+                processed = processed_by(plan, positions, own, raised, asked, self._follows_argmax(plan))
                 scores[index] = processed.unflatten(0, (len(slots), width))
         return scores
 
@@ -214,18 +240,6 @@ class Processors:
         return scores
 
 
-def processed_by(plan: Plan, positions: Positions, scores: Tensor, raised: dict[int, tuple[int, Exception]]) -> Tensor:
-    """scores: [positions, vocab] float32, of rows that share the plan. raised: see `Processors`; filled in."""
-    processed = scores
-    for processor in plan.processors:
-        try:
-            processed = apply_processor(processor, positions, processed, raised)
-        except Exception as error:  # a built-in one, asked about all rows at once
-            raised |= dict.fromkeys(positions.row_ids.tolist(), (0, error))
-            return scores
-    return processed
-
-
 def forbid_early_end(rows: Rows, plan: Plan, slots: np.ndarray, logits: Tensor, first: int) -> Tensor:
     """-inf for the end-of-sequence tokens wherever a row of the plan would end with fewer than min_new_tokens.
 
@@ -241,75 +255,3 @@ def forbid_early_end(rows: Rows, plan: Plan, slots: np.ndarray, logits: Tensor, 
     is_eos = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     is_eos[list(plan.eos_token_ids)] = True
     return logits.masked_fill(too_early[..., None] & is_eos, float("-inf"))
-
-
-class Positions(NamedTuple):
-    """Where scores are asked for. texts: [positions, columns] int64. ends: [positions], position i follows the first
-    ends[i] tokens of texts[i]. row_ids: [positions], rows of the caller's batch. draft_ids: [rows, width - 1], the
-    tokens between the width positions of a row, which stand together."""
-
-    texts: Tensor
-    ends: np.ndarray
-    row_ids: np.ndarray
-    draft_ids: Tensor
-
-    def padded(self, pad_with: int | None) -> Tensor:
-        """The texts at equal length: padded on the left with `pad_with`, or on the right with their own first token."""
-        longest = int(self.ends.max())
-        ends = torch.from_numpy(self.ends).to(self.texts.device)[:, None]
-        place = torch.arange(longest, device=self.texts.device)
-        if pad_with is None:
-            return torch.where(place < ends, self.texts[:, :longest], self.texts[:, :1])
-        source = place - (longest - ends)
-        return self.texts.gather(1, source.clamp(min=0)).masked_fill(source < 0, pad_with)
-
-
-def apply_processor(
-    processor: LogitsProcessor, positions: Positions, scores: Tensor, raised: dict[int, tuple[int, Exception]]
-) -> Tensor:
-    """scores: [positions, vocab] float32, as the processors before left them. raised: see `Processors`."""
-    kind = type(processor)
-    if kind in BLIND:
-        return processor(positions.texts, scores)
-    if kind in OCCURRENCE and processor.prompt_ignore_length is None:
-        return processor(positions.padded(None), scores)
-    if kind in ENDING and getattr(processor, "ngram_size", 2) > 1:
-        return processor(positions.padded(NO_TOKEN), scores)
-    return one_by_one(processor, positions, scores, raised)
-
-
-def one_by_one(
-    processor: LogitsProcessor, positions: Positions, scores: Tensor, raised: dict[int, tuple[int, Exception]]
-) -> Tensor:
-    """Ask about each position of each row in turn, as far as the row's draft can be accepted.
-
-    Nothing is asked after a token that was not drafted, or that the processor itself forbids: plain decoding could
-    never reach such a text, and the processor may not know what to say. Where a processor raises, the row is not asked
-    any further, and keeps the scores that it had.
-    """
-    drafts = positions.draft_ids.tolist()
-    width = positions.draft_ids.shape[1] + 1
-    out = scores.clone()
-    for slot, draft in enumerate(drafts):
-        row = int(positions.row_ids[slot * width])
-        is_prefix = type(processor) is hf.PrefixConstrainedLogitsProcessor
-        own = for_row(processor, row) if is_prefix else processor
-        for column in range(width):
-            place = slot * width + column
-            if row in raised and raised[row][0] <= column:
-                break
-            if column and (draft[column - 1] < 0 or out[place - 1, draft[column - 1]] == float("-inf")):
-                break
-            text = positions.texts[place : place + 1, : positions.ends[place]]
-            try:
-                out[place] = own(text, scores[place : place + 1])[0]
-            except Exception as error:  # of the user's code: it ends this row and no other, if it gets here
-                raised[row] = column, error
-                break
-    return out
-
-
-def for_row(processor: hf.PrefixConstrainedLogitsProcessor, row: int) -> LogitsProcessor:
-    """The one processor that is told which row it sees; alone, every row would be number 0."""
-    allowed = processor._prefix_allowed_tokens_fn
-    return hf.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
