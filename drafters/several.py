@@ -81,6 +81,10 @@ class Several(Drafter):
         for part in self.parts:
             part.keep_rows(index)
 
+    def ended(self, row_id: int, token_ids: Tensor) -> None:
+        for part in self.parts:
+            part.ended(row_id, token_ids)
+
     def join(self, rows: Rows, begin: int, end: int) -> None:
         for part in self.parts:
             part.join(rows, begin, end)

@@ -185,6 +185,13 @@ class Drafter(ABC):
         index stay where they are, and those past `rows` wait for their turn.
         """
 
+    def ended(self, row_id: int, token_ids: Tensor) -> None:  # noqa: B027 - optional hook
+        """A row that has been continued is over, by itself or because it was withdrawn.
+
+        token_ids: [length] int64 on the host, its prompt and its new tokens. Called after the `keep_rows` by which it
+            left; no later row has its id.
+        """
+
     def join(self, rows: Rows, begin: int, end: int) -> None:  # noqa: B027 - optional hook
         """Newcomers: the tokens in columns begin .. end - 1 of these rows, which stand in slots from `rows.first` on.
 
