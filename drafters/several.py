@@ -30,6 +30,7 @@ class Several(Drafter):
         self.kv_model = next((part.kv_model for part in parts if part.kv_model is not None), None)
         self.num_extra_queries = max(part.num_extra_queries for part in parts)
         self.target_layers = tuple(dict.fromkeys(layer for part in parts for layer in part.target_layers))
+        self.learns = any(part.learns for part in parts)
         self.shares_slots = all(part.shares_slots for part in parts)
         self._started: list[Drafter] = []
 

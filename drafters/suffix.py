@@ -57,6 +57,7 @@ class Suffix(Drafter):
 
     name = "suffix"
     shares_slots = True
+    learns = True
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Suffix(Drafter):
             )
         self.memory = _memory_of(memory, max_tokens)
         self.max_match, self.max_factor, self.min_probability = max_match, float(max_factor), float(min_probability)
-        self.learn = learn
+        self.learns = learn
         self._texts: dict[int, RowText] = {}
         self._vocab_size = 0
         self._counts = np.zeros(0, dtype=np.int32)
@@ -103,8 +104,8 @@ class Suffix(Drafter):
         if self.memory.max_id >= known:
             raise DrafterError(
                 f"the memory holds token id {self.memory.max_id}, and the target knows {known} tokens: "
-                "it is of another tokenizer; build one with `specdec memory build --tokenizer FOLDER`, or start with an "
-                "empty one"
+                "it is of another tokenizer; build one with `specdec memory build --tokenizer FOLDER`, or start "
+                "with an empty one"
             )
 
     def start(self, context: Context, rows: Rows) -> None:
@@ -159,7 +160,7 @@ class Suffix(Drafter):
 
     def ended(self, row_id: int, token_ids: Tensor) -> None:
         self._texts.pop(row_id, None)
-        if self.learn:
+        if self.learns:
             self.memory.add(token_ids)
 
     def finish(self) -> None:

@@ -123,6 +123,9 @@ class Drafter(ABC):
     # `observe`, for rows that have ended too, and for more tokens than there is room for (they are cut).
     proposes_ahead: bool = False
 
+    # Whether rows that end change what it proposes to later ones: then a second run of the same prompts is another one.
+    learns: bool = False
+
     needs_choice: bool = False  # it holds candidates, among which the length policy chooses
 
     @property

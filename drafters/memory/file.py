@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,20 @@ def write_memory(path: Path, content: Content) -> None:
 
 def read_memory(path: Path) -> Content:
     """Raises InputError, which names the file, for one that is missing, damaged, of another kind or too new."""
+    with _opened(path) as (archive, header):
+        segments = [_segment(archive, index, notes) for index, notes in enumerate(header["segments"])]
+        return Content(int(header["max_tokens"]), TokenizerPrint(**header["tokenizer"]), segments)
+
+
+def read_tokenizer(path: Path) -> TokenizerPrint:
+    """Whose token ids a file holds, without its texts. Raises InputError as `read_memory` does."""
+    with _opened(path) as (_, header):
+        return TokenizerPrint(**header["tokenizer"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, Any]]]:
+    """The arrays and the header. What reading them raises becomes an InputError."""
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below; what it raises says why there is none to read
     except OSError as error:
@@ -76,12 +91,14 @@ def read_memory(path: Path) -> Content:
             archive = np.load(file, allow_pickle=False)
             header = json.loads(archive[HEADER].tobytes())
             _check_kind(path, header)
-            segments = [_segment(archive, index, notes) for index, notes in enumerate(header["segments"])]
-            return Content(int(header["max_tokens"]), TokenizerPrint(**header["tokenizer"]), segments)
+            yield archive, header
         except InputError:
             raise
         except READING_ERRORS as error:
-            _refuse(path, error)
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"memory {str(path)!r} is damaged, or no memory at all ({first}); build it again, or restore a copy"
+            ) from None
 
 
 def _check_kind(path: Path, header: Mapping[str, Any]) -> None:
@@ -102,10 +119,3 @@ def _segment(archive: Mapping[str, np.ndarray], index: int, notes: Mapping[str, 
     if not len(codes) or codes.min() < 0 or codes[-1] != 0 or suffixes.min() < 0 or suffixes.max() >= len(codes):
         raise ValueError(f"segment {index} leads out of its texts")
     return Segment(codes, suffixes, int(notes["num_texts"]), int(notes["last_used"]))
-
-
-def _refuse(path: Path, error: Exception) -> NoReturn:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise InputError(
-        f"memory {str(path)!r} is damaged, or no memory at all ({first}); build it again, or restore a copy"
-    ) from None

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specdec.drafters.memory.file import Content, read_memory, write_memory
+from specdec.drafters.memory.file import Content, read_memory, read_tokenizer, write_memory
 from specdec.drafters.memory.native import check_native
 from specdec.drafters.memory.segment import BYTES_PER_TOKEN, Segment, codes_of, joined
 from specdec.errors import ConfigError, DrafterError
@@ -160,11 +160,21 @@ class SuffixMemory:
         """Raise DrafterError if it holds another tokenizer's ids. If it does not know whose, they are this one's."""
         if self.tokenizer is None:
             self.tokenizer = tokenizer
-        elif self.tokenizer.sha256 != tokenizer.sha256:
-            raise DrafterError(
-                f"{what} holds token ids of another tokenizer: {self.tokenizer}, and the target's is {tokenizer}; "
-                "build one with `specdec memory build --tokenizer FOLDER`, or start with an empty one"
-            )
+        check_tokenizer(self.tokenizer, tokenizer, what)
+
+
+def check_tokenizer(known: TokenizerPrint, tokenizer: TokenizerPrint, what: str) -> None:
+    """Raise DrafterError unless both are one. known: of what is in `what`."""
+    if known.sha256 != tokenizer.sha256:
+        raise DrafterError(
+            f"{what} holds token ids of another tokenizer: {known}, and the target's is {tokenizer}; build one with "
+            "`specdec memory build --tokenizer FOLDER`, or start with an empty one"
+        )
+
+
+def check_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DrafterError for a memory of another tokenizer, InputError for none, without reading its texts."""
+    check_tokenizer(read_tokenizer(path), TokenizerPrint.of(tokenizer), f"the memory {str(path)!r}")
 
 
 def checked_tokens(max_tokens: object) -> int:

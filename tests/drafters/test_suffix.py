@@ -198,7 +198,7 @@ def test_no_memory_changes_a_token(prompts, poison, max_rows, layout):
 
 def test_text_and_options():
     made = resolve("suffix:max_tokens=500,max_match=8,max_factor=1.5,min_probability=0.3,learn=false")
-    assert isinstance(made, Suffix) and made.memory.max_tokens == 500 and not made.learn
+    assert isinstance(made, Suffix) and made.memory.max_tokens == 500 and not made.learns
     assert (made.max_match, made.max_factor, made.min_probability) == (8, 1.5, 0.3)
     for options, message in (
         ({"max_match": 0}, "max_match=0 is not 1 to 1024"),
