@@ -64,7 +64,7 @@ class Suffix(Drafter):
         memory: SuffixMemory | Path | None = None,
         max_tokens: int | None = None,
         max_match: int = 64,
-        max_factor: float = 2.0,
+        max_factor: float = 4.0,
         min_probability: float = 0.1,
         learn: bool = True,
     ):

@@ -103,7 +103,7 @@ def test_proposals_on_real_text():
     assert len(memory.segments) > 2 and len(kept) < len(coded) - 1, "some have left"
     cuts = [coded[0][:length] for length in range(40, 1500, 97)] + [coded[1][:length] for length in (90, 400, 1000)]
     drafts = drafts_of(Suffix(memory, learn=False), cuts, 8, target)
-    rule = dict(max_tokens=8, max_match=64, max_factor=2.0, min_probability=0.1, vocab_size=len(words))
+    rule = dict(max_tokens=8, max_match=64, max_factor=4.0, min_probability=0.1, vocab_size=len(words))
     assert drafts == [draft_by_hand(cut, kept, **rule) for cut in cuts]
     assert max(map(len, drafts)) == 8 and min(map(len, drafts)) < 3
 
