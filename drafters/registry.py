@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from specdec.drafter import Drafter
 from specdec.errors import DrafterError
 
 NOTHING, FOLDER, OBJECTS = "nothing", "folder", "objects"
+WRITTEN = (int, float, str, bool, Path)  # kinds of values that text can give
 PLAIN = "none"  # plain decoding, as one of several candidates
 
 
@@ -53,6 +53,7 @@ class Entry(NamedTuple):
 DRAFTERS = {
     "draft_model": Entry("specdec.drafters.draft_model", "DraftModel", FOLDER),
     "prompt_lookup": Entry("specdec.drafters.prompt_lookup", "PromptLookup"),
+    "suffix": Entry("specdec.drafters.suffix", "Suffix"),
     "any_subset": Entry("specdec.drafters.any_subset", "AnySubsetDrafter", FOLDER),
     "look_ahead": Entry("specdec.drafters.look_ahead", "LookAhead", FOLDER),
     "synthetic": Entry("specdec.drafters.synthetic", "Synthetic", OBJECTS),
@@ -230,10 +231,10 @@ def _types_of(name: str, built: type[Drafter]) -> dict[str, type]:
     hints = get_type_hints(built.__init__)
     types: dict[str, type] = {FOLDER: Path} if DRAFTERS[name].needs == FOLDER else {}
     for key in inspect.signature(built).parameters:
-        # `int | None` is an int where it is written.
-        options = [kind for kind in get_args(hints.get(key)) or (hints.get(key),) if kind is not NoneType]
-        if len(options) == 1 and options[0] in (int, float, str, bool, Path):
-            types[key] = options[0]
+        # `int | None` is an int where it is written, and `SuffixMemory | Path` a path.
+        kinds = [kind for kind in get_args(hints.get(key)) or (hints.get(key),) if kind in WRITTEN]
+        if len(kinds) == 1:
+            types[key] = kinds[0]
     return types
 
 

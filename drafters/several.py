@@ -30,6 +30,7 @@ class Several(Drafter):
         self.kv_model = next((part.kv_model for part in parts if part.kv_model is not None), None)
         self.num_extra_queries = max(part.num_extra_queries for part in parts)
         self.target_layers = tuple(dict.fromkeys(layer for part in parts for layer in part.target_layers))
+        self.learns = any(part.learns for part in parts)
         self.shares_slots = all(part.shares_slots for part in parts)
         self._started: list[Drafter] = []
 
@@ -80,6 +81,10 @@ class Several(Drafter):
     def keep_rows(self, index: Tensor) -> None:
         for part in self.parts:
             part.keep_rows(index)
+
+    def ended(self, row_id: int, token_ids: Tensor) -> None:
+        for part in self.parts:
+            part.ended(row_id, token_ids)
 
     def join(self, rows: Rows, begin: int, end: int) -> None:
         for part in self.parts:

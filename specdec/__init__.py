@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from specdec.check.equivalence import EquivalenceReport, check_equivalence
     from specdec.draft import NO_TOKEN, Draft, Verified
     from specdec.drafter import Context, Drafter
+    from specdec.drafters.memory.memory import SuffixMemory
+    from specdec.drafters.suffix import Suffix
     from specdec.engine.engine import Engine
     from specdec.engine.metrics import Speculation
     from specdec.engine.output import SpeculativeOutput
@@ -61,6 +63,8 @@ __all__ = [
     "Speculation",
     "SpeculativeOutput",
     "StepReport",
+    "Suffix",
+    "SuffixMemory",
     "TopBeta",
     "Typical",
     "UnsupportedModelError",
@@ -81,6 +85,8 @@ _HOMES = {
     "network.any_subset.model": "AnySubsetModel",
     "draft": "NO_TOKEN Draft Verified",
     "drafter": "Context Drafter",
+    "drafters.memory.memory": "SuffixMemory",
+    "drafters.suffix": "Suffix",
     "check.equivalence": "EquivalenceReport check_equivalence",
     "errors": "BusyError ConfigError DrafterError InputError NumericalError SpecDecError UnsupportedModelError",
     "api.generate": "generate speculative",

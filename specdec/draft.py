@@ -103,6 +103,8 @@ class Verified:
     extra_logits: the target's logits at the draft's extra queries, if it has any: a function from the number of draft
         tokens before the end that is meant, [rows] int64, to [rows, extra, vocab]. Ask it in `observe`: afterwards rows
         may move or leave.
+    row_ids, committed_ids: [rows] and [rows, k + 1] int64 on the host, the rows by their ids and what each committed,
+        `NO_TOKEN` after it: for drafters on the host, which need not ask the device.
     is_own: [rows] bool on the host, the rows whose draft is the one that this drafter proposed. None: all of them. In
         the others another drafter's tokens were verified, and what this one has drafted was committed nowhere.
     """
@@ -114,6 +116,8 @@ class Verified:
     hidden_states: tuple[Tensor, ...] = ()
     extra_logits: Callable[[Tensor], Tensor] | None = None
     is_own: np.ndarray | None = None
+    row_ids: np.ndarray | None = None
+    committed_ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,9 @@ class Drafter(ABC):
     # `observe`, for rows that have ended too, and for more tokens than there is room for (they are cut).
     proposes_ahead: bool = False
 
+    # Whether rows that end change what it proposes to later ones: then a second run of the same prompts is another one.
+    learns: bool = False
+
     needs_choice: bool = False  # it holds candidates, among which the length policy chooses
 
     @property
@@ -183,6 +186,13 @@ class Drafter(ABC):
 
         Without turns and newcomers the index names all rows that are left. With them (`shares_slots`), rows past the
         index stay where they are, and those past `rows` wait for their turn.
+        """
+
+    def ended(self, row_id: int, token_ids: Tensor) -> None:  # noqa: B027 - optional hook
+        """A row that has been continued is over, by itself or because it was withdrawn.
+
+        token_ids: [length] int64 on the host, its prompt and its new tokens. Called after the `keep_rows` by which it
+            left; no later row has its id.
         """
 
     def join(self, rows: Rows, begin: int, end: int) -> None:  # noqa: B027 - optional hook

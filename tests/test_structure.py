@@ -150,6 +150,8 @@ def test_public_names():
         "Speculation",
         "SpeculativeOutput",
         "StepReport",
+        "Suffix",
+        "SuffixMemory",
         "TopBeta",
         "Typical",
         "UnsupportedModelError",

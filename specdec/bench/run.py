@@ -139,7 +139,14 @@ def check_ways(subject: Subject, plan: BenchPlan) -> None:
     for way in plan.ways:
         if way.drafter != NO_DRAFTER and way.drafter not in subject.drafters:
             raise ConfigError(f"drafter {way.drafter!r} is not available; pass --draft FOLDER, or leave it out")
-        speculative_config(subject.drafters.get(way.drafter), way.num_speculative_tokens, **generate_options(way))
+        config = speculative_config(
+            subject.drafters.get(way.drafter), way.num_speculative_tokens, **generate_options(way)
+        )
+        if config.drafter.learns:
+            raise ConfigError(
+                f"drafter {way.drafter!r} remembers rows that have ended, and a benchmark decodes each prompt several "
+                "times; write suffix:learn=false"
+            )
 
 
 def check_suite(pair: Pair, subject: Subject, plan: BenchPlan) -> None:

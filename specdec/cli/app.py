@@ -17,6 +17,7 @@ from specdec.cli.demo import demo
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.infill import infill
+from specdec.cli.memory import app as memory
 from specdec.cli.train.any_subset import any_subset
 from specdec.cli.train.common import app as train
 from specdec.cli.train.distill import distill
@@ -54,6 +55,7 @@ app.command()(infill)
 app.command()(demo)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
+app.add_typer(memory, name="memory")
 train.command()(distill)
 train.command()(acceptance_head)
 train.command()(disco)

@@ -21,7 +21,7 @@ from specdec.bench.suite import read_questions
 from specdec.check.ways import PLAIN, axis_values, ways, whole_numbers
 from specdec.cli.common import DRAFT_MODEL, LOOK_AHEAD, Arithmetic, Models, by_kind, load_models, print_table
 from specdec.cli.demo import shipped_pair
-from specdec.drafters.registry import DRAFTERS, listed
+from specdec.drafters.registry import DRAFTERS, drafter_class, listed
 from specdec.errors import ConfigError
 from specdec.limits import MAX_DRAFT_TOKENS
 
@@ -67,7 +67,7 @@ class Wanted:
     def drafters(self) -> tuple[str, ...]:
         if self.drafter is not None:
             return tuple(listed("--drafter", self.drafter))
-        complete = [name for name, entry in DRAFTERS.items() if entry.is_complete]
+        complete = [name for name, entry in DRAFTERS.items() if entry.is_complete and not drafter_class(name).learns]
         draft, look_ahead = by_kind(self.draft, None)
         own = [name for name, folder in ((DRAFT_MODEL, draft), (LOOK_AHEAD, look_ahead)) if folder is not None]
         return (PLAIN, *own, *complete)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from specdec.check.progress import OnProgress
     from specdec.drafter import Drafter
+    from specdec.drafters.registry import Part
     from specdec.files.junit import Case
     from specdec.files.loading import Prompt
 
@@ -59,8 +60,8 @@ DrafterOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="DRAFTER",
-        help="prompt_lookup, with options prompt_lookup:max_ngram_size=4; a folder; or a+b: a where it has a draft, "
-        "else b; or a,b,none: candidates for --length-policy cost_model.",
+        help="prompt_lookup, with options prompt_lookup:max_ngram_size=4; suffix, or suffix:memory=FILE; a folder; or "
+        "a+b: a where it has a draft, else b; or a,b,none: candidates for --length-policy cost_model.",
     ),
 ]
 LookAheadOption = Annotated[
@@ -175,11 +176,22 @@ def load_models(
     for folder in (draft_folder, *(part.folder for part in parts)):
         if folder is not None:
             check_same_tokenizer(tokenizer, find_drafter(folder))
+    check_memories(parts, tokenizer)
     with Console(stderr=True).status("loading"):
         model = load_model(target_folder, "target", place, dtype)
         draft_model = load_model(draft_folder, "draft", place, dtype) if draft_folder is not None else None
         named = named_drafters(texts, model, draft_model, look_ahead)
     return Models(model, tokenizer, draft_model, named)
+
+
+def check_memories(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DrafterError for a file of another tokenizer's texts, and InputError for a file without any."""
+    for part in parts:
+        path = part.options.get("memory")
+        if path is not None:
+            from specdec.drafters.memory.memory import check_file
+
+            check_file(path, tokenizer)
 
 
 def by_kind(draft: str | None, look_ahead: str | None) -> tuple[str | None, str | None]:

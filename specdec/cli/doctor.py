@@ -86,7 +86,10 @@ def candidates(
     found: dict[str, Drafter | Lacking] = {}
     for name, entry in DRAFTERS.items():
         if entry.is_complete:
-            found[name] = resolve(name)
+            try:
+                found[name] = resolve(name)
+            except DrafterError as error:  # a library is missing
+                found[name] = Lacking(str(error))
         elif given is not None and isinstance(given, drafter_class(name)):
             found[name] = given
         else:

@@ -256,6 +256,8 @@ class Engine:
         self.hooks.failed.pop(job.index, None)
         if self._is_running:
             self.policy.row_ended(job.index)
+            if job.new_ids:  # else it was withdrawn before it had a first token
+                self.drafter.ended(job.index, job.tokens)
         self.streams.drop(job.index)
 
     @property

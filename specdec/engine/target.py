@@ -126,7 +126,8 @@ class Target:
             if keeps_logits:
                 self.hooks.keep(rows, report, logits, scores)
             lengths = rows.host_lengths.copy()
-            return report, Verified(draft, done.num_accepted, done.num_committed, lengths, hidden_states, extra_logits)
+            seen = draft, done.num_accepted, done.num_committed, lengths, hidden_states, extra_logits
+            return report, Verified(*seen, row_ids=report.row_ids, committed_ids=report.token_ids)
 
         return read
 

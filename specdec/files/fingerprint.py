@@ -1,13 +1,15 @@
-"""Which model something was trained for: enough of its shape and weights to distinguish it from others."""
+"""Which model something was trained for, or which tokenizer ids belong to: enough of them to tell them from others."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 8  # weights read per parameter
 HALF_PRECISION = 2.0**-7  # relative: twice the rounding of a bfloat16
@@ -74,3 +76,21 @@ def sample(weight: torch.Tensor) -> list[float]:
     place = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device).long()
     place = place.clamp(max=len(flat) - 1)  # for a large weight float32 rounds it up
     return flat[place].double().tolist()
+
+
+@dataclass(frozen=True)
+class TokenizerPrint:
+    """Which tokenizer ids belong to. name: for messages. size: its number of tokens. sha256: of all tokens with ids."""
+
+    name: str
+    size: int
+    sha256: str
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase) -> TokenizerPrint:
+        vocab = sorted(tokenizer.get_vocab().items())
+        name = str(tokenizer.name_or_path).rstrip("/").rpartition("/")[2]
+        return TokenizerPrint(name, len(vocab), sha256(json.dumps(vocab).encode()).hexdigest())
+
+    def __str__(self) -> str:
+        return f"{self.name or 'unnamed'} ({self.size} tokens, {self.sha256[:8]})"

@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from specdec.errors import ConfigError, DrafterError, InputError
+from specdec.files.fingerprint import TokenizerPrint
+from specdec.kept import kept_with
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -100,6 +102,20 @@ def load_tokenizer(folder: Path, role: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except LOADING_ERRORS as error:
         raise InputError(f"{role} {str(folder)!r} has no usable tokenizer: {first_line(error)}") from error
+
+
+def tokenizer_print_of(model: PreTrainedModel) -> TokenizerPrint | None:
+    """The tokenizer in the folder that a model was loaded from; None where there is none. Read once for a model."""
+
+    def read() -> TokenizerPrint | None:
+        try:
+            folder = find_checkpoint(model.name_or_path, "target")
+        except InputError:  # made in memory, or its files are gone
+            return None
+        has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+        return TokenizerPrint.of(load_tokenizer(folder, "target")) if has_tokenizer else None
+
+    return kept_with(model, tokenizer_print_of, read, model.name_or_path)
 
 
 def check_same_tokenizer(target: PreTrainedTokenizerBase, draft_folder: Path) -> None:

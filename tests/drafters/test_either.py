@@ -23,6 +23,7 @@ from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.either import Either, merged
 from specdec.drafters.look_ahead import LookAhead, LookAheadEmbeddings
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.suffix import Suffix
 from specdec.errors import ConfigError, DrafterError
 
 LAYOUTS = ["ragged", "repad", "grouped"]
@@ -59,12 +60,13 @@ def made(kind, target, other):
         "lookup+model": lambda: Either(lookup, DraftModel(other)),
         "model+lookup": lambda: Either(Gaps(other), lookup),
         "lookup+look_ahead": lambda: Either(lookup, look_ahead_for(target)),
+        "suffix+model": lambda: Either(Suffix(), DraftModel(other)),
         "look_ahead+model": lambda: Either(look_ahead_for(target), DraftModel(other)),
         "three": lambda: Either(PromptLookup(3, 2), Either(look_ahead_for(target), Gaps(other))),
     }[kind]()
 
 
-KINDS = ["lookup+model", "model+lookup", "lookup+look_ahead", "look_ahead+model", "three"]
+KINDS = ["lookup+model", "model+lookup", "lookup+look_ahead", "suffix+model", "look_ahead+model", "three"]
 
 
 @settings(deadline=None, max_examples=40)

@@ -21,6 +21,7 @@ import specdec
 from specdec import Engine, Request
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.suffix import Suffix
 from specdec.engine import schedule
 
 TARGET, OTHER, CLOSE = map(tiny_llama, (0, 1, 0))
@@ -32,6 +33,8 @@ DRAFTERS = {
     "lookup": PromptLookup,
     "other": lambda: DraftModel(OTHER),
     "close": lambda: DraftModel(CLOSE),
+    # Samples repeat with the same memory alone, so rows that end do not enter it.
+    "suffix": lambda: Suffix(learn=False),
 }
 
 

@@ -175,7 +175,12 @@ def test_a_drafter_that_is_none():
 
 
 def test_unknown_drafter_name_lists_the_names():
-    refused(DrafterError, "'medusa'", "draft_model, prompt_lookup, any_subset, look_ahead, synthetic", drafter="medusa")
+    refused(
+        DrafterError,
+        "'medusa'",
+        "draft_model, prompt_lookup, suffix, any_subset, look_ahead, synthetic",
+        drafter="medusa",
+    )
 
 
 def test_drafter_name_that_needs_arguments():

@@ -17,6 +17,7 @@ import specdec
 from specdec.draft import Draft
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.suffix import Suffix
 
 VOCAB, LENGTH, SAMPLES = 4, 3, 4000
 # Flat enough that every outcome happens, sharp enough that a wrong distribution shows.
@@ -90,6 +91,7 @@ DRAFTERS = {
     "sure": lambda: Wide(OTHER),
     "itself": lambda: DraftModel(TARGET),
     "prompt_lookup": lambda: PromptLookup(),
+    "suffix": lambda: Suffix(),
 }
 OPTIONS = {
     "plain": {},
