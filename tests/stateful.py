@@ -15,7 +15,7 @@ class Parity(LogitsProcessor):
         self.num_calls = 0
 
     def __call__(self, input_ids, scores):
-        is_other = torch.arange(scores.shape[1]) % 2 != self.num_calls % 2
+        is_other = torch.arange(scores.shape[1], device=scores.device) % 2 != self.num_calls % 2
         self.num_calls += 1
         return scores.masked_fill(is_other, NEVER)
 
@@ -47,8 +47,8 @@ class Matcher:
     def fork(self):
         return Matcher(self.state)
 
-    def is_allowed(self, vocab_size):
-        return torch.arange(vocab_size) % 5 != self.state % 5
+    def is_allowed(self, scores):
+        return torch.arange(scores.shape[1], device=scores.device) % 5 != self.state % 5
 
     def accept(self, token):
         assert token % 5 != self.state % 5
@@ -69,7 +69,7 @@ class Grammar(LogitsProcessor):
             assert text[:-1] == self.texts[-1], "asked twice about a place, or about one before the place before it"
             self.matchers[0].accept(text[-1])
         self.texts.append(text)
-        return scores.masked_fill_(~self.matchers[0].is_allowed(scores.shape[1]), NEVER)
+        return scores.masked_fill_(~self.matchers[0].is_allowed(scores), NEVER)
 
 
 def closure():

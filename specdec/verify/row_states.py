@@ -35,7 +35,7 @@ class RowStates:
                 self._committed = self._fork(self._originals)
             self._nodes = {node: self._committed}
         else:
-            self._nodes[node] = self._nodes[parent] if is_certain else self._fork(self._nodes[parent])
+            self._nodes[node] = self._nodes.pop(parent) if is_certain else self._fork(self._nodes[parent])
         return self._nodes[node]
 
     def commit(self, node: int) -> None:
@@ -43,6 +43,7 @@ class RowStates:
 
         Raises ConfigError, the first time, if the processors could be copied until they were asked and no longer.
         """
+        assert node in self._nodes, "the row goes on after another token than was certain"
         self._committed, self._nodes, self._draft = self._nodes[node], {}, []
         if self._is_forked:
             self._fork(self._committed)

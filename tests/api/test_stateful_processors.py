@@ -3,6 +3,7 @@ alone, with processors that nobody asked before."""
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 
 import numpy as np
@@ -109,6 +110,31 @@ def test_equal_on_the_trained_pair(demo_pair):
     assert parities == [[0, 1] * 6] * len(ids)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_equal_on_a_gpu(demo_pair, name, dtype):
+    """Each row is what it is alone and without drafts; with `Parity`, what can be seen from its tokens."""
+    target, draft = (
+        copy.deepcopy(model).to("cuda", getattr(torch, dtype)) for model in (demo_pair.target, demo_pair.draft)
+    )
+    rows = [demo_pair.tokenizer(text, return_tensors="pt").input_ids[0, :40] for text in demo_pair.prompts[:6]]
+    rows.append(rows[0])
+    ids, mask = (tensor.cuda() for tensor in left_pad(rows, demo_pair.tokenizer.pad_token_id))
+    options = dict(max_new_tokens=48, eos_token_id=None, pad_token_id=demo_pair.tokenizer.pad_token_id)
+
+    def decoded(ids, mask, **own):
+        out = specdec.generate(target, ids, mask, logits_processor=[MAKERS[name]()], **own, **options)
+        return out[:, ids.shape[1] :].tolist()
+
+    expected = [decoded(row[None].cuda(), torch.ones_like(row[None]).cuda())[0] for row in rows]
+    for drafter in (None, draft, "prompt_lookup"):
+        assert decoded(ids, mask, drafter=drafter) == expected
+    if name == "parity":
+        sampled = decoded(ids, mask, drafter=draft, do_sample=True, seed=1)
+        assert all([token % 2 for token in row] == [0, 1] * 24 for row in [*expected, *sampled])
+
+
 @pytest.mark.parametrize("drafter", ["none", "draft_model", "prompt_lookup"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_rows_that_join_and_are_preempted_go_on_where_they_stood(name, drafter):
@@ -135,6 +161,7 @@ def test_requests_have_their_own():
             for event in engine.step():
                 assert event.error is None
                 found.setdefault(event.id, []).extend(event.token_ids)
+        assert not engine.processors._states
     makers = [[Grammar], [Grammar], [Parity], []]
     assert [found[i] for i in range(4)] == [alone(p, *own) for (p, _), own in zip(given, makers, strict=True)]
     assert not shared.matchers, "the caller's own object is never asked"
@@ -198,6 +225,67 @@ def test_a_greedy_row_is_asked_once_about_each_place(monkeypatch):
     assert batch([Watched()], known, prompts=prompts) == [expected[i] for i in (0, 2)]
     assert len(calls) == len(set(calls)) == 2 * NEW
     assert len(copies) == 2, "one for each row, of the caller's"
+
+
+@pytest.mark.parametrize("samples", [{}, {"do_sample": True, "seed": 5}])
+@pytest.mark.parametrize("drafter", ["draft_model", "itself", "prompt_lookup"])
+def test_nothing_is_asked_after_the_end(samples, drafter):
+    """Drafts go past it."""
+    ends, calls = list(range(45, 61)), []
+
+    class Watched(Parity):
+        def __call__(self, input_ids, scores):
+            calls.append(input_ids[0].tolist())
+            return super().__call__(input_ids, scores)
+
+    out = batch([Watched()], DRAFTERS[drafter](None), 8, eos_token_id=ends, pad_token_id=60, **samples)
+    assert any(set(row) & set(ends) for row in out)
+    assert not any(set(text) & set(ends) for text in calls)
+
+
+class Picky(Grammar):
+    """Raises about every text that is not the beginning of one of its own."""
+
+    def __init__(self, texts):
+        super().__init__()
+        self.own = texts
+
+    def __call__(self, input_ids, scores):
+        text = input_ids[0].tolist()
+        if not any(own[: len(text)] == text for own in self.own):
+            raise KeyError("not mine")
+        return super().__call__(input_ids, scores)
+
+
+@pytest.mark.parametrize("samples", [{}, {"do_sample": True, "seed": 5}])
+def test_a_row_goes_on_where_a_draft_that_it_rejects_raised(samples):
+    drafts = tiny_llama(0, eos_token_id=None)
+    with torch.no_grad():
+        drafts.lm_head.weight += 0.05 * torch.randn(drafts.lm_head.weight.shape)
+    options = dict(return_dict_in_generate=True, max_new_tokens=NEW, num_speculative_tokens=5, **samples)
+    ids, mask = left_pad(PROMPTS)
+    out = specdec.generate(TARGET, ids, mask, drafter=drafts, logits_processor=[Grammar()], **options)
+    found = out.sequences[:, ids.shape[1] :].tolist()
+    assert 0 < out.speculation.num_accepted_draft_tokens < out.speculation.num_draft_tokens
+    picky = Picky([[*prompt.tolist(), *row] for prompt, row in zip(PROMPTS, found, strict=True)])
+    again = specdec.generate(TARGET, ids, mask, drafter=drafts, logits_processor=[picky], **options)
+    assert again.sequences[:, ids.shape[1] :].tolist() == found
+
+
+def test_a_row_whose_other_callback_raises_ends_alone():
+    """The stateful processors are not asked about the place where it raised."""
+
+    def allowed(row, ids):
+        if row == 1 and len(ids) > 6:
+            raise KeyError("mine")
+        return list(range(TARGET.config.vocab_size))
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        batch([Grammar()], OTHER, prefix_allowed_tokens_fn=allowed)
+    found = caught.value.output.sequences[:, max(map(len, PROMPTS)) :].tolist()
+    expected = expected_of("grammar")
+    assert [found[row] for row in (0, 2, 3, 4)] == [expected[row] for row in (0, 2, 3, 4)]
+    assert found[1][:6] == expected[1][:6] and not any(found[1][6:])
 
 
 @pytest.mark.parametrize("drafter", ["none", "draft_model", "itself", "prompt_lookup", "look_ahead", "any_subset"])
@@ -313,10 +401,11 @@ def test_planted_bugs_are_found(monkeypatch, planted):
 
 
 def test_planted_uncertain_places_taken_for_certain(monkeypatch):
-    """Without copies a sampled row would go on from a rejected draft."""
+    """Without copies a sampled row would go on from a rejected draft: that is noticed, not decoded."""
     own = RowStates.at
     monkeypatch.setattr(RowStates, "at", lambda self, node, parent, is_certain: own(self, node, parent, True))
-    assert p_value(DraftModel(SMALL_DRAFT)) < 1e-3
+    with pytest.raises(AssertionError, match="another token than was certain"):
+        batch([Grammar()], OTHER, do_sample=True, seed=1)
 
 
 def holds_a_generator():

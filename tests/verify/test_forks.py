@@ -28,14 +28,15 @@ class Counts:
 
 
 class InSlots:
-    __slots__ = ("__seen", "other")
+    """What is in private slots, and knows how to copy itself, is found."""
+
+    __slots__ = ("__matcher", "other")
 
     def __init__(self):
-        self.__seen = [0]
+        self.__matcher = WithFork()
 
     def __call__(self, ids, scores):
-        self.__seen[0] += 1
-        return self.__seen[0]
+        return self.__matcher.advance()
 
 
 class Compiled:
@@ -233,9 +234,16 @@ def test_what_does_not_change_is_shared():
     assert kept is original
 
 
+@torch.no_grad()
+def decorated(ids, scores):
+    """Closes over the function that was decorated."""
+    return scores
+
+
 def test_functions_without_variables_of_their_own_are_shared():
     """One of them copied would be one that its module does not know."""
     assert fork([closure]) == [closure]
+    assert decorated.__closure__ and fork([decorated]) == [decorated]
     without = lambda ids, scores: scores  # noqa: E731
     assert fork([without]) == [without]
 
