@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -81,6 +81,12 @@ LengthPolicyOption = Annotated[
 LengthPoliciesOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help=f"Length policies: {LENGTH_POLICIES}. The default is fixed.")
 ]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Treat prompts as a user's messages: apply the tokenizer's chat template.")
+]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The system message before every conversation; with --chat.")
+]
 LimitOption = Annotated[int | None, Count(help="Use only the first N prompts of the file.")]
 DtypeOption = Annotated[
     str | None,
@@ -117,10 +123,17 @@ def check_temperature(value: float | None, for_greedy: str) -> None:
         raise ConfigError(f"--temperature {value:g} is not a finite number above 0; for greedy decoding {for_greedy}")
 
 
+class Chat(NamedTuple):
+    """is_chat: prompts are messages, put into the chat template. system: the message before every conversation."""
+
+    is_chat: bool = False
+    system: str | None = None
+
+
 @dataclass(frozen=True)
 class Models:
     """named: drafters besides the draft model, by what they were called. is_chat: prompts are messages, put into the
-    chat template. is_list: the named ones are candidates."""
+    chat template. is_list: the named ones are candidates. system: the message before every conversation."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -128,6 +141,7 @@ class Models:
     named: Mapping[str, Drafter]
     is_chat: bool = False
     is_list: bool = False
+    system: str | None = None
 
     @property
     def drafter(self) -> Drafter | PreTrainedModel | list[Drafter | None] | None:
@@ -141,9 +155,9 @@ class Models:
         return {**({} if self.draft is None else {"draft_model": self.draft}), **self.named}
 
     def encode(self, prompts: list[Prompt]) -> list[Tensor]:
-        from specdec.files.loading import encode_chats, encode_prompts
+        from specdec.files.loading import encode_prompts
 
-        return (encode_chats if self.is_chat else encode_prompts)(self.tokenizer, prompts)
+        return encode_prompts(self.tokenizer, prompts, self.is_chat, self.system)
 
 
 def load_models(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -31,11 +33,13 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Safete
 
 @dataclass(frozen=True)
 class Prompt:
-    """place: where the text is in its file, for messages. id: the file's name for it, if any."""
+    """place: where the text is in its file, for messages. id: the file's name for it, if any. chat: the messages of a
+    conversation that the model is to answer, of which `text` is the last; None for a text that is continued."""
 
     text: str
     place: str
     id: str | int | None = None
+    chat: tuple[dict[str, Any], ...] | None = None
 
 
 def find_checkpoint(name: str, role: str) -> Path:
@@ -124,7 +128,8 @@ def check_same_tokenizer(target: PreTrainedTokenizerBase, draft_folder: Path) ->
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a .txt (one per line), .json (list of strings) or .jsonl file (`prompt`, or the first of `turns`).
+    """The prompts of a .txt (one per line), .json (list of strings) or .jsonl file (`prompt`, the first of `turns`, or
+    `messages`, a conversation).
 
     limit: read only the first `limit` prompts. Raises InputError that names the file and the line or item.
     """
@@ -145,10 +150,24 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     return prompts[:limit]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[Tensor]:
-    """[length] int64 token ids each, never truncated, with the special tokens that the tokenizer adds by itself."""
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], is_chat: bool = False, system: str | None = None
+) -> list[Tensor]:
+    """[length] int64 token ids each, never truncated, with the special tokens that the tokenizer adds by itself.
+
+    Conversations go into the tokenizer's chat template, up to where the answer begins.
+
+    is_chat: each text is a user's message too. system: the message before every conversation.
+    Raises ConfigError where a template is needed and there is none, or where it does not take these messages.
+    """
+    if system is not None and not is_chat and all(prompt.chat is None for prompt in prompts):
+        raise ConfigError("--system is a message before a conversation; add --chat, or pass prompts with `messages`")
     encoded = []
     for prompt in prompts:
+        if is_chat or prompt.chat is not None:
+            messages = prompt.chat or ({"role": "user", "content": prompt.text},)
+            encoded.append(encode_chat(tokenizer, with_system(messages, system, prompt.place), prompt.place))
+            continue
         ids = tokenizer(prompt.text, truncation=False)["input_ids"]
         if not ids:
             raise InputError(f"{prompt.place} has no tokens ({prompt.text[:40]!r}); remove it or add text")
@@ -156,21 +175,29 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) ->
     return encoded
 
 
-def encode_chats(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[Tensor]:
-    """Each prompt as a user's message in the tokenizer's chat template, up to where the answer begins: [length] int64.
-
-    Raises ConfigError for a tokenizer without a template.
-    """
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], place: str) -> Tensor:
+    """A conversation in the tokenizer's chat template, up to where the answer begins: [length] int64."""
     if not tokenizer.chat_template:
-        raise ConfigError("the target's tokenizer has no chat template; leave --chat out, or pass an instruct model")
-    encoded = []
-    for prompt in prompts:
-        chat = [{"role": "user", "content": prompt.text}]
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        # The template writes the special tokens itself.
-        ids = tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
-        encoded.append(torch.tensor(ids, dtype=torch.long))
-    return encoded
+        raise ConfigError(
+            "the target's tokenizer has no chat template; leave --chat out, or pass an "
+            "instruct model (`messages` need one)"
+        )
+    try:
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: the chat template does not take these messages: {first_line(error)}") from error
+    # The template writes the special tokens itself.
+    ids = tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def with_system(messages: Sequence[dict[str, Any]], system: str | None, place: str) -> list[dict[str, Any]]:
+    """The messages after a system prompt. Raises ConfigError if they begin with one of their own."""
+    if system is None:
+        return list(messages)
+    if messages[0]["role"] == "system":
+        raise ConfigError(f"{place} has a system message of its own; leave --system out, or remove that message")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def read_generation_config(path: Path) -> GenerationConfig:
@@ -232,7 +259,7 @@ def _read_json(path: Path, content: bytes) -> list[Prompt]:
 
 def _read_jsonl(path: Path, content: bytes) -> list[Prompt]:
     items = [(_parse(text, place), place) for text, place in _lines(path, content)]
-    return [Prompt(_prompt_of(item, place), place, _id_of(item)) for item, place in items]
+    return [_prompt_of(item, place) for item, place in items]
 
 
 def _id_of(item: dict) -> str | int | None:
@@ -241,15 +268,34 @@ def _id_of(item: dict) -> str | int | None:
     return found if isinstance(found, str | int) else None
 
 
-def _prompt_of(item: Any, place: str) -> str:
-    """`prompt`, or the first turn of Spec-Bench's `turns`."""
+def _prompt_of(item: Any, place: str) -> Prompt:
+    """`prompt`, the first turn of Spec-Bench's `turns`, or a conversation in `messages`."""
     if not isinstance(item, dict):
-        raise InputError(f"{place} is a JSON {_kind(item)}; it must be an object with `prompt` or `turns`")
+        raise InputError(f"{place} is a JSON {_kind(item)}; it must be an object with `prompt`, `turns` or `messages`")
+    given = [name for name in ("prompt", "messages") if name in item]
+    if len(given) > 1:
+        raise InputError(f"{place} has both `prompt` and `messages`; remove one of them")
+    if "messages" in item:
+        messages = chat_of(item["messages"], place)
+        return Prompt(messages[-1]["content"], place, _id_of(item), messages)
     turns = item.get("turns")
     text = item["prompt"] if "prompt" in item else turns[0] if isinstance(turns, list) and turns else None
     if not isinstance(text, str):
-        raise InputError(f"{place} has neither a string `prompt` nor a list of strings `turns`")
-    return text
+        raise InputError(f"{place} has neither a string `prompt`, nor lists `turns` (of strings) or `messages`")
+    return Prompt(text, place, _id_of(item))
+
+
+def chat_of(messages: Any, place: str) -> tuple[dict[str, Any], ...]:
+    """Checks a conversation: objects with `role` and a text `content`, which the model is to answer."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{place} has `messages` that are not a list of at least one message")
+    for number, message in enumerate(messages, 1):
+        is_whole = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not is_whole:
+            raise InputError(f"{place}, message {number} needs a string `role` and a string `content`")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(f"{place} ends with the assistant's message; end with the one that it is to answer")
+    return tuple(messages)
 
 
 def _lines(path: Path, content: bytes, what: str = "prompt file") -> list[tuple[str, str]]:
