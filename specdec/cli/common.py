@@ -193,6 +193,9 @@ def load_models(
         model = load_model(target_folder, "target", place, dtype)
         draft_model = load_model(draft_folder, "draft", place, dtype) if draft_folder is not None else None
         named = named_drafters(texts, model, draft_model, look_ahead)
+    say_dequantised(target_folder, model)
+    if draft_folder is not None and draft_model is not None:
+        say_dequantised(draft_folder, draft_model)
     return Models(model, tokenizer, draft_model, named)
 
 
@@ -350,6 +353,15 @@ def say_ignored(settings: dict[str, Any]) -> None:
         typer.echo(
             f"note: the checkpoint's generation_config sets {listed}; ignored for plain greedy decoding", err=True
         )
+
+
+def say_dequantised(path: Path, model: PreTrainedModel) -> None:
+    """Say on stderr in which precision the weights of a GGUF file are computed with."""
+    from specdec.files.gguf import is_gguf
+
+    if is_gguf(path):
+        dtype = str(model.dtype).removeprefix("torch.")
+        typer.echo(f"note: the weights of {path.name} are dequantised to {dtype}; --dtype chooses another", err=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from specdec.errors import ConfigError, DrafterError, InputError
+from specdec.files.gguf import find_gguf, holds_gguf_alone, is_gguf, now_plain
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -43,7 +44,8 @@ class Prompt:
 
 
 def find_checkpoint(name: str, role: str) -> Path:
-    """The folder of a checkpoint: `name` itself, or the cached snapshot of the Hugging Face repository `name`.
+    """The folder of a checkpoint: `name` itself, or the cached snapshot of the Hugging Face repository `name`. Of GGUF
+    checkpoints the file, see `find_gguf`.
 
     Nothing is downloaded. Raises InputError if there is no such folder or it holds no checkpoint.
     """
@@ -56,10 +58,14 @@ def find_checkpoint(name: str, role: str) -> Path:
                 f"{role} {name!r} is neither a folder nor a repository in the Hugging Face cache; pass the folder of a "
                 "checkpoint, or run `hf download` on the repository first"
             ) from None
+    if is_gguf(folder) or (folder.is_dir() and holds_gguf_alone(folder)):
+        return find_gguf(folder, role)
     if not folder.is_dir():
-        raise InputError(f"{role} {name!r} is a file; pass the folder of a checkpoint, the one with config.json")
+        raise InputError(
+            f"{role} {name!r} is a file; pass the folder of a checkpoint, the one with config.json, or a .gguf file"
+        )
     if not (folder / "config.json").is_file():
-        raise InputError(f"{role} {name!r} is not a checkpoint: the folder has no config.json")
+        raise InputError(f"{role} {name!r} is not a checkpoint: the folder has no config.json, and no .gguf file")
     return folder
 
 
@@ -77,7 +83,8 @@ def resolve_device(name: str) -> torch.device:
 def load_model(folder: Path, role: str, device: torch.device, dtype: str | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
-    dtype: one of `DTYPES`; None means float32 on a CPU, and the stored dtype on other devices.
+    folder: of `find_checkpoint`. dtype: one of `DTYPES`; None means float32 on a CPU, and the stored dtype on other
+        devices. Weights from GGUF are dequantised, by default to float32.
     Raises InputError for a checkpoint that does not load or lacks weights.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -85,7 +92,7 @@ def load_model(folder: Path, role: str, device: torch.device, dtype: str | None 
     wanted: Any = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else "auto"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, local_files_only=True, output_loading_info=True
+            **_place(folder), dtype=wanted, local_files_only=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
         raise InputError(f"{role} {str(folder)!r} does not load: {first_line(error)}") from error
@@ -96,12 +103,20 @@ def load_model(folder: Path, role: str, device: torch.device, dtype: str | None 
             f"{role} {str(folder)!r} lacks {len(info['missing_keys'])} weights, for example {example}; "
             "they would be random, so download the checkpoint again"
         )
-    return model.to(device).eval()
+    return now_plain(model).to(device).eval() if is_gguf(folder) else model.to(device).eval()
+
+
+def _place(folder: Path) -> dict[str, Any]:
+    """Where transformers finds a checkpoint, as keywords of `from_pretrained`."""
+    if is_gguf(folder):
+        return {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
+    return {"pretrained_model_name_or_path": folder}
 
 
 def load_tokenizer(folder: Path, role: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_place(folder), local_files_only=True)
+        return tokenizer
     except LOADING_ERRORS as error:
         raise InputError(f"{role} {str(folder)!r} has no usable tokenizer: {first_line(error)}") from error
 
@@ -111,7 +126,7 @@ def check_same_tokenizer(target: PreTrainedTokenizerBase, draft_folder: Path) ->
 
     A folder without a tokenizer passes, and so does a different padding token.
     """
-    if not any((draft_folder / name).is_file() for name in TOKENIZER_FILES):
+    if not is_gguf(draft_folder) and not any((draft_folder / name).is_file() for name in TOKENIZER_FILES):
         return
     draft = load_tokenizer(draft_folder, "draft")
     padding = {target.pad_token, draft.pad_token}
