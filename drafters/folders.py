@@ -13,7 +13,10 @@ from specdec.kept import kept_with
 
 CONFIG, LOOK_AHEAD = "config.json", "look_ahead.json"
 HEADS = ("acceptance_head", "disco")  # trained parts that decide how far to draft, and draft nothing
-NEEDED = f"a drafter's folder holds {CONFIG} (a draft model, or an XLNet), a .gguf file or {LOOK_AHEAD} (look-ahead embeddings)"
+NEEDED = (
+    f"a drafter's folder holds {CONFIG} or a .gguf file (a draft model, or an XLNet), or {LOOK_AHEAD} (look-ahead "
+    "embeddings)"
+)
 MAX_LISTED = 5
 
 

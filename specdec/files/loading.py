@@ -92,11 +92,27 @@ def load_model(folder: Path, role: str, device: torch.device, dtype: str | None 
     wanted: Any = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else "auto"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **_place(folder), dtype=wanted, local_files_only=True, output_loading_info=True
+            **_place(folder),
+            dtype=wanted,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except LOADING_ERRORS as error:
         raise InputError(f"{role} {str(folder)!r} does not load: {first_line(error)}") from error
     model, info = loaded
+    if info["mismatched_keys"]:
+        name, stored, expected = min(info["mismatched_keys"])
+        raise InputError(
+            f"{role} {str(folder)!r} holds {len(info['mismatched_keys'])} weights of other sizes than its config says, "
+            f"for example {name}: {list(stored)} in the file, {list(expected)} in the model; is the config another's?"
+        )
+    if len(info["missing_keys"]) > len(model.state_dict()) / 2:
+        raise InputError(
+            f"{role} {str(folder)!r} holds a head, or another part, and no whole {type(model).__name__}: "
+            f"{len(info['missing_keys'])} of its {len(model.state_dict())} weights are missing, for example "
+            f"{min(info['missing_keys'])}; pass the folder of a whole model"
+        )
     if info["missing_keys"]:
         example = min(info["missing_keys"])
         raise InputError(
