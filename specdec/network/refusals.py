@@ -26,6 +26,7 @@ BIDIRECTIONAL = (
 )  # fmt: skip
 
 
+PRUNING = "transformers.generation.candidate_generator"  # where the parts of a pruned draft model are defined
 OWN_GENERATE = "use transformers' own generate for it"
 OTHER_DRAFTER = "pass another draft model, or drafter='prompt_lookup'"
 
@@ -67,6 +68,12 @@ def check_architecture(model: PreTrainedModel, layout: Layout | None = None) -> 
     kind = getattr(config, "model_type", name)
 
     refuse_encoder_decoder(model)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if type(part).__module__ == PRUNING:
+            raise UnsupportedModelError(
+                f"{name} has a {type(part).__name__}: transformers pruned it when it drafted for a target with another "
+                "tokenizer, and leaves it so; reload it"
+            )
     if model.device.type == "meta":
         raise UnsupportedModelError(
             f"the weights of {name} are not in memory: they are offloaded (accelerate's cpu_offload, disk_offload or "

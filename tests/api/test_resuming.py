@@ -10,6 +10,7 @@ from accelerate import cpu_offload
 from families import tiny
 from tiny import plain_greedy, tiny_llama
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers.generation.candidate_generator import _MapInputEmbedding, _PruneReindexingLMHead
 
 import specdec
 from specdec.errors import InputError, UnsupportedModelError
@@ -94,3 +95,18 @@ def test_an_encoder_decoder():
         model.generate(
             torch.tensor([[1, 2, 3]]), max_new_tokens=4, custom_generate=specdec.speculative("prompt_lookup")
         )
+
+
+@pytest.mark.parametrize("part", ["head", "embedding"])
+def test_a_draft_model_that_transformers_has_pruned(part):
+    """What its assisted decoding leaves behind for a draft of another tokenizer, where it samples."""
+    model, kept = tiny_llama(1, eos_token_id=None), torch.arange(40)
+    if part == "head":
+        model.set_output_embeddings(_PruneReindexingLMHead(model.get_output_embeddings(), kept))
+    else:
+        model.set_input_embeddings(_MapInputEmbedding(model.get_input_embeddings(), kept))
+    said = r"LlamaForCausalLM has a _\w+: transformers pruned it .* another tokenizer, and leaves it so; reload it"
+    with pytest.raises(UnsupportedModelError, match=rf"^as a draft model: {said}"):
+        specdec.generate(TARGET, IDS, drafter=model, max_new_tokens=4)
+    with pytest.raises(UnsupportedModelError, match=rf"^{said}"):
+        specdec.generate(model, IDS, max_new_tokens=4)
