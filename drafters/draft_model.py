@@ -19,7 +19,7 @@ from specdec.errors import DrafterError
 from specdec.limits import MAX_DRAFT_TOKENS
 from specdec.network.base import Network, NetworkOutput, Timings, num_embeddings_of, prefill_budget, vocab_size_of
 from specdec.network.choose import build_network
-from specdec.network.refusals import max_text_length
+from specdec.network.refusals import max_text_length, of_a_draft_model
 
 # Vocabularies of one tokenizer are padded to different multiples (151936 and 152064, 50304 and 50688); a larger
 # difference means another tokenizer.
@@ -142,15 +142,16 @@ class DraftModel(Drafter):
         rows = rows.up_to(self._most)
         limit = min(rows.max_limit, self._most) if len(rows) else None
         # Accepted tokens are the target's own, whatever the draft model's last bits are.
-        self._network = build_network(
-            self.model,
-            len(rows.slots),
-            min(rows.capacity, self._most),
-            limit,
-            context.layout,
-            must_be_exact=False,
-            exact=context.exact,
-        )
+        with of_a_draft_model():
+            self._network = build_network(
+                self.model,
+                len(rows.slots),
+                min(rows.capacity, self._most),
+                limit,
+                context.layout,
+                must_be_exact=False,
+                exact=context.exact,
+            )
         self._running.enter_context(self._network.running())
         if len(rows):
             self._network.compile_ahead(len(rows), rows.max_length, (1, NEWEST))

@@ -7,18 +7,23 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from specdec.errors import DrafterError
+from specdec.files.gguf import holds_gguf_alone, is_gguf
 from specdec.files.loading import DTYPES, find_checkpoint, load_model, read_json
 from specdec.kept import kept_with
 
 CONFIG, LOOK_AHEAD = "config.json", "look_ahead.json"
 HEADS = ("acceptance_head", "disco")  # trained parts that decide how far to draft, and draft nothing
-NEEDED = f"a drafter's folder holds {CONFIG} (a draft model, or an XLNet) or {LOOK_AHEAD} (look-ahead embeddings)"
+NEEDED = (
+    f"a drafter's folder holds {CONFIG} or a .gguf file (a draft model, or an XLNet), or {LOOK_AHEAD} (look-ahead "
+    "embeddings)"
+)
 MAX_LISTED = 5
 
 
 def kind_of(folder: Path) -> str:
     """The name of the drafter that a folder holds. Raises DrafterError for a folder without one, or with two."""
-    has_model, has_embeddings = (folder / CONFIG).is_file(), (folder / LOOK_AHEAD).is_file()
+    is_in_gguf = is_gguf(folder) or holds_gguf_alone(folder)
+    has_model, has_embeddings = is_in_gguf or (folder / CONFIG).is_file(), (folder / LOOK_AHEAD).is_file()
     if has_model and has_embeddings:
         raise DrafterError(
             f"the folder {str(folder)!r} holds {CONFIG} and {LOOK_AHEAD}, which are two drafters; write "
@@ -28,6 +33,8 @@ def kind_of(folder: Path) -> str:
         return "look_ahead"
     if not has_model:
         raise DrafterError(_refusal(folder))
+    if is_in_gguf:
+        return "draft_model"
 
     config = read_json(folder / CONFIG, "model config")
     is_any_subset = isinstance(config, dict) and config.get("model_type") == "xlnet"
@@ -54,7 +61,8 @@ def model_in(folder: str | Path, target: PreTrainedModel) -> PreTrainedModel:
     """
     path = find_checkpoint(str(folder), "draft")
     dtype = str(target.dtype).removeprefix("torch.")
-    files = sorted((file.name, file.stat().st_mtime_ns) for file in path.iterdir() if file.is_file())
+    inside = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    files = sorted((file.name, file.stat().st_mtime_ns) for file in inside)
     key = str(path.resolve()), target.device, dtype, tuple(files)
 
     def load() -> PreTrainedModel:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafter import Drafter
 from specdec.errors import DrafterError
+from specdec.files.gguf import is_gguf
 
 NOTHING, FOLDER, OBJECTS = "nothing", "folder", "objects"
 WRITTEN = (int, float, str, bool, Path)  # kinds of values that text can give
@@ -185,7 +186,8 @@ def parse(text: str, given: Mapping[str, Drafter] | Sequence[str] = ()) -> list[
 
 
 def _is_folder(text: str) -> bool:
-    return text not in DRAFTERS and bool(text) and Path(text).expanduser().is_dir()
+    path = Path(text).expanduser()
+    return text not in DRAFTERS and bool(text) and (path.is_dir() or is_gguf(path))
 
 
 def _folder_part(text: str) -> Part:

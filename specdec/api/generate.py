@@ -135,9 +135,16 @@ def speculative(
     """A decoding loop for transformers: `model.generate(**inputs, custom_generate=speculative(draft_model))`.
 
     Everything else is configured on `model.generate` as usual. streamer, tokenizer, stop_strings: transformers keeps
-    these from a custom loop (and a streamer given to it prints the prompt alone), so they are given here, as are our
-    own seed, generator, verification, layout, length policy and exact. An `assistant_model` given to transformers
-    never arrives either.
+    these from a custom loop, so they are given here, as are our own seed, generator, verification, layout, length
+    policy and exact. An `assistant_model` given to transformers never arrives either.
+
+    A streamer given to `model.generate` gets the prompt and no end: an iterator over it waits for ever. To stream:
+
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+        loop = specdec.speculative(draft_model, streamer=streamer)
+        Thread(target=model.generate, kwargs={**inputs, "custom_generate": loop}).start()
+        for text in streamer:
+            print(text, end="")
     """
     if drafter is None:
         raise DrafterError("speculative() needs a drafter; for plain decoding call model.generate without it")

@@ -19,6 +19,10 @@ from specdec.bench.report.statistics import Timing
 from specdec.engine.metrics import Speculation
 
 Clock = Callable[[], float]  # seconds
+# What a decoding loop raises where it does not serve a model, an option or a length.
+PEER_ERRORS = (
+    AttributeError, AssertionError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Result:
     outputs: new tokens per prompt, as the check run wrote them. num_equal: prompts whose outputs were the
     reference's in the check run and in every timed run. seconds: [repeat][call], empty if it was not timed; a call
     decodes one batch. foreign_cores: [repeat], cores that other processes kept busy meanwhile; a quiet machine shows
-    about 0.
+    about 0. failure: what a peer raised, which then has no outputs and is not timed; empty for all others.
     """
 
     method: Method
@@ -51,6 +55,7 @@ class Result:
     seconds: list[list[float]] = field(default_factory=list)
     foreign_cores: list[float] = field(default_factory=list)
     observed: Observed | None = None
+    failure: str = ""
 
     @property
     def all_equal(self) -> bool:
@@ -58,8 +63,13 @@ class Result:
 
     @property
     def refused(self) -> bool:
-        """One of our methods and not equal: its speed means nothing."""
-        return self.method.is_ours and not self.all_equal
+        """One of our methods and not equal, or a peer that failed: it has no speed that means anything."""
+        return bool(self.failure) or (self.method.is_ours and not self.all_equal)
+
+    def fail(self, error: Exception, log: Callable[[str], None]) -> None:
+        """Note that a peer raised, and go on with the others."""
+        self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        log(f"{self.method.label}: FAILED, {self.failure}")
 
     @property
     def is_timed(self) -> bool:
@@ -97,20 +107,38 @@ def measure(
     for repeat in range(num_repeats):
         start = repeat * len(timed) // num_repeats
         for result in timed[start:] + timed[:start]:
-            if not result.refused:
+            if result.refused:
+                continue
+            with going_on(result, log):
                 time_once(pair, reference, result, clock)
                 log(f"repeat {repeat + 1}/{num_repeats}, {result.method.label}: {sum(result.seconds[-1]):.2f} s")
     for result in results:
+        if not result.refused:
+            with going_on(result, log):
+                result.observed = observe(pair, result.method)
         if result.refused:
             result.seconds.clear()
-        else:
-            result.observed = observe(pair, result.method)
     return results
 
 
+@contextmanager
+def going_on(result: Result, log: Callable[[str], None]) -> Iterator[None]:
+    """An error of a peer is its result. One of ours is a bug, and ends the run."""
+    try:
+        yield
+    except PEER_ERRORS as error:
+        if result.method.is_ours:
+            raise
+        result.fail(error, log)
+
+
 def checked(pair: Pair, reference: Sequence[list[int]], method: Method, log: Callable[[str], None]) -> Result:
-    outputs, _, speculation = run(pair, method)
-    result = Result(method, outputs, count_equal(outputs, reference), speculation)
+    result = Result(method, [[] for _ in reference], 0, None)
+    with going_on(result, log):
+        result.outputs, _, result.speculation = run(pair, method)
+    if result.failure:
+        return result
+    outputs, result.num_equal = result.outputs, count_equal(result.outputs, reference)
     log(f"{method.label}: {result.num_equal}/{len(outputs)} equal{', NOT TIMED' * result.refused}")
     return result
 

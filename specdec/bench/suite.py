@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.check.oracle import run_plain
-from specdec.errors import InputError
-from specdec.files.loading import Prompt, encode_prompts, read_json_lines, read_prompts
+from specdec.errors import ConfigError, InputError
+from specdec.files.loading import Prompt, encode_chat, encode_prompts, read_json_lines, read_prompts, with_system
 
 OnPrompt = Callable[[str, int], None]
 
@@ -22,13 +22,16 @@ OnPrompt = Callable[[str, int], None]
 @dataclass(frozen=True)
 class Question:
     """turns: the user's messages, in order. is_chat: whether the model's chat template applies, if it has one; a plain
-    prompt is continued as it stands. place: where the question is in its file, for messages."""
+    prompt is continued as it stands. place: where the question is in its file, for messages. before: the messages of a
+    conversation before the first turn. needs_template: a model without a template is refused."""
 
     id: str | int
     category: str | None
     turns: tuple[str, ...]
     is_chat: bool
     place: str
+    before: tuple[dict[str, Any], ...] = ()
+    needs_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,30 @@ class Suite:
         return list(dict.fromkeys(asked.category for asked in self.asked if asked.category is not None))
 
 
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+def read_questions(
+    path: Path, limit: int | None = None, is_chat: bool = False, system: str | None = None
+) -> list[Question]:
     """Spec-Bench's JSONL (`question_id`, `category`, `turns`), or any prompt file of `specdec generate`.
 
-    Raises InputError that names the line.
+    is_chat: plain prompts are a user's messages. system: the message before every conversation.
+    Raises InputError that names the line, and ConfigError for a system message where there is no conversation.
     """
+    questions = _read_questions(path, limit)
+    if is_chat:
+        questions = [replace(question, is_chat=True, needs_template=True) for question in questions]
+    if system is None:
+        return questions
+    if not any(question.is_chat for question in questions):
+        raise ConfigError("--system is a message before a conversation; add --chat, or pass prompts with `messages`")
+    return [_after_system(question, system) if question.is_chat else question for question in questions]
+
+
+def _after_system(question: Question, system: str) -> Question:
+    messages = with_system([*question.before, {"role": "user", "content": question.turns[0]}], system, question.place)
+    return replace(question, before=tuple(messages[:-1]), needs_template=True)
+
+
+def _read_questions(path: Path, limit: int | None) -> list[Question]:
     if path.suffix.lower() == ".jsonl":
         items = read_json_lines(path, "prompt file")
         if any(isinstance(item, dict) and "turns" in item for item, _ in items):
@@ -79,7 +101,10 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def plain_question(prompt: Prompt, index: int) -> Question:
-    return Question(index if prompt.id is None else prompt.id, None, (prompt.text,), False, prompt.place)
+    name, chat = index if prompt.id is None else prompt.id, prompt.chat or ()
+    if chat and chat[-1]["role"] != "user":
+        raise InputError(f"{prompt.place} ends with a message of {chat[-1]['role']!r}; end with the user's")
+    return Question(name, None, (prompt.text,), bool(chat), prompt.place, chat[:-1], bool(chat))
 
 
 def question_of(item: Any, place: str) -> Question:
@@ -139,12 +164,11 @@ def ask(
 def encode(tokenizer: PreTrainedTokenizerBase, question: Question, answers: Sequence[str]) -> Tensor:
     """The prompt of the turn after `answers`: by the chat template, or turns and answers joined by newlines."""
     turns = question.turns[: len(answers) + 1]
-    if question.is_chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": turns[0]}]
+    if question.needs_template or (question.is_chat and tokenizer.chat_template):
+        messages = [*question.before, {"role": "user", "content": turns[0]}]
         for answer, turn in zip(answers, turns[1:], strict=True):
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return torch.tensor(ids["input_ids"], dtype=torch.long)
+        return encode_chat(tokenizer, messages, question.place)
     pieces = [turns[0]]
     for answer, turn in zip(answers, turns[1:], strict=True):
         pieces += [answer, turn]

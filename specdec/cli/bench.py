@@ -10,6 +10,7 @@ import typer
 from specdec.cli.common import (
     Arithmetic,
     BatchInvariantOption,
+    ChatOption,
     Count,
     DeviceOption,
     DraftOption,
@@ -19,6 +20,7 @@ from specdec.cli.common import (
     LengthPoliciesOption,
     LimitOption,
     MaxNewTokensOption,
+    SystemOption,
 )
 
 app = typer.Typer(help="Measure every method on the same prompts; compare two records.", rich_markup_mode=None)
@@ -85,6 +87,8 @@ def bench(
         Path | None, typer.Option(metavar="FOLDER", help="Write Spec-Bench's answer files of all methods there.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of everything random.")] = 0,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -105,7 +109,7 @@ def bench(
     axes = {"layout": layout, "length_policy": length_policy}
     wanted = bench_run.Wanted(
         target, draft, prompts, drafters, num_speculative_tokens, batch_size, axes, acceptance_rates, context_lengths,
-        max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, exact, seed,
+        max_new_tokens, max_prompt_tokens, repeats, limit, peers, stages, exact, seed, chat, system,
     )  # fmt: skip
     files = bench_run.Files(json_path, markdown, html, answers).checked()
     if not bench_run.run(wanted, files, Arithmetic(exact, batch_invariant), dtype, device):

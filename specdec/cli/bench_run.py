@@ -50,6 +50,8 @@ class Wanted:
     stages: bool
     exact: bool
     seed: int
+    is_chat: bool = False
+    system: str | None = None
 
     def with_defaults(self) -> Wanted:
         """Without a target use the shipped pair, without prompts its prompts."""
@@ -152,7 +154,7 @@ def run(wanted: Wanted, files: Files, arithmetic: Arithmetic, dtype: str | None,
     wanted = wanted.with_defaults()
     plan = wanted.plan()
     assert wanted.prompts is not None
-    questions = read_questions(wanted.prompts, wanted.limit)
+    questions = read_questions(wanted.prompts, wanted.limit, wanted.is_chat, wanted.system)
     models = wanted.load(device, dtype)
     target = Path(str(wanted.target)).resolve()
     name = target.parent.name if target.name == "target" else target.name

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -82,6 +82,12 @@ LengthPolicyOption = Annotated[
 LengthPoliciesOption = Annotated[
     str | None, typer.Option(metavar="NAME,...", help=f"Length policies: {LENGTH_POLICIES}. The default is fixed.")
 ]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Treat prompts as a user's messages: apply the tokenizer's chat template.")
+]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="The system message before every conversation; with --chat.")
+]
 LimitOption = Annotated[int | None, Count(help="Use only the first N prompts of the file.")]
 DtypeOption = Annotated[
     str | None,
@@ -118,10 +124,17 @@ def check_temperature(value: float | None, for_greedy: str) -> None:
         raise ConfigError(f"--temperature {value:g} is not a finite number above 0; for greedy decoding {for_greedy}")
 
 
+class Chat(NamedTuple):
+    """is_chat: prompts are messages, put into the chat template. system: the message before every conversation."""
+
+    is_chat: bool = False
+    system: str | None = None
+
+
 @dataclass(frozen=True)
 class Models:
     """named: drafters besides the draft model, by what they were called. is_chat: prompts are messages, put into the
-    chat template. is_list: the named ones are candidates."""
+    chat template. is_list: the named ones are candidates. system: the message before every conversation."""
 
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -129,6 +142,7 @@ class Models:
     named: Mapping[str, Drafter]
     is_chat: bool = False
     is_list: bool = False
+    system: str | None = None
 
     @property
     def drafter(self) -> Drafter | PreTrainedModel | list[Drafter | None] | None:
@@ -142,9 +156,9 @@ class Models:
         return {**({} if self.draft is None else {"draft_model": self.draft}), **self.named}
 
     def encode(self, prompts: list[Prompt]) -> list[Tensor]:
-        from specdec.files.loading import encode_chats, encode_prompts
+        from specdec.files.loading import encode_prompts
 
-        return (encode_chats if self.is_chat else encode_prompts)(self.tokenizer, prompts)
+        return encode_prompts(self.tokenizer, prompts, self.is_chat, self.system)
 
 
 def load_models(
@@ -181,6 +195,9 @@ def load_models(
         model = load_model(target_folder, "target", place, dtype)
         draft_model = load_model(draft_folder, "draft", place, dtype) if draft_folder is not None else None
         named = named_drafters(texts, model, draft_model, look_ahead)
+    say_dequantised(target_folder, model)
+    if draft_folder is not None and draft_model is not None:
+        say_dequantised(draft_folder, draft_model)
     return Models(model, tokenizer, draft_model, named)
 
 
@@ -348,6 +365,15 @@ def say_ignored(settings: dict[str, Any]) -> None:
         typer.echo(
             f"note: the checkpoint's generation_config sets {listed}; ignored for plain greedy decoding", err=True
         )
+
+
+def say_dequantised(path: Path, model: PreTrainedModel) -> None:
+    """Say on stderr in which precision the weights of a GGUF file are computed with."""
+    from specdec.files.gguf import is_gguf
+
+    if is_gguf(path):
+        dtype = str(model.dtype).removeprefix("torch.")
+        typer.echo(f"note: the weights of {path.name} are dequantised to {dtype}; --dtype chooses another", err=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -35,7 +35,7 @@ class PromptCompletion:
     """The continuation of one prompt so far, and how much of it was drafted."""
 
     index: int
-    prompt: str
+    prompt: Prompt
     token_ids: list[int] = field(default_factory=list)
     speculation: Speculation = field(default_factory=Speculation)
 
@@ -53,7 +53,8 @@ class PromptCompletion:
             return
         counts = self.speculation.to_dict()
         del counts["num_target_calls"], counts["num_draft_calls"]  # these count for the whole batch
-        own: dict[str, Any] = {"index": self.index, "prompt": self.prompt, "completion": text}
+        named = {} if self.prompt.id is None else {"id": self.prompt.id}
+        own: dict[str, Any] = {"index": self.index, **named, "prompt": self.prompt.text, "completion": text}
         typer.echo(json.dumps({**own, "completion_ids": self.token_ids, **counts}))
 
 
@@ -151,7 +152,7 @@ def print_completions(
         for first in range(0, len(prompts), batch_size):
             batch = range(first, min(first + batch_size, len(prompts)))
             completions = [
-                PromptCompletion(index, prompts[index].text, speculation=decoding.statistics()) for index in batch
+                PromptCompletion(index, prompts[index], speculation=decoding.statistics()) for index in batch
             ]
 
             def on_commit(report: StepReport, completions: list[PromptCompletion] = completions) -> None:

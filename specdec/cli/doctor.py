@@ -42,7 +42,7 @@ def doctor(
     Exit status: 0 if the model, the draft and the memory suffice, 2 if one of them does not.
     """
     from specdec.check.doctor import diagnose
-    from specdec.cli.common import by_kind, quiet_transformers
+    from specdec.cli.common import by_kind, quiet_transformers, say_dequantised
     from specdec.files.loading import find_checkpoint, load_model, load_tokenizer, resolve_device
     from specdec.network.refusals import check_model
 
@@ -53,6 +53,7 @@ def doctor(
     quiet_transformers()
     target = load_model(folder, "target", place, dtype)
     check_model(target)
+    say_dequantised(folder, target)
     tokenizer = load_tokenizer(folder, "target")
     draft_model = None if draft_folder is None else load_model(draft_folder, "draft", place, dtype)
     if length is None:

@@ -10,6 +10,7 @@ import typer
 
 from specdec.cli.common import (
     BatchSizeOption,
+    ChatOption,
     Count,
     DeviceOption,
     DrafterOption,
@@ -20,6 +21,7 @@ from specdec.cli.common import (
     LengthPolicyOption,
     LimitOption,
     LookAheadOption,
+    SystemOption,
     TargetOption,
     load_models,
 )
@@ -53,9 +55,8 @@ def generate(
             help="Write rows to this file as they finish; the same command resumes an interrupted run.",
         ),
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Treat prompts as a user's messages: apply the tokenizer's chat template.")
-    ] = False,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     generation_config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A generation_config.json; each of its settings is served or refused."),
@@ -122,9 +123,9 @@ def generate(
     if isinstance(chosen, list):
         candidates = [one for one in chosen if not is_plain(one)]
         loaded = load_models(target, draft, candidates, device, dtype, look_ahead)
-        models = replace(loaded, is_chat=chat, is_list=True)
+        models = replace(loaded, is_chat=chat, is_list=True, system=system)
     else:
-        models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat)
+        models = replace(load_models(target, draft, chosen, device, dtype, look_ahead), is_chat=chat, system=system)
     if out is not None:
         from specdec.cli.to_file import write_completions
 

@@ -49,6 +49,10 @@ def write_completions(
         "max_new_tokens": max_new_tokens,
         "dtype": str(models.target.dtype),
     }
+    settings |= {"is_chat": True} if models.is_chat else {}
+    settings |= {} if models.system is None else {"system": models.system}
+    chats = [prompt.chat for prompt in prompts]
+    settings |= {"messages": sha256(json.dumps(chats).encode()).hexdigest()} if any(chats) else {}
 
     with greedy_settings(models.target) as ignored:
         say_ignored(ignored)

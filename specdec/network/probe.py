@@ -26,6 +26,7 @@ from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.experts import has_experts
 from specdec.network.invariant.network import InvariantNetwork
 from specdec.network.invariant.swap import batch_invariant, unproven_widths
+from specdec.network.refusals import OWN_GENERATE
 from specdec.network.stock import StockNetwork, SwappedNetwork
 
 # Differences that rounding can explain, relative to the spread of the logits. Trained models in bfloat16 show 0.01 to
@@ -98,7 +99,7 @@ def _remedy(model: PreTrainedModel, network_type: NetworkType, refused: Layout) 
             pass
         else:
             return "pass layout='repad', which serves it"
-    return "use transformers' own generate for it"
+    return OWN_GENERATE
 
 
 def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
@@ -180,9 +181,7 @@ def probe(
                 starts[row] += n
 
     if not any(layer.is_initialized for layer in network.cache.layers):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} keeps no keys and values in its cache; use transformers' own generate for it"
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values in its cache; {OWN_GENERATE}")
     return torch.tensor(differences).max().item()  # NaN if any is
 
 

@@ -5,6 +5,8 @@ Names and flags give precise messages before anything runs. What they let throug
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,6 +24,21 @@ BIDIRECTIONAL = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
+
+
+PRUNING = "transformers.generation.candidate_generator"  # where the parts of a pruned draft model are defined
+OWN_GENERATE = "use transformers' own generate for it"
+OTHER_DRAFTER = "pass another draft model, or drafter='prompt_lookup'"
+
+
+@contextmanager
+def of_a_draft_model() -> Iterator[None]:
+    """Refusals in it are of the draft model, and say what to draft with instead."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        said = str(error).replace(OWN_GENERATE, OTHER_DRAFTER)
+        raise UnsupportedModelError(f"as a draft model: {said}") from error
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -51,6 +68,17 @@ def check_architecture(model: PreTrainedModel, layout: Layout | None = None) -> 
     kind = getattr(config, "model_type", name)
 
     refuse_encoder_decoder(model)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if type(part).__module__ == PRUNING:
+            raise UnsupportedModelError(
+                f"{name} has a {type(part).__name__}: transformers pruned it when it drafted for a target with another "
+                "tokenizer, and leaves it so; reload it"
+            )
+    if model.device.type == "meta":
+        raise UnsupportedModelError(
+            f"the weights of {name} are not in memory: they are offloaded (accelerate's cpu_offload, disk_offload or "
+            f"device_map) or were never loaded; load them onto one device, or {OWN_GENERATE}"
+        )
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language modelling head; load it with AutoModelForCausalLM")
     if getattr(config, "is_decoder", True) is False and kind in BIDIRECTIONAL:
@@ -62,21 +90,21 @@ def check_architecture(model: PreTrainedModel, layout: Layout | None = None) -> 
     recurrent = [layer_type for layer_type in layer_types if any(word in layer_type for word in RECURRENT_LAYERS)]
     if recurrent or getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
-            f"{name} keeps recurrent state{f' (layer type {recurrent[0]!r})' if recurrent else ''} that cannot be "
-            "rewound to the accepted tokens; use transformers' own generate for it"
+            f"{name} keeps recurrent state{f' (layer type {recurrent[0]!r})' if recurrent else ''}, which specdec does "
+            f"not rewind to the accepted tokens yet; {OWN_GENERATE}"
         )
 
     other = [layer_type for layer_type in layer_types if layer_type not in SERVED_LAYERS]
     if other:
         # Indexers and compressors matter beyond some length only, so a probe would not notice them.
         raise UnsupportedModelError(
-            f"{name} caches more than keys and values (layer type {other[0]!r}); use transformers' own generate for it"
+            f"{name} caches more than keys and values (layer type {other[0]!r}); {OWN_GENERATE}"
         )
 
     if kind == "moshi":
         raise UnsupportedModelError(
             f"{name} slides a window over its cache but not over its masks, so its text depends on how it is cached; "
-            "use transformers' own generate for it"
+            f"{OWN_GENERATE}"
         )
     if kind == "doge" and "create_masks_for_generate" not in vars(type(model)):
         raise UnsupportedModelError(

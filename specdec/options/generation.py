@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.errors import ConfigError
-from specdec.options.inputs import CACHES, WITHOUT_CACHE
+from specdec.options.inputs import CACHES, refuse_filled_caches
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own default
 
@@ -129,12 +129,9 @@ def merge_config(
 
     Raises ConfigError for keywords that are not generation options.
     """
+    refuse_filled_caches(overrides)
+    overrides = {name: value for name, value in overrides.items() if name not in CACHES}
     unknown = [name for name in overrides if name not in vars(GenerationConfig())]
-    if any(name in CACHES for name in unknown):
-        raise ConfigError(
-            f"{next(name for name in unknown if name in CACHES)}= cannot be continued from; {WITHOUT_CACHE}"
-        )
-
     if unknown:
         raise ConfigError(
             f"unknown keyword {unknown[0]!r}; specdec.generate takes the arguments in its signature and the fields of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from specdec.errors import InputError
 
 CACHES = ("past_key_values", "cache")  # older and newer name of the cache among transformers' model inputs
+# What a caller writes for a modality of `mm_encoder_outputs`.
+MODALITY_INPUTS = {"image": "'pixel_values'", "video": "'pixel_values_videos'", "audio": "'input_features'"}
 WITHOUT_CACHE = "each row has its own cache here, which is filled from its prompt: leave it out"
 
 
@@ -90,13 +92,7 @@ def split_prompts(
 
 def refuse_model_inputs(model_kwargs: dict[str, Any], attention_mask: Tensor) -> None:
     """Raise InputError for model inputs other than text, for a filled cache, and for custom positions."""
-    for name in CACHES:
-        cache = model_kwargs.get(name)
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            raise InputError(
-                f"{name} already holds {int(cache.get_seq_length())} tokens; {WITHOUT_CACHE} "
-                "(with the whole text in input_ids the output is the same)"
-            )
+    refuse_filled_caches(model_kwargs)
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.shape[-2:] == attention_mask.shape:
         expected = attention_mask.long().cumsum(-1) - 1
@@ -104,5 +100,35 @@ def refuse_model_inputs(model_kwargs: dict[str, Any], attention_mask: Tensor) ->
             raise InputError("position_ids other than 0, 1, 2 ... are not served; leave them out")
     served = {"attention_mask", *CACHES, "use_cache", "logits_to_keep", "position_ids", "cache_position"}
     for name, value in model_kwargs.items():
-        if name not in served and value is not None and value is not False:
-            raise InputError(f"model input {name!r} is not served; pass input_ids and attention_mask only")
+        is_absent = (
+            value is None or value is False or (isinstance(value, dict) and all(one is None for one in value.values()))
+        )
+        if name not in served and not is_absent:
+            raise InputError(f"{_as_written(name, value)} is not served; pass input_ids and attention_mask only")
+
+
+def refuse_filled_caches(model_kwargs: Mapping[str, Any]) -> None:
+    """Raise InputError for a cache that holds tokens. An empty one, or None, is what a caller has who has none."""
+    for name in CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and (num_cached := cached_tokens(cache)) > 0:
+            raise InputError(
+                f"{name} already holds {num_cached} tokens; {WITHOUT_CACHE} "
+                "(with the whole text in input_ids the output is the same)"
+            )
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens in a transformers cache, or in the tuples of keys and values that it once was."""
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[-2]) if isinstance(cache, Sequence) and len(cache) else 0
+
+
+def _as_written(name: str, value: Any) -> str:
+    """A model input by the name that the caller wrote: transformers encodes images and the like before it calls us."""
+    if name != "mm_encoder_outputs" or not isinstance(value, dict):
+        return f"model input {name!r}"
+    kinds = [str(kind) for kind, outputs in value.items() if outputs is not None]
+    written = " and ".join(MODALITY_INPUTS.get(kind, kind) for kind in kinds)
+    return f"model input {written} (which transformers has encoded as {name!r})"

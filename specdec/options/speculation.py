@@ -16,7 +16,7 @@ from specdec.drafter import Drafter, NoDrafts, check_contract
 from specdec.errors import ConfigError, DrafterError
 from specdec.limits import MAX_DRAFT_TOKENS
 from specdec.network.extra_queries import check_extra_queries
-from specdec.network.refusals import check_architecture
+from specdec.network.refusals import check_architecture, of_a_draft_model
 from specdec.options.aliases import POLICY_ALIASES
 from specdec.options.generation import is_whole
 from specdec.policies.by_estimate import Confidence
@@ -58,9 +58,10 @@ class SpeculativeConfig:
 def check_drafter(drafter: Drafter, target: PreTrainedModel, layout: Layout, max_length: int) -> None:
     """Raise a SpecDecError if the drafter cannot serve `target` in this layout for sequences of `max_length` tokens."""
     check_contract(drafter)
-    drafter.check(target, max_length)
     if drafter.kv_model is not None:
-        check_architecture(drafter.kv_model, layout)
+        with of_a_draft_model():
+            check_architecture(drafter.kv_model, layout)
+    drafter.check(target, max_length)
     if drafter.num_extra_queries:
         check_extra_queries(target, layout)
 

@@ -27,7 +27,10 @@ from specdec.bench.methods import (
     our_method,
     transformers_method,
 )
+from specdec.bench.report.record import describe_result
+from specdec.bench.report.tables import speed_table
 from specdec.bench.stages import STAGES, profile
+from specdec.bench.suite import Asked, Suite
 from specdec.check.oracle import run_plain
 from specdec.check.settings import greedy_settings
 from specdec.check.ways import Way
@@ -79,6 +82,38 @@ def test_a_wrong_method_is_never_timed(pair, reference, monkeypatch):
     (result,) = measure(pair, reference, [method], 3, lines.append)
     assert (result.num_equal, result.seconds, result.refused) == (2, [], True)
     assert lines == ["specdec prompt_lookup K=2, batch 2: 2/4 equal, NOT TIMED"]
+
+
+@pytest.mark.parametrize("fails_at", [1, 9, 13])  # in the check, in a timed run, in the observed one: 4 prompts a run
+def test_a_peer_that_fails_is_reported_and_the_others_go_on(pair, reference, fails_at):
+    plain, calls, said = transformers_method(pair, PLAIN, 1, None, NEW), [], []
+
+    def decode(batch, clock=None):
+        calls.append(batch)
+        if len(calls) == fails_at:
+            raise IndexError("index 16 is out\nof bounds")
+        return plain.decode(batch, clock)
+
+    peer = Method("peer", 1, False, None, decode)
+    ours = our_method(pair, Way("none", None, 1), None, NEW)
+    with greedy_settings(pair.target):
+        failed, good = measure(pair, reference, [peer, ours], 2, said.append)
+    assert failed.failure == "IndexError: index 16 is out of bounds" and not failed.is_timed and not failed.observed
+    assert good.is_timed and good.all_equal and not good.failure
+    assert "peer, batch 1: FAILED, IndexError: index 16 is out of bounds" in said
+
+    suite = Suite("prompts", pair.prompts, [Asked(i, None, 0) for i in range(4)], reference)
+    entries = [describe_result(result, [failed, good], suite) for result in (failed, good)]
+    assert entries[0]["failure"] == failed.failure and not entries[0]["timed"] and "failure" not in entries[1]
+    assert next(iter(speed_table(entries)[1]))[4] == "FAILED, IndexError"
+
+
+def test_an_error_of_ours_is_a_bug(pair, reference):
+    def decode(batch, clock=None):
+        raise IndexError("ours")
+
+    with pytest.raises(IndexError, match="ours"):
+        measure(pair, reference, [Method("ours", 1, True, None, decode)], 1, lambda line: None)
 
 
 def test_another_clock_times_the_calls(pair, reference):
@@ -148,7 +183,7 @@ def test_a_row_has_its_tokens_at_the_step_that_brought_them(monkeypatch):
     clock.on_commit(StepReport(rows, np.array([0, 3]), np.array([0, 2]), finished=ended, **report))
     clock.on_commit(StepReport(rows, np.array([2, 0]), np.array([1, 0]), finished=ended, **report))
     first, second = clock.rows([[0] * 4, [0] * 3])
-    assert (first.first_token, first.last_token, first.accept_lengths, first.num_accepted) == (1.0, 3.0, [1, 3], 2)
+    assert (first.first_token, first.last_token, first.accept_lengths, first.num_step_tokens) == (1.0, 3.0, [1, 3], 3)
     assert (second.first_token, second.last_token, second.accept_lengths) == (1.0, 7.0, [1, 2])
 
 

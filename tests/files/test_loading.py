@@ -182,3 +182,19 @@ def test_devices():
     for name in ["gpu", "cuda:99"]:
         with pytest.raises(ConfigError, match=f"device '{name}' is not usable here"):
             resolve_device(name)
+
+
+def test_weights_of_other_sizes_and_heads_are_named(tmp_path):
+    other = save_checkpoint(tmp_path / "other", tiny_llama())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+    said = r"draft '.*other' holds 6 weights of other sizes than its config says, for example .*mlp.down_proj.weight: "
+    with pytest.raises(InputError, match=said + r"\[32, 64\] in the file, \[32, 80\] in the model"):
+        load_model(other, "draft", CPU)
+
+    head = save_checkpoint(tmp_path / "head", tiny_llama())
+    weights = load_file(head / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "lm_head" in name}
+    save_file(kept, head / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="holds a head, or another part, and no whole LlamaForCausalLM: 20 of its 21"):
+        load_model(head, "draft", CPU)

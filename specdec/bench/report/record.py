@@ -80,6 +80,8 @@ def describe_result(result: Result, results: Sequence[Result], suite: Suite) -> 
         entry["tokens_per_second"] = asdict(rate(timing))
         entry["calls"] = {"seconds": seconds, "num_new_tokens": [int(count) for count in timing.tokens]}
 
+    if result.failure:
+        entry["failure"] = result.failure
     entry |= {} if result.speculation is None else result.speculation.to_dict()
     entry |= {} if result.observed is None else describe_rows(result, result.observed)
 

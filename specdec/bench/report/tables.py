@@ -30,7 +30,8 @@ def speed_table(entries: Sequence[dict]) -> Table:
     rows = []
     for entry in entries:
         without = entry["without_loops"] or {}
-        speed = cell(entry["tokens_per_second"], ".0f", spread=True) if entry["timed"] else "NOT EQUAL, not timed"
+        untimed = f"FAILED, {entry['failure'].partition(':')[0]}" if "failure" in entry else "NOT EQUAL, not timed"
+        speed = cell(entry["tokens_per_second"], ".0f", spread=True) if entry["timed"] else untimed
         rows.append(
             (
                 entry["method"],

@@ -9,6 +9,7 @@ import typer
 
 from specdec.cli.common import (
     BatchInvariantOption,
+    ChatOption,
     Count,
     DeviceOption,
     DraftOption,
@@ -18,6 +19,7 @@ from specdec.cli.common import (
     LengthPoliciesOption,
     LimitOption,
     LookAheadOption,
+    SystemOption,
     TargetOption,
 )
 
@@ -28,7 +30,7 @@ def check(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=".txt (a prompt per line), .json (list of strings) or .jsonl (`prompt`, or first of `turns`).",
+            help=".txt (a prompt per line), .json (list of strings) or .jsonl (`prompt`, `turns`, `messages`).",
         ),
     ] = None,
     outputs: Annotated[
@@ -84,6 +86,8 @@ def check(
         bool, typer.Option("--allow-ties", help="Succeed if all differences are numerical ties.")
     ] = False,
     limit: LimitOption = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -108,7 +112,7 @@ def check(
     from specdec.cli.check import matrix as check_matrix
     from specdec.cli.check import outputs as check_outputs
     from specdec.cli.check import sampling as check_sampling
-    from specdec.cli.common import Arithmetic, Reports, by_kind
+    from specdec.cli.common import Arithmetic, Chat, Reports, by_kind
     from specdec.errors import ConfigError, InputError
 
     if (prompts is None) == (outputs is None):
@@ -128,12 +132,32 @@ def check(
     if sampling:
         assert prompts is not None
         passed = check_sampling.run(
-            target, prompts, choice, sampled, max_new_tokens or 8, arithmetic, reports, limit, dtype, device
+            target,
+            prompts,
+            choice,
+            sampled,
+            max_new_tokens or 8,
+            arithmetic,
+            reports,
+            limit,
+            dtype,
+            device,
+            Chat(chat, system),
         )
     elif outputs is None:
         assert prompts is not None
         passed = check_matrix.run(
-            target, prompts, choice, max_new_tokens or 64, arithmetic, reports, allow_ties, limit, dtype, device
+            target,
+            prompts,
+            choice,
+            max_new_tokens or 64,
+            arithmetic,
+            reports,
+            allow_ties,
+            limit,
+            dtype,
+            device,
+            Chat(chat, system),
         )
     else:
         given = {
@@ -144,6 +168,10 @@ def check(
             "--length-policy": length_policy,
         }
         given["--limit"] = None if limit is None else str(limit)
+        if chat or system is not None:
+            raise ConfigError(
+                "--chat and --system have no meaning for --outputs: its prompts stand as they were decoded"
+            )
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"{name} {value} has no meaning for --outputs, which generates nothing; leave it out")

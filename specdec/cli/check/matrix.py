@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import typer
@@ -16,6 +16,7 @@ from specdec.cli.common import (
     DRAFT_MODEL,
     LOOK_AHEAD,
     Arithmetic,
+    Chat,
     Models,
     Reports,
     load_models,
@@ -65,9 +66,10 @@ class Choice:
         ks = whole_numbers("--num-speculative-tokens", self.num_speculative_tokens, MAX_DRAFT_TOKENS)
         return ways(self.drafters(), ks, whole_numbers("--batch-size", self.batch_size), axis_values(self.axes))
 
-    def load(self, target: str, device: str, dtype: str | None) -> Models:
+    def load(self, target: str, device: str, dtype: str | None, chat: Chat) -> Models:
         named = [name for name in self.drafters() if name not in (DRAFT_MODEL, PLAIN)]
-        return load_models(target, self.draft, named, device, dtype, self.look_ahead)
+        models = load_models(target, self.draft, named, device, dtype, self.look_ahead)
+        return replace(models, is_chat=chat.is_chat, system=chat.system)
 
 
 def run(
@@ -81,11 +83,12 @@ def run(
     limit: int | None,
     dtype: str | None,
     device: str,
+    chat: Chat,
 ) -> bool:
     """Check, print, write the reports. Returns whether the exit status is 0."""
     cells = choice.ways()
     texts = read_prompts(prompts, limit)
-    models = choice.load(target, device, dtype)
+    models = choice.load(target, device, dtype, chat)
     token_ids = models.encode(texts)
     totals = {"plain": len(texts), "speculative": len(texts) * len(cells)}
 
@@ -107,6 +110,7 @@ def run(
         "draft": choice.draft,
         "prompts": str(prompts),
         "limit": limit,
+        **chat._asdict(),
         **asdict(arithmetic),
     }
     named = [{"way": cell.label, **report.to_dict()} for cell, report in zip(cells, found, strict=True)]

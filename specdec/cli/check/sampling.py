@@ -12,7 +12,7 @@ from specdec.check.goodness import POWER
 from specdec.check.sampling import SamplingReport, SamplingTest, check_sampling
 from specdec.check.ways import words
 from specdec.cli.check.matrix import Choice
-from specdec.cli.common import Arithmetic, Reports, check_temperature, print_table, say_ignored, stage_bars
+from specdec.cli.common import Arithmetic, Chat, Reports, check_temperature, print_table, say_ignored, stage_bars
 from specdec.errors import ConfigError
 from specdec.files.junit import Case
 from specdec.files.loading import read_prompts
@@ -56,6 +56,7 @@ def run(
     limit: int | None,
     dtype: str | None,
     device: str,
+    chat: Chat,
 ) -> bool:
     """Test, print, write the reports. Returns whether the exit status is 0."""
     if choice.axes.get("layout") is not None:
@@ -66,7 +67,7 @@ def run(
     options = sampling.options()
 
     texts = read_prompts(prompts, limit or MAX_PROMPTS)
-    models = choice.load(target, device, dtype)
+    models = choice.load(target, device, dtype, chat)
     token_ids = models.encode(texts)
     total = {"sampling": len(texts) * len(cells) * (len(verifications) + 1)}
 
@@ -87,8 +88,14 @@ def run(
     say_ignored(found.ignored_settings)
     print_report(found)
 
-    origin = {"target": target, "draft": choice.draft, "prompts": str(prompts), "num_prompts": len(texts)}
-    reports.write_json({**found.to_dict(), **origin, **asdict(arithmetic)})
+    origin = {
+        "target": target,
+        "draft": choice.draft,
+        "prompts": str(prompts),
+        "num_prompts": len(texts),
+        **chat._asdict(),
+    }
+    reports.write_json({**found.to_dict(), **origin, **chat._asdict(), **asdict(arithmetic)})
     reports.write_junit("specdec check --sampling", [junit_case(test) for test in found.tests])
     return found.passed
 
