@@ -19,7 +19,6 @@ import re
 import statistics
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs import DEMO_PAIR, load_pair, positive, write_record
+from pairs import CLOCKS, DEMO_PAIR, add_clock, load_pair, positive, write_record
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -103,14 +102,15 @@ def versions(source: str, turns: int, seed: str) -> list[str]:
 def decode(pair: Pair, work: Work, drafter: Drafter | str | None, arguments: argparse.Namespace) -> tuple[list, float]:
     """Every request's completion, and the seconds."""
     k = {} if drafter is None else {"num_speculative_tokens": arguments.num_speculative_tokens}
-    begin = time.perf_counter()
+    clock = CLOCKS[arguments.clock]
+    begin = clock()
     run = specdec.generate_many(
         pair.target, work.requests, drafter=drafter, max_rows=arguments.max_rows, in_order=True, eos_token_id=None,
         max_new_tokens=arguments.max_new_tokens, **k, **work.options,
     )  # fmt: skip
     done = list(run)
     synchronise(pair.target.device)
-    return done, time.perf_counter() - begin
+    return done, clock() - begin
 
 
 def measured(pair: Pair, work: Work, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -168,6 +168,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--num-speculative-tokens", type=positive, default=8)
     parser.add_argument("--max-rows", type=positive, default=8)
     parser.add_argument("--repeats", type=positive, default=3)
+    add_clock(parser)
     parser.add_argument("--json", type=Path, help="the record; by default benchmarks/results/memory-<device>-<date>")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)

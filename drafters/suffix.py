@@ -132,7 +132,12 @@ class Suffix(Drafter):
         ]  # fmt: skip
         self.memory.mark_used(used)
 
-        token_ids = np.full((len(rows), max(map(len, drafts))), NO_TOKEN, dtype=np.int64)
+        width = max(map(len, drafts))
+        if not width:
+            return Draft.empty(len(rows), rows.device)
+        if rows.device.type == "cuda":
+            width = max_tokens  # columns are nearly free there, and each new width of a forward costs a capture
+        token_ids = np.full((len(rows), width), NO_TOKEN, dtype=np.int64)
         for row, draft in zip(token_ids, drafts, strict=True):
             row[: len(draft)] = draft
         return Draft.trusted(to_device(token_ids, rows.device), is_valid=True)

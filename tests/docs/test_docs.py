@@ -82,7 +82,9 @@ def test_the_readmes_commands_run(command, monkeypatch):
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.parametrize("name", ["certifying.md", "reading-the-report.md", "choosing.md", "engine.md", "gpu.md"])
+@pytest.mark.parametrize(
+    "name", ["certifying.md", "reading-the-report.md", "choosing.md", "engine.md", "gpu.md", "memory.md"]
+)
 def test_a_pages_python_and_commands_run(name, tmp_path, monkeypatch):
     """In a folder of their own, where they find the shipped pair and leave their files."""
     from specdec.cli.app import app

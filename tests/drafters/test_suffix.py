@@ -18,6 +18,7 @@ from specdec.batch.rows import Rows
 from specdec.draft import NO_TOKEN, Draft, Verified
 from specdec.drafters.memory import native
 from specdec.drafters.registry import resolve
+from specdec.drafters.suffix import RowText
 from specdec.errors import ConfigError, DrafterError, InputError
 from tests.drafters.suffix_oracle import draft_by_hand
 
@@ -134,7 +135,8 @@ def test_a_draft_is_made_without_asking_the_device_twice():
     assert drafter.propose(rows, 2).token_ids.tolist() == [[7, 5]]
 
 
-LOOPS = dict(num_speculative_tokens=4, max_new_tokens=24, eos_token_id=None)
+NEW = dict(max_new_tokens=24, eos_token_id=None)
+LOOPS = dict(num_speculative_tokens=4, **NEW)
 
 
 def test_a_finished_row_helps_the_next_ones():
@@ -217,3 +219,27 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(native, "find_spec", lambda name: None if name == "numba" else name)
     with pytest.raises(DrafterError, match=r"'suffix' needs numba; pip install 'specdec-toolkit\[memory\]'"):
         Suffix()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_continuous", [False, True])
+def test_on_a_gpu_the_tokens_are_plain_ones(is_continuous):
+    """What steps commit comes to the host with their reports: a row's tokens are read from the device once."""
+    target = tiny_llama(0, hidden_size=64).cuda()
+    prompts = [torch.tensor(ids) for ids in ([5, 6, 7, 8], [9, 4], [11, 12, 13], [5, 6, 7, 8])]
+    plain = list(specdec.generate_many(target, prompts, max_rows=4, in_order=True, **NEW))
+    read, drafter = [], Suffix()
+    append = RowText.append
+
+    def counted(self, token_ids):
+        read.append(len(token_ids))
+        append(self, token_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowText, "append", counted)
+        for _ in range(2):
+            options = dict(drafter=drafter, num_speculative_tokens=4, max_rows=2 if is_continuous else 4, **NEW)
+            run = list(specdec.generate_many(target, prompts, in_order=True, **options))
+            assert [done.token_ids for done in run] == [done.token_ids for done in plain]
+    assert len(drafter.memory) == 8 and max(done.num_steps for done in run) <= 10
+    assert sum(read) <= 8 * (4 + NEW["max_new_tokens"])
