@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.errors import InputError
+from specdec.errors import ConfigError, InputError
 
 CACHES = ("past_key_values", "cache")  # older and newer name of the cache among transformers' model inputs
 # What a caller writes for a modality of `mm_encoder_outputs`.
@@ -111,18 +111,23 @@ def refuse_filled_caches(model_kwargs: Mapping[str, Any]) -> None:
     """Raise InputError for a cache that holds tokens. An empty one, or None, is what a caller has who has none."""
     for name in CACHES:
         cache = model_kwargs.get(name)
-        if cache is not None and (num_cached := cached_tokens(cache)) > 0:
+        num_cached = 0 if cache is None else cached_tokens(cache)
+        if num_cached is None:
+            raise ConfigError(f"{name} is a {type(cache).__name__}; {WITHOUT_CACHE}")
+        if num_cached:
             raise InputError(
                 f"{name} already holds {num_cached} tokens; {WITHOUT_CACHE} "
                 "(with the whole text in input_ids the output is the same)"
             )
 
 
-def cached_tokens(cache: Any) -> int:
-    """Tokens in a transformers cache, or in the tuples of keys and values that it once was."""
+def cached_tokens(cache: Any) -> int | None:
+    """Tokens in a transformers cache, or in the tuples of keys and values that it once was; None for anything else."""
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2]) if isinstance(cache, Sequence) and len(cache) else 0
+    if isinstance(cache, Sequence) and not isinstance(cache, str):
+        return int(cache[0][0].shape[-2]) if len(cache) else 0
+    return None
 
 
 def _as_written(name: str, value: Any) -> str:
