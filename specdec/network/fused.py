@@ -110,12 +110,15 @@ class FusedLayer:
 
 
 class FusedWeights:
-    """The merged and packed weights of one model, made once and kept while the model lives and does not change."""
+    """The merged and packed weights of one model, made once and kept while the model lives and does not change.
 
-    def __init__(self, model: PreTrainedModel):
+    may_pack: False keeps to the modules' own weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, may_pack: bool = True):
         layers = model.model.layers[: model.config.num_hidden_layers]
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        pack = can_pack([linear.weight for linear in linears])
+        pack = may_pack and can_pack([linear.weight for linear in linears])
         self.layers = [FusedLayer(layer, window, pack) for layer, window in zip(layers, windows(model), strict=True)]
         self.head = MergedLinear([model.lm_head], pack)
 
@@ -128,7 +131,8 @@ def fingerprint(model: PreTrainedModel) -> list[tuple]:
     for window, layer in zip(windows(model), layers, strict=True):
         block = layer.self_attn
         sizes = block.head_dim, block.q_proj.out_features, block.k_proj.out_features
-        settings.append((window, block.scaling, *sizes, *head_norm_eps(block)))
+        eps = [layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon]
+        settings.append((window, block.scaling, *sizes, *eps, *head_norm_eps(block)))
     weights = []
     for parameter in model.parameters():
         version = None if parameter.is_inference() else parameter._version
@@ -163,10 +167,14 @@ class FusedNetwork(Network):
         layout: Layout | None = None,
     ):
         super().__init__(model, model.config.num_hidden_layers, max_rows, num_slots, layout)
-        self.weights = fused_weights(model)
+        self.weights = self._weights(model)
         self.embedding, self.norm = model.model.embed_tokens, model.model.norm
         self.zero, self.minus_infinity = (self.norm.weight.new_tensor(value) for value in (0.0, float("-inf")))
         self._make_rotation(num_slots)
+
+    @staticmethod
+    def _weights(model: PreTrainedModel) -> FusedWeights:
+        return fused_weights(model)
 
     def resize(self, max_rows: int, num_slots: int) -> None:
         super().resize(max_rows, num_slots)
@@ -190,7 +198,6 @@ class FusedNetwork(Network):
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         rows, width = positions.shape
-        shared = self._shared(positions)
         hidden = F.embedding(token_ids.flatten(), self.embedding.weight)
         if extra_queries is not None:
             text = hidden.view(rows, token_ids.shape[1], -1)
@@ -199,11 +206,7 @@ class FusedNetwork(Network):
 
         last = len(self.weights.layers)
         asked = layer_numbers(layers, last)
-        states = {0: hidden}
-        for number, (layer, cache) in enumerate(zip(self.weights.layers, self.cache.layers, strict=True), 1):
-            hidden = layer(hidden, cache, shared)
-            if number in asked:
-                states[number] = hidden
+        hidden, states = self._run_layers(hidden, positions, asked)
 
         # A prefill needs the logits of each row's last column alone.
         at_logits = hidden
@@ -217,6 +220,18 @@ class FusedNetwork(Network):
         if extra_queries is not None:
             return self._with_extra(normed.view(rows, width, -1), kept, token_ids.shape[1])
         return NetworkOutput(self._logits(normed, rows), kept)
+
+    def _run_layers(
+        self, hidden: Tensor, positions: Tensor, asked: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """All layers, from [tokens, hidden] embeddings. The output of the last, and that of each number asked for."""
+        shared = self._shared(positions)
+        states = {0: hidden}
+        for number, (layer, cache) in enumerate(zip(self.weights.layers, self.cache.layers, strict=True), 1):
+            hidden = layer(hidden, cache, shared)
+            if number in asked:
+                states[number] = hidden
+        return hidden, states
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
