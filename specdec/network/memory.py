@@ -19,7 +19,6 @@ from specdec.network.free_memory import free_bytes
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.network import InvariantNetwork
 from specdec.network.kept_forwards import release_others
-from specdec.network.native.network import NativeNetwork
 from specdec.network.probe import NetworkType, probe_key
 
 GIB = 2**30
@@ -60,9 +59,7 @@ def footprint(model: PreTrainedModel, layout: Layout | None = None) -> Footprint
 
 def packed_bytes(network: Network) -> int:
     """Bytes of the packed copies that the native and the fused network multiply by on a CPU."""
-    if isinstance(network, NativeNetwork):
-        return network.weights.nbytes
-    if not isinstance(network, FusedNetwork) or network.weights.head.parts is not None:
+    if not isinstance(network, FusedNetwork) or not network.weights.is_packed:
         return 0
     return sum(module.weight.nbytes for module in network.model.modules() if isinstance(module, nn.Linear))
 

@@ -19,8 +19,8 @@ from specdec.batch.rows import Rows
 from specdec.kernels.attention.ragged_attention import is_shown
 from specdec.network.choose import build_network
 from specdec.network.fused import FusedNetwork
-from specdec.network.native.network import NativeNetwork
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.native.network import NativeNetwork
 from specdec.network.stock import StockNetwork
 
 

@@ -31,7 +31,7 @@ def files_of(folder):
     for directory, _, names in os.walk(ROOT / folder):
         for name in names:
             path = Path(directory, name).relative_to(ROOT / folder)
-            if path.suffix in (".py", ".cpp") or "assets" in path.parts:
+            if path.suffix in (".py", ".cpp", ".h") or "assets" in path.parts:
                 yield path
 
 

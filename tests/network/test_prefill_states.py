@@ -11,8 +11,8 @@ from specdec.batch.layout import Repad
 from specdec.batch.rows import Rows
 from specdec.network.choose import build_network
 from specdec.network.fused import FusedNetwork
-from specdec.network.native.network import NativeNetwork
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.native.network import NativeNetwork
 from specdec.network.stock import StockNetwork
 
 LENGTHS, LAYERS = [13, 9, 4], (0, 2, -1, 1)

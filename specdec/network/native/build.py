@@ -3,9 +3,9 @@
 The library is plain C behind ctypes: it includes no header of torch or Python, so that compiling takes a second or two.
 It is linked to the OpenMP that torch brought along, because two would keep two sets of threads.
 
-It lies in `specdec/native` of the user's cache folder (XDG_CACHE_HOME), under a name made of all that it depends on: its
-source, the compiler's arguments, torch and the processor. Whatever is in the way, a compiler that is missing or a folder
-that is read-only, is said in one log line, and there is no native step.
+It lies in `specdec/native` of the user's cache folder (XDG_CACHE_HOME), under a name made of all that it depends on:
+its source, the compiler's arguments, torch and the processor. Whatever is in the way, a compiler that is missing or a
+folder that is read-only, is said in one log line, and there is no native step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "SPECDEC_NATIVE"  # 0 turns it off
 SOURCE = Path(__file__).with_name("step.cpp")
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-Wno-psabi")
 COMPILERS = ("g++", "c++")  # unless CXX names another
 TIMEOUT_S = 120
@@ -90,7 +91,14 @@ def loaded(folder: Path) -> ctypes.CDLL:
 
 def key() -> str:
     """Changes with all that the compiled library depends on."""
-    parts = [SOURCE.read_bytes().hex(), *FLAGS, torch.__version__, str(openmp()), platform.machine(), processor()]
+    parts = [
+        *(source.read_text() for source in SOURCES),
+        *FLAGS,
+        torch.__version__,
+        str(openmp()),
+        platform.machine(),
+        processor(),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

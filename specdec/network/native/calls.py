@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec.network.native.build import library
+
+WRITE, ADD, GATED = range(3)  # what `specdec_linear` does with what is at `out`: over it, to it, silu(gate) * up
 
 
 class Linear(Structure):
@@ -63,7 +64,7 @@ class Native:
         self._linear, self._large_pages = loaded.specdec_linear, loaded.specdec_large_pages
         self._workspace.argtypes, self._workspace.restype = [POINTER(Step)], c_int64
         self._layers.argtypes, self._layers.restype = [POINTER(Step)], None
-        self._linear.argtypes = [POINTER(Linear), c_void_p, c_int64, c_void_p, c_int64]
+        self._linear.argtypes = [POINTER(Linear), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]
         self._linear.restype = None
         self._large_pages.argtypes, self._large_pages.restype = [c_void_p, c_int64], c_int
 
@@ -73,10 +74,12 @@ class Native:
     def layers(self, step: Step) -> None:
         self._layers(byref(step))
 
-    def linear(self, weights: Linear, x: Tensor) -> Tensor:
-        """[tokens, in] contiguous float32 -> [tokens, out]"""
-        out = x.new_empty(len(x), weights.outputs)
-        self._linear(byref(weights), x.data_ptr(), len(x), out.data_ptr(), num_threads())
+    def linear(self, weights: Linear, x: Tensor, out: Tensor, into: int) -> Tensor:
+        """x: [tokens, in or more] float32, whose rows are contiguous. out: [tokens, out], returned. into: WRITE, ADD or
+        GATED."""
+        assert x.dtype == out.dtype == torch.float32 and x.stride(1) == 1 and out.is_contiguous()
+        stride, threads = x.stride(0), num_threads()
+        self._linear(byref(weights), x.data_ptr(), stride, len(x), out.data_ptr(), into, threads)
         return out
 
     def large_pages(self, memory: Tensor) -> bool:

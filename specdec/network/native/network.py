@@ -1,6 +1,6 @@
 """The network whose decode and verify steps are one native operation over all layers, and one for the head.
 
-Steps of more tokens than MAX_TOKENS, prompts above all, take the way of `FusedNetwork` over the same cache.
+Steps of more tokens than MAX_TOKENS, prompts above all, take the way of `FusedNetwork` over the same cache and weights.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from specdec.batch.layout import Layout
 from specdec.kept import kept_with
-from specdec.network.fused import FusedNetwork, fingerprint
 from specdec.network.free_memory import free_bytes
+from specdec.network.fused import FusedNetwork, fingerprint
 from specdec.network.native.build import is_switched_on, library
 from specdec.network.native.calls import Step, num_threads
 from specdec.network.native.weights import NativeWeights
 from specdec.network.packed_linear import MAX_SHARE_OF_FREE_MEMORY
 
-MAX_TOKENS = 64  # of a step; from there on oneDNN's products are as fast
+MAX_TOKENS = 64  # of a step; more are prompts, which gain by torch's attention and lose little by its small operations
 MAX_HEAD_DIM = 512  # of `step.cpp`
 
 
@@ -28,12 +28,40 @@ def can_run_natively(model: PreTrainedModel) -> bool:
     """
     if not is_switched_on() or model.device.type != "cpu" or model.dtype != torch.float32:
         return False
-    if any(layer.self_attn.head_dim > MAX_HEAD_DIM or layer.self_attn.head_dim % 2 for layer in model.model.layers):
+    if not _is_regular(model):
         return False
     needed = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
     if needed > MAX_SHARE_OF_FREE_MEMORY * free_bytes(model.device):
         return False
     return library() is not None
+
+
+def _is_regular(model: PreTrainedModel) -> bool:
+    """Whether the layers are all of one size and fit together, as they do in a model that nobody has cut down.
+
+    The native step reads memory by these sizes, so that nothing else would notice.
+    """
+    hidden, layers = model.model.embed_tokens.embedding_dim, model.model.layers[: model.config.num_hidden_layers]
+    sizes = set()
+    for layer in layers:
+        block, mlp = layer.self_attn, layer.mlp
+        linears = (block.q_proj, block.k_proj, block.v_proj, block.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        head_norms = (block.q_norm, block.k_norm) if hasattr(block, "q_norm") else ()
+        shapes = [tuple(linear.weight.shape) for linear in linears]
+        sizes.add((block.head_dim, *shapes, *(norm.weight.numel() for norm in (*norms, *head_norms))))
+    if len(sizes) != 1:
+        return False
+
+    dim, query, key, value, out, gate, up, down, *norm_sizes = sizes.pop()
+    return (
+        dim <= MAX_HEAD_DIM
+        and dim % 2 == query[0] % dim == key[0] % dim == query[0] % key[0] == 0
+        and key == value
+        and {query[1], key[1], out[0], gate[1], down[0], model.lm_head.in_features} == {hidden}
+        and (out[1], gate, down[1]) == (query[0], up, gate[0])
+        and norm_sizes in ([hidden] * 2, [hidden, hidden, dim, dim])
+    )
 
 
 def native_weights(model: PreTrainedModel) -> NativeWeights:
@@ -62,8 +90,8 @@ class NativeNetwork(FusedNetwork):
             heads=layer.num_heads,
             kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
-            intermediate=self.weights.native_layers[0].down.inputs,
-            layers=self.weights.native_layers,
+            intermediate=self.weights.structures[0].down.inputs,
+            layers=self.weights.structures,
         )
 
     @staticmethod
@@ -87,11 +115,8 @@ class NativeNetwork(FusedNetwork):
 
         step = self._step
         step.rows, step.width = positions.shape
-        step.first_row, step.num_slots, step.used_slots = (
-            self.cache.rows.start,
-            self.cache.num_slots,
-            self.cache.used_slots,
-        )
+        step.first_row, step.num_slots = self.cache.rows.start, self.cache.num_slots
+        step.used_slots = self.cache.used_slots
         step.slots, step.positions = slots.data_ptr(), positions.data_ptr()
         step.cos, step.sin = self.cos.data_ptr(), self.sin.data_ptr()
         step.num_threads, step.hidden_states = num_threads(), hidden.data_ptr()
@@ -118,7 +143,7 @@ class NativeNetwork(FusedNetwork):
 
     def _point_layers(self, masks: dict[int | None, Tensor], states: dict[int, Tensor]) -> None:
         """Point the layers' structures to what this step alone gives them."""
-        layers = zip(self.weights.native_layers, self.weights.layers, self.cache.layers, strict=True)
+        layers = zip(self.weights.structures, self.weights.layers, self.cache.layers, strict=True)
         for number, (structure, layer, cache) in enumerate(layers, 1):
             if not cache.is_initialized:
                 like = self.zero.expand(1, layer.num_kv_heads, 1, layer.head_dim)
@@ -126,9 +151,3 @@ class NativeNetwork(FusedNetwork):
             structure.keys, structure.values = cache.keys.data_ptr(), cache.values.data_ptr()
             structure.visible = masks[layer.window].data_ptr() if masks else None
             structure.saved = states[number].data_ptr() if number in states else None
-
-    def _logits(self, hidden: Tensor, rows: int) -> Tensor:
-        if len(hidden) > MAX_TOKENS:
-            return super()._logits(hidden, rows)
-        head = self.weights.native_head
-        return self.weights.native.linear(head, hidden.contiguous()).view(rows, -1, head.outputs)

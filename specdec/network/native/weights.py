@@ -11,51 +11,72 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specdec.network.fused import FusedLayer, FusedWeights
-from specdec.network.native.calls import Layer, Linear, Native
+from specdec.network.native.calls import ADD, GATED, WRITE, Layer, Linear, Native
 
 LANES, PANEL = 16, 32  # floats of a vector; outputs of a panel
 ALIGNMENT = 16  # floats of a cache line
 
 
-class NativeWeights(FusedWeights):
-    """The packed weights, next to the modules' own, which the forwards over many tokens use.
+class NativeLinear:
+    """The product of layers that share their input, as `MergedLinear`."""
 
-    layers_native: one structure per layer; the pointers to its cache are set before each step.
+    def __init__(self, native: Native, structure: Linear):
+        self.native, self.structure = native, structure
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, in] -> [tokens, out1 + out2 + ...]"""
+        return self.native.linear(self.structure, x, x.new_empty(len(x), self.structure.outputs), WRITE)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + self(x), [tokens, out]."""
+        return self.native.linear(self.structure, x, residual.clone(), ADD)
+
+
+class NativeGated(NativeLinear):
+    """silu(gate) * up, of one product for both."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, in] -> [tokens, intermediate, rounded up to whole vectors]"""
+        return self.native.linear(self.structure, x, x.new_empty(len(x), self.structure.outputs // 2), GATED)
+
+
+class NativeWeights(FusedWeights):
+    """The packed weights; `FusedLayer`, for many tokens, multiplies by them too.
+
+    structures: one per layer; the pointers to its cache are set before each step. has_large_pages: whether the system
+    was willing to give them.
     """
 
     def __init__(self, model: PreTrainedModel):
-        super().__init__(model, may_pack=False)
-        self.native = Native()
-        own = list(model.model.layers[: model.config.num_hidden_layers])
-        sizes = [_layer_sizes(layer) for layer in own]
-        needed = sum(map(sum, sizes)) + _size([model.lm_head])
+        self.native, self.is_packed = Native(), True
+        own = model.model.layers[: model.config.num_hidden_layers]
+        floats = sum(sum(_layer_sizes(layer)) for layer in own) + _size([model.lm_head])
         # One piece, so that it is in large pages.
-        self._memory, self._used = torch.empty(needed + ALIGNMENT, dtype=torch.float32), 0
-        self._used = -(self._memory.data_ptr() // 4) % ALIGNMENT
+        self._memory = torch.empty(floats + ALIGNMENT, dtype=torch.float32)
+        self._used = -(self._memory.data_ptr() // self._memory.itemsize) % ALIGNMENT
         self._kept: list[Tensor] = []  # what the structures point to
         self.has_large_pages = self.native.large_pages(self._memory)
 
-        self.native_layers = (Layer * len(own))()
-        for structure, layer, fused in zip(self.native_layers, own, self.layers, strict=True):
+        self._merge_all(
+            model,
+            lambda linears: NativeLinear(self.native, self._packed(linears)),
+            lambda linears: NativeGated(self.native, self._packed(linears, gated=True)),
+        )
+        self.structures = (Layer * len(own))()
+        for structure, layer, fused in zip(self.structures, own, self.layers, strict=True):
             self._fill(structure, layer, fused)
-        self.native_head = self._linear([model.lm_head])
-
-    @property
-    def nbytes(self) -> int:
-        """Of the packed copy."""
-        return self._memory.nbytes
 
     def _fill(self, structure: Layer, layer: Any, fused: FusedLayer) -> None:
-        block, mlp = layer.self_attn, layer.mlp
-        structure.qkv = self._linear([block.q_proj, block.k_proj, block.v_proj])
-        structure.attention_out, structure.down = self._linear([block.o_proj]), self._linear([mlp.down_proj])
-        structure.gate_up = self._linear([mlp.gate_proj, mlp.up_proj], gated=True)
-        for name, norm in (("attention", layer.input_layernorm), ("mlp", layer.post_attention_layernorm)):
+        products = {"qkv": fused.qkv, "attention_out": fused.out, "gate_up": fused.gated, "down": fused.down}
+        for name, product in products.items():
+            assert isinstance(product, NativeLinear)
+            setattr(structure, name, product.structure)
+        for name, norm in (("attention", fused.attention_norm), ("mlp", fused.mlp_norm)):
             setattr(structure, f"{name}_norm", self._pointer(norm.weight))
             setattr(structure, f"{name}_eps", norm.variance_epsilon)
         if fused.head_norm is not None:
-            structure.query_norm = self._pointer(block.q_norm.weight)
-            structure.key_norm = self._pointer(block.k_norm.weight)
+            structure.query_norm = self._pointer(layer.self_attn.q_norm.weight)
+            structure.key_norm = self._pointer(layer.self_attn.k_norm.weight)
             structure.head_eps = fused.head_norm_eps
         structure.scaling, structure.window = fused.scaling, fused.window or 0
 
@@ -64,11 +85,10 @@ class NativeWeights(FusedWeights):
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _linear(self, linears: Sequence[nn.Linear], gated: bool = False) -> Linear:
+    def _packed(self, linears: Sequence[nn.Linear], gated: bool = False) -> Linear:
         """gated: two layers, 16 outputs of each by turns, so that a panel holds gates and their ups."""
-        parts = [linear.weight.detach() for linear in linears]
-        biases = [_bias(linear) for linear in linears] if any(x.bias is not None for x in linears) else None
-        weight = _by_turns(parts) if gated else torch.cat(parts)
+        join = _by_turns if gated else torch.cat
+        weight = join([linear.weight.detach() for linear in linears])
         num_outputs, num_inputs = weight.shape
         num_panels = -(-num_outputs // PANEL)
         packed = self._memory[self._used : self._used + num_panels * PANEL * num_inputs]
@@ -77,8 +97,8 @@ class NativeWeights(FusedWeights):
         panels.copy_(_padded(weight, PANEL).view(num_panels, PANEL, num_inputs).transpose(1, 2))
 
         bias = None
-        if biases is not None:
-            bias = self._pointer(_padded(_by_turns(biases) if gated else torch.cat(biases), PANEL))
+        if any(linear.bias is not None for linear in linears):
+            bias = self._pointer(_padded(join([_bias(linear) for linear in linears]), PANEL))
         return Linear(packed.data_ptr(), bias, num_inputs, num_outputs)
 
 
