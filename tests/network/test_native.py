@@ -78,6 +78,14 @@ MODELS = {
 BUILT = {name: make() for name, make in MODELS.items()}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def switched_on():
+    """However the other tests are run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(build.SWITCH, "1")
+        yield
+
+
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request):
     before = torch.get_num_threads()
@@ -90,9 +98,9 @@ def threads(request):
 def empty_cache(tmp_path, monkeypatch):
     """No library yet, and none in memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build._library.cache_clear()
+    build.library.cache_clear()
     yield tmp_path / "specdec" / "native"
-    build._library.cache_clear()
+    build.library.cache_clear()
 
 
 def assert_near(values, expected):
@@ -209,7 +217,7 @@ def test_the_switch(monkeypatch):
     model = model_of("llama")
     assert service_of(model).network_type is NativeNetwork
     monkeypatch.setenv("SPECDEC_NATIVE", "0")
-    assert service_of(model).network_type is FusedNetwork and build.library() is None
+    assert service_of(model).network_type is FusedNetwork
     monkeypatch.setenv("SPECDEC_NATIVE", "1")
     assert service_of(model).network_type is NativeNetwork
 
@@ -258,7 +266,7 @@ def test_compiled_once_and_found_again(empty_cache, caplog):
         assert build.library() is not None
     assert "compiling" in caplog.text and len(list(empty_cache.glob("*.so"))) == 1
     caplog.clear()
-    build._library.cache_clear()
+    build.library.cache_clear()
     begin = time.perf_counter()
     assert build.library() is not None
     assert not caplog.records and time.perf_counter() - begin < 0.5

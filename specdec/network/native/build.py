@@ -40,16 +40,13 @@ class BuildError(Exception):
 
 
 def is_switched_on() -> bool:
+    """Whether networks are chosen with it in mind."""
     return os.environ.get(SWITCH, "1") != "0"
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled step; None where there is none, or where SPECDEC_NATIVE=0."""
-    return _library() if is_switched_on() else None
-
-
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The compiled step; None where there is none."""
     try:
         return loaded(cache_folder())
     except (BuildError, OSError) as error:

@@ -83,6 +83,10 @@ class NativeNetwork(FusedNetwork):
     ):
         super().__init__(model, max_rows, num_slots, max_length, layout)
         self._workspace = torch.empty(0, dtype=torch.float32)
+        # A copy, because the structures point to this network's cache: `_keys`, one tensor per layer.
+        self._structures = type(self.weights.structures)(*self.weights.structures)
+        self._keys: list[Tensor | None] = [None] * len(self._structures)
+        self._had_extras = False
         layer = self.weights.layers[0]
         self._step = Step(
             num_layers=len(self.weights.layers),
@@ -90,8 +94,8 @@ class NativeNetwork(FusedNetwork):
             heads=layer.num_heads,
             kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
-            intermediate=self.weights.structures[0].down.inputs,
-            layers=self.weights.structures,
+            intermediate=self._structures[0].down.inputs,
+            layers=self._structures,
         )
 
     @staticmethod
@@ -142,12 +146,20 @@ class NativeNetwork(FusedNetwork):
         return masks
 
     def _point_layers(self, masks: dict[int | None, Tensor], states: dict[int, Tensor]) -> None:
-        """Point the layers' structures to what this step alone gives them."""
-        layers = zip(self.weights.structures, self.weights.layers, self.cache.layers, strict=True)
-        for number, (structure, layer, cache) in enumerate(layers, 1):
-            if not cache.is_initialized:
+        """Point the layers' structures to their caches, and to what this step alone gives them."""
+        caches = self.cache.layers
+        if any(not cache.is_initialized for cache in caches):
+            for layer, cache in zip(self.weights.layers, caches, strict=True):
                 like = self.zero.expand(1, layer.num_kv_heads, 1, layer.head_dim)
                 cache.lazy_initialization(like, like)
-            structure.keys, structure.values = cache.keys.data_ptr(), cache.values.data_ptr()
-            structure.visible = masks[layer.window].data_ptr() if masks else None
-            structure.saved = states[number].data_ptr() if number in states else None
+        if any(cache.keys is not keys for cache, keys in zip(caches, self._keys, strict=True)):
+            for structure, cache in zip(self._structures, caches, strict=True):
+                structure.keys, structure.values = cache.keys.data_ptr(), cache.values.data_ptr()
+            self._keys = [cache.keys for cache in caches]
+
+        has_extras = bool(masks) or len(states) > 1
+        if has_extras or self._had_extras:
+            for number, (structure, layer) in enumerate(zip(self._structures, self.weights.layers, strict=True), 1):
+                structure.visible = masks[layer.window].data_ptr() if masks else None
+                structure.saved = states[number].data_ptr() if number in states else None
+        self._had_extras = has_extras

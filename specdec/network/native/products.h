@@ -2,10 +2,10 @@
 
 #pragma once
 
-#include <atomic>
 #include <utility>
 
 #include "structures.h"
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -19,12 +19,6 @@ constexpr int TILE = 3;
 constexpr int PREFETCH = 32 * PANEL;  // floats ahead: 4 KiB, as far as the memory's latency
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Pieces of one stage, handed out to whichever thread is free.
-struct alignas(64) Counter {
-    std::atomic<int64_t> next{0};
-    int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
-};
 
 enum class Into { STORE, ADD, GATED };
 

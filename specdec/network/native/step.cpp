@@ -9,11 +9,11 @@
 
 #include <vector>
 
-#include <omp.h>
 #include <sys/mman.h>
 
 #include "attention.h"
 #include "products.h"
+#include "threads.h"
 
 namespace {
 
@@ -35,11 +35,12 @@ struct Places {
 };
 
 // All layers, by each of the threads at once.
-void run_layers(const Step& s, const Places& places, Counter* counters) {
-    const int64_t tokens = s.rows * s.width, thread = omp_get_thread_num();
+void run_layers(const Step& s, const Places& places, Counter* counters, Barrier& barrier) {
+    const int64_t tokens = s.rows * s.width, thread = s.num_threads > 1 ? omp_get_thread_num() : 0;
     float *hidden = s.hidden_states, *qkv = s.workspace, *attended = qkv + places.attended, *act = qkv + places.act;
     float *normed = qkv + places.normed + thread * places.each_normed;
     float *scores = qkv + places.scores + thread * places.each_scores;
+    const auto wait = [&, size = s.num_threads > 1 ? omp_get_num_threads() : 1] { barrier.wait(size); };
     // Every thread normalises all tokens for itself: that is less work than waiting for the others.
     const auto normalise_all = [&](const float* weight, float eps) {
         for (int64_t t = 0; t < tokens; t++)
@@ -50,31 +51,21 @@ void run_layers(const Step& s, const Places& places, Counter* counters) {
         const Layer& layer = s.layers[number];
         normalise_all(layer.attention_norm, layer.attention_eps);
         product<Into::STORE>(layer.qkv, normed, s.hidden, tokens, qkv, places.qkv_stride, counters[0]);
-#pragma omp barrier
+        wait();
         const int64_t pieces = s.rows * s.kv_heads;
         for (int64_t i = counters[1].take(); i < pieces; i = counters[1].take())
             attend_head(s, layer, i / s.kv_heads, i % s.kv_heads, qkv, places.qkv_stride, scores, attended);
-#pragma omp barrier
+        wait();
         const int64_t width = s.heads * s.head_dim;
         product<Into::ADD>(layer.attention_out, attended, width, tokens, hidden, s.hidden, counters[2]);
-#pragma omp barrier
+        wait();
         normalise_all(layer.mlp_norm, layer.mlp_eps);
         product<Into::GATED>(layer.gate_up, normed, s.hidden, tokens, act, places.act_stride, counters[3]);
-#pragma omp barrier
+        wait();
         product<Into::ADD>(layer.down, act, places.act_stride, tokens, hidden, s.hidden, counters[4]);
-#pragma omp barrier
+        wait();
         // The next write to `hidden` comes after two more barriers.
         if (layer.saved && thread == 0) std::copy(hidden, hidden + tokens * s.hidden, layer.saved);
-    }
-}
-
-template <class Work>
-void in_parallel(int64_t num_threads, const Work& work) {
-    if (num_threads > 1) {
-#pragma omp parallel num_threads(num_threads)
-        work();
-    } else {
-        work();
     }
 }
 
@@ -88,7 +79,8 @@ int64_t specdec_workspace(const Step* step) { return Places(*step).end; }
 void specdec_layers(const Step* step) {
     const Places places(*step);
     std::vector<Counter> counters(5 * step->num_layers);
-    in_parallel(step->num_threads, [&] { run_layers(*step, places, counters.data()); });
+    Barrier barrier;
+    in_parallel(step->num_threads, [&] { run_layers(*step, places, counters.data(), barrier); });
 }
 
 // One product for any number of tokens. x: [tokens, in], rows x_stride apart; y: [tokens, out]. into: 0 writes y, 1 adds

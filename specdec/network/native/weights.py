@@ -43,7 +43,7 @@ class NativeGated(NativeLinear):
 class NativeWeights(FusedWeights):
     """The packed weights; `FusedLayer`, for many tokens, multiplies by them too.
 
-    structures: one per layer; the pointers to its cache are set before each step. has_large_pages: whether the system
+    structures: one per layer; a network points a copy of them to its cache. has_large_pages: whether the system
     was willing to give them.
     """
 
