@@ -86,7 +86,7 @@ def switched_on():
         yield
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+@pytest.fixture(params=[1, 2, 5], ids=lambda count: f"{count} threads")  # more than there may be processors
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -67,12 +67,16 @@ Tile tile_of(int64_t tokens, std::integer_sequence<int, SIZES...>) {
     return tiles[tokens - 1];
 }
 
-// A thread's share of a product. x: [tokens, in] with rows x_stride apart; y: rows y_stride apart.
-template <Into INTO>
+int64_t panels_of(const Linear& linear) { return up_to(linear.out, PANEL) / PANEL; }
+
+const auto NOTHING = [] {};
+
+// A thread's share of a product. x: [tokens, in] with rows x_stride apart; y: rows y_stride apart. last: see `Stage`.
+template <Into INTO, class Last = decltype(NOTHING)>
 void product(const Linear& linear, const float* x, int64_t x_stride, int64_t tokens, float* y, int64_t y_stride,
-             Counter& counter) {
-    const int64_t panels = up_to(linear.out, PANEL) / PANEL, passes = (tokens + TILE - 1) / TILE;
-    for (int64_t panel = counter.take(); panel < panels; panel = counter.take()) {
+             Stage& stage, const Last& last = NOTHING) {
+    const int64_t passes = (tokens + TILE - 1) / TILE;
+    const auto panel_of = [&](int64_t panel) {
         // The panel comes from memory in the first pass and from the cache in the others.
         for (int64_t pass = 0; pass < passes; pass++) {
             const int64_t first = tokens * pass / passes, size = tokens * (pass + 1) / passes - first;
@@ -80,7 +84,8 @@ void product(const Linear& linear, const float* x, int64_t x_stride, int64_t tok
             run(x + first * x_stride, x_stride, linear.weight + panel * PANEL * linear.in, linear, panel * PANEL,
                 y + first * y_stride, y_stride);
         }
-    }
+    };
+    stage.run(panels_of(linear), panel_of, last);
 }
 
 }  // namespace

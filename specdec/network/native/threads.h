@@ -13,12 +13,6 @@
 
 namespace {
 
-// Pieces of one stage, handed out to whichever thread is free.
-struct alignas(64) Counter {
-    std::atomic<int64_t> next{0};
-    int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
-};
-
 inline void pause_briefly() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -27,36 +21,44 @@ inline void pause_briefly() {
 #endif
 }
 
-// All threads wait for the last. Those that wait longer than a piece of work takes are put to sleep: OpenMP's own
-// barrier would keep a processor busy for milliseconds, which the last thread may need to run at all.
-class Barrier {
+// One stage of the work, in pieces that go to whichever thread is free. It is over when its pieces are done, not when
+// all threads have come: one that the system does not let run holds up nothing but the piece it has begun.
+// Threads that wait longer than a piece takes are put to sleep. OpenMP's own barrier would keep a processor busy for
+// milliseconds, which the last thread may need.
+class Stage {
 public:
-    void wait(int num_threads) {
-        if (num_threads == 1) return;
-        const uint32_t turn = turns.load();
-        if (arrived.fetch_add(1) + 1 == num_threads) {
-            arrived.store(0);
-            turns.store(turn + 1);
+    bool is_taken(int64_t pieces) const { return next.load(std::memory_order_relaxed) >= pieces; }
+
+    // Take part until all pieces are done. `last` is run once, by the thread that finishes the last piece.
+    template <class Piece, class Last>
+    void run(int64_t pieces, const Piece& piece, const Last& last) {
+        int64_t own = 0;
+        for (int64_t i = next.fetch_add(1); i < pieces; i = next.fetch_add(1), own++) piece(i);
+        if (own && done.fetch_add(own) + own == pieces) {
+            last();
+            is_over.store(1);
             if (sleepers.load()) call(FUTEX_WAKE_PRIVATE, INT_MAX);
             return;
         }
         for (int i = 0; i < PAUSES; i++) {
-            if (turns.load(std::memory_order_acquire) != turn) return;
+            if (is_over.load(std::memory_order_acquire)) return;
             pause_briefly();
         }
         sleepers.fetch_add(1);
-        while (turns.load() == turn) call(FUTEX_WAIT_PRIVATE, turn);
+        while (!is_over.load()) call(FUTEX_WAIT_PRIVATE, 0);
         sleepers.fetch_sub(1);
     }
 
 private:
     static constexpr int PAUSES = 2000;  // 20 to 100 microseconds
-    std::atomic<int> arrived{0}, sleepers{0};
-    alignas(64) std::atomic<uint32_t> turns{0};
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
+    std::atomic<uint32_t> is_over{0};
+    std::atomic<int> sleepers{0};
 
     void call(int operation, uint32_t value) {
-        static_assert(sizeof turns == sizeof(uint32_t));
-        syscall(SYS_futex, reinterpret_cast<uint32_t*>(&turns), operation, value, nullptr, nullptr, 0);
+        static_assert(sizeof is_over == sizeof(uint32_t));
+        syscall(SYS_futex, reinterpret_cast<uint32_t*>(&is_over), operation, value, nullptr, nullptr, 0);
     }
 };
 
