@@ -16,7 +16,7 @@ constexpr int TILE = 12;  // tokens whose sums fit into registers next to the we
 #else
 constexpr int TILE = 3;
 #endif
-constexpr int PREFETCH = 32 * PANEL;  // floats ahead: 4 KiB, as far as the memory's latency
+constexpr int PREFETCH = 64 * PANEL;  // floats ahead: 8 KiB, as far as the memory's latency
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
