@@ -27,6 +27,7 @@ from specdec.options.speculation import check_drafter
 # What each network is, by its class.
 NETWORKS = {
     "FusedNetwork": "fused",
+    "NativeNetwork": "native",
     "InvariantNetwork": "invariant",
     "SwappedNetwork": "swapped",
     "CapturedSwapped": "swapped, captured",

@@ -23,6 +23,8 @@ from specdec.network.base import Network, on_device_of
 from specdec.network.fused import FusedNetwork, can_fuse
 from specdec.network.invariant.network import InvariantDraftNetwork, InvariantNetwork, can_shorten
 from specdec.network.invariant.swap import check_settings, is_batch_invariant, make_batch_invariant
+from specdec.network.native.build import is_switched_on
+from specdec.network.native.network import NativeNetwork, can_run_natively
 from specdec.network.probe import NetworkType, autocast_dtype, capture_problem, check_bits_once, probe_key, probe_once
 from specdec.network.refusals import ONE_LENGTH_PER_BATCH, check_architecture
 from specdec.network.stock import CapturedStock, CapturedSwapped, StockNetwork, SwappedNetwork
@@ -87,7 +89,8 @@ def service_of(
 ) -> Service:
     """How `model` is served; raises UnsupportedModelError if it is not. The arguments are those of `build_network`."""
     layout = layout or Ragged()
-    settings = autocast_dtype(model), torch.get_float32_matmul_precision(), EXACT_DEVICES, CAPTURING_DEVICES
+    devices = EXACT_DEVICES, CAPTURING_DEVICES
+    settings = autocast_dtype(model), torch.get_float32_matmul_precision(), is_switched_on(), devices
     key = "service", layout.one_length, must_be_exact, exact
 
     def find() -> Service:
@@ -116,8 +119,11 @@ def _service_of(model: PreTrainedModel, layout: Layout, must_be_exact: bool, exa
 
     if model.device.type not in EXACT_DEVICES:
         reason = "the sums are those of this device's libraries, which may round several tokens otherwise than one"
-        if autocast_dtype(model) is None and can_fuse(model) and _is_sound(model, FusedNetwork, layout):
-            return Service(FusedNetwork, False, reason)
+        if autocast_dtype(model) is None and can_fuse(model):
+            if can_run_natively(model) and _is_sound(model, NativeNetwork, layout):
+                return Service(NativeNetwork, False, reason)
+            if _is_sound(model, FusedNetwork, layout):
+                return Service(FusedNetwork, False, reason)
     return Service(_own_modules(model, layout), False, reason)
 
 

@@ -8,7 +8,8 @@ first prefill chunks need none.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,18 +52,41 @@ class Attend(NamedTuple):
     is_causal: bool
 
 
+class Product(Protocol):
+    """Linear layers that share their input, as one; see `MergedLinear`."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor: ...
+
+
+Merge = Callable[[Sequence[nn.Linear]], Product]
+MergeGated = Callable[[Sequence[nn.Linear]], Callable[[Tensor], Tensor]]  # of a gate and its up
+
+
+class GatedLinear:
+    """silu(gate) * up, of one product for both."""
+
+    def __init__(self, gate_up: Product):
+        self.gate_up = gate_up
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, in] -> [tokens, intermediate]"""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return F.silu(gate) * up
+
+
 class FusedLayer:
     """One decoder layer."""
 
-    def __init__(self, layer: Any, window: int | None, pack: bool):
+    def __init__(self, layer: Any, window: int | None, merge: Merge, merge_gated: MergeGated):
         block = layer.self_attn
         self.window, self.scaling, self.head_dim = window, block.scaling, block.head_dim
         self.num_heads = block.q_proj.out_features // block.head_dim
         self.num_kv_heads = block.k_proj.out_features // block.head_dim
-        self.qkv = MergedLinear([block.q_proj, block.k_proj, block.v_proj], pack)
-        self.out = MergedLinear([block.o_proj], pack)
-        self.gate_up = MergedLinear([layer.mlp.gate_proj, layer.mlp.up_proj], pack)
-        self.down = MergedLinear([layer.mlp.down_proj], pack)
+        self.qkv = merge([block.q_proj, block.k_proj, block.v_proj])
+        self.out, self.down = merge([block.o_proj]), merge([layer.mlp.down_proj])
+        self.gated = merge_gated([layer.mlp.gate_proj, layer.mlp.up_proj])
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.head_norm: Tensor | None = None
         if hasattr(block, "q_norm"):
@@ -77,9 +101,8 @@ class FusedLayer:
         """[tokens, hidden] -> [tokens, hidden]"""
         qkv = self.qkv(rms_norm(hidden, self.attention_norm.weight, self.attention_norm.variance_epsilon))
         hidden = self.out.add_to(hidden, self._attention(qkv, cache, shared))
-        gate_up = self.gate_up(rms_norm(hidden, self.mlp_norm.weight, self.mlp_norm.variance_epsilon))
-        gate, up = gate_up.chunk(2, -1)
-        return self.down.add_to(hidden, F.silu(gate) * up)
+        normed = rms_norm(hidden, self.mlp_norm.weight, self.mlp_norm.variance_epsilon)
+        return self.down.add_to(hidden, self.gated(normed))
 
     def _attention(self, qkv: Tensor, cache: RaggedLayer, shared: Attend) -> Tensor:
         """[tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]"""
@@ -113,11 +136,16 @@ class FusedWeights:
     """The merged and packed weights of one model, made once and kept while the model lives and does not change."""
 
     def __init__(self, model: PreTrainedModel):
-        layers = model.model.layers[: model.config.num_hidden_layers]
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        pack = can_pack([linear.weight for linear in linears])
-        self.layers = [FusedLayer(layer, window, pack) for layer, window in zip(layers, windows(model), strict=True)]
-        self.head = MergedLinear([model.lm_head], pack)
+        self.is_packed = pack = can_pack([linear.weight for linear in linears])
+        self._merge_all(
+            model, lambda linears: MergedLinear(linears, pack), lambda linears: GatedLinear(MergedLinear(linears, pack))
+        )
+
+    def _merge_all(self, model: PreTrainedModel, merge: Merge, merge_gated: MergeGated) -> None:
+        layers = zip(model.model.layers[: model.config.num_hidden_layers], windows(model), strict=True)
+        self.layers = [FusedLayer(layer, window, merge, merge_gated) for layer, window in layers]
+        self.head = merge([model.lm_head])
 
 
 def fingerprint(model: PreTrainedModel) -> list[tuple]:
@@ -128,7 +156,8 @@ def fingerprint(model: PreTrainedModel) -> list[tuple]:
     for window, layer in zip(windows(model), layers, strict=True):
         block = layer.self_attn
         sizes = block.head_dim, block.q_proj.out_features, block.k_proj.out_features
-        settings.append((window, block.scaling, *sizes, *head_norm_eps(block)))
+        eps = [layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon]
+        settings.append((window, block.scaling, *sizes, *eps, *head_norm_eps(block)))
     weights = []
     for parameter in model.parameters():
         version = None if parameter.is_inference() else parameter._version
@@ -163,10 +192,14 @@ class FusedNetwork(Network):
         layout: Layout | None = None,
     ):
         super().__init__(model, model.config.num_hidden_layers, max_rows, num_slots, layout)
-        self.weights = fused_weights(model)
+        self.weights = self._weights(model)
         self.embedding, self.norm = model.model.embed_tokens, model.model.norm
         self.zero, self.minus_infinity = (self.norm.weight.new_tensor(value) for value in (0.0, float("-inf")))
         self._make_rotation(num_slots)
+
+    @staticmethod
+    def _weights(model: PreTrainedModel) -> FusedWeights:
+        return fused_weights(model)
 
     def resize(self, max_rows: int, num_slots: int) -> None:
         super().resize(max_rows, num_slots)
@@ -190,7 +223,6 @@ class FusedNetwork(Network):
         extra_queries: ExtraQueries | None = None,
     ) -> NetworkOutput:
         rows, width = positions.shape
-        shared = self._shared(positions)
         hidden = F.embedding(token_ids.flatten(), self.embedding.weight)
         if extra_queries is not None:
             text = hidden.view(rows, token_ids.shape[1], -1)
@@ -199,11 +231,7 @@ class FusedNetwork(Network):
 
         last = len(self.weights.layers)
         asked = layer_numbers(layers, last)
-        states = {0: hidden}
-        for number, (layer, cache) in enumerate(zip(self.weights.layers, self.cache.layers, strict=True), 1):
-            hidden = layer(hidden, cache, shared)
-            if number in asked:
-                states[number] = hidden
+        hidden, states = self._run_layers(hidden, positions, asked)
 
         # A prefill needs the logits of each row's last column alone.
         at_logits = hidden
@@ -217,6 +245,18 @@ class FusedNetwork(Network):
         if extra_queries is not None:
             return self._with_extra(normed.view(rows, width, -1), kept, token_ids.shape[1])
         return NetworkOutput(self._logits(normed, rows), kept)
+
+    def _run_layers(
+        self, hidden: Tensor, positions: Tensor, asked: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """All layers, from [tokens, hidden] embeddings. The output of the last, and that of each number asked for."""
+        shared = self._shared(positions)
+        states = {0: hidden}
+        for number, (layer, cache) in enumerate(zip(self.weights.layers, self.cache.layers, strict=True), 1):
+            hidden = layer(hidden, cache, shared)
+            if number in asked:
+                states[number] = hidden
+        return hidden, states
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)

@@ -58,8 +58,8 @@ def footprint(model: PreTrainedModel, layout: Layout | None = None) -> Footprint
 
 
 def packed_bytes(network: Network) -> int:
-    """Bytes of the packed copies that the fused network multiplies by on a CPU."""
-    if not isinstance(network, FusedNetwork) or network.weights.head.parts is not None:
+    """Bytes of the packed copies that the native and the fused network multiply by on a CPU."""
+    if not isinstance(network, FusedNetwork) or not network.weights.is_packed:
         return 0
     return sum(module.weight.nbytes for module in network.model.modules() if isinstance(module, nn.Linear))
 

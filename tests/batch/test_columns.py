@@ -20,6 +20,7 @@ from specdec.kernels.attention.ragged_attention import is_shown
 from specdec.network.choose import build_network
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.native.network import NativeNetwork
 from specdec.network.stock import StockNetwork
 
 
@@ -222,6 +223,8 @@ def chain_logits(model, prompts, tokens, parents):
 NETWORKS = {
     "fused": lambda model, *size: FusedNetwork(model, *size),
     "fused, repadded": lambda model, *size: FusedNetwork(model, *size, layout=Repad()),
+    "native": lambda model, *size: NativeNetwork(model, *size),
+    "native, repadded": lambda model, *size: NativeNetwork(model, *size, layout=Repad()),
     "stock": lambda model, *size: StockNetwork(model, *size),
     "stock, repadded": lambda model, *size: StockNetwork(model, *size, layout=Repad()),
     "invariant": lambda model, *size: build_network(model, *size),

@@ -27,11 +27,11 @@ def run_installed(folder, *arguments):
 
 
 def files_of(folder):
-    """Modules and assets below a folder of the checkout, links not followed."""
+    """Modules, native sources and assets below a folder of the checkout, links not followed."""
     for directory, _, names in os.walk(ROOT / folder):
         for name in names:
             path = Path(directory, name).relative_to(ROOT / folder)
-            if path.suffix == ".py" or "assets" in path.parts:
+            if path.suffix in (".py", ".cpp", ".h") or "assets" in path.parts:
                 yield path
 
 

@@ -23,6 +23,7 @@ from specdec.network.extra_queries import check_extra_queries, probe
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant import network as invariant_network
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.native.network import NativeNetwork
 from specdec.network.stock import StockNetwork
 
 # Per-layer inputs looked up by token id, and ALiBi biases by slot: there is no such query.
@@ -104,7 +105,7 @@ def uncached(model, extra, starts, width, seed, ahead):
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mistral])
-@pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])
+@pytest.mark.parametrize("network_type", [FusedNetwork, NativeNetwork, StockNetwork])
 @pytest.mark.parametrize("layout", [Ragged(), Repad()])
 @settings(deadline=None, max_examples=8)
 @given(
@@ -130,7 +131,7 @@ def test_logits_are_those_of_the_queries_in_the_texts_place(build, network_type,
 MODELS = {build: build() for build in (tiny_llama, tiny_mistral)}
 
 
-@pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])
+@pytest.mark.parametrize("network_type", [FusedNetwork, NativeNetwork, StockNetwork])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mistral])
 @torch.no_grad()
 def test_the_text_sees_no_query(build, network_type):
@@ -268,7 +269,7 @@ def test_captured_steps_with_extra_queries(name, dtype, width):
             torch.testing.assert_close(queries, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])
+@pytest.mark.parametrize("network_type", [FusedNetwork, NativeNetwork, StockNetwork])
 @torch.no_grad()
 def test_what_lies_behind_the_text_never_matters(network_type):
     """Whatever is in the slots from the next token on, as earlier queries leave it there."""
@@ -298,7 +299,7 @@ def planted_places(found):
 
 
 @pytest.mark.parametrize("bug", [planted_end, planted_own, planted_places])
-@pytest.mark.parametrize("network_type", [FusedNetwork, StockNetwork])
+@pytest.mark.parametrize("network_type", [FusedNetwork, NativeNetwork, StockNetwork])
 def test_the_probe_finds_wrong_columns(monkeypatch, network_type, bug):
     model, original = MODELS[tiny_llama], Columns.branches
     assert probe(model, network_type(model, 2, 13), 0) < 1e-3

@@ -12,6 +12,7 @@ from specdec.batch.rows import Rows
 from specdec.network.choose import build_network
 from specdec.network.fused import FusedNetwork
 from specdec.network.invariant.network import InvariantNetwork
+from specdec.network.native.network import NativeNetwork
 from specdec.network.stock import StockNetwork
 
 LENGTHS, LAYERS = [13, 9, 4], (0, 2, -1, 1)
@@ -36,6 +37,8 @@ NETWORKS = {
     "stock, repadded": lambda model: StockNetwork(model, 3, 20, layout=Repad()),
     "fused": lambda model: FusedNetwork(model, 3, 20),
     "fused, repadded": lambda model: FusedNetwork(model, 3, 20, layout=Repad()),
+    "native": lambda model: NativeNetwork(model, 3, 20),
+    "native, repadded": lambda model: NativeNetwork(model, 3, 20, layout=Repad()),
     "invariant": lambda model: build_network(model, 3, 20),
 }
 
