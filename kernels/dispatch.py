@@ -49,17 +49,18 @@ def nvidia_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
 
 
-# Bytes: of a Hopper GPU, and the least that a GPU since Ampere has.
-ROOMY_SHARED_MEMORY, LEAST_SHARED_MEMORY = 232448, 101376
+HOPPER, HOPPERS_SHARED_MEMORY = (9, 0), 232448  # bytes that a program may take
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may take; a kernel that needs more cannot be launched."""
-    if device.type != "cuda":
-        return ROOMY_SHARED_MEMORY
+    if device.type != "cuda" or nvidia_capability(device) == HOPPER:
+        return HOPPERS_SHARED_MEMORY
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
+    # The second name is what AMD's GPUs have, and less than what can be asked for on NVIDIA's.
+    names = ("shared_memory_per_block_optin", "shared_memory_per_block")
+    return next((getattr(properties, name) for name in names if hasattr(properties, name)), 49152)
 
 
 def _device_of(operands: Iterable[Any]) -> int:

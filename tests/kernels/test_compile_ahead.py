@@ -73,6 +73,25 @@ def test_amds_numbers_are_not_nvidias(monkeypatch):
     dispatch.nvidia_capability.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("capability", "properties", "expected"),
+    [
+        ((9, 0), {}, 232448),
+        ((8, 9), {"shared_memory_per_block_optin": 101376, "shared_memory_per_block": 49152}, 101376),
+        ((9, 4), {"shared_memory_per_block": 65536}, 65536),  # AMD's
+        ((8, 0), {}, 49152),
+    ],
+)
+def test_how_much_shared_memory_a_program_may_take(monkeypatch, capability, properties, expected):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "nvidia_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+    dispatch.shared_memory.cache_clear()
+    assert dispatch.shared_memory(device) == expected
+    assert dispatch.shared_memory(torch.device("cpu")) == 232448
+    dispatch.shared_memory.cache_clear()
+
+
 def test_a_capture_waits_for_what_compiles_in_the_background():
     done = []
 
